@@ -244,9 +244,8 @@ class PretendCuda(TorchDispatchMode):
                 self.count("launches", name)
             return
         if name == "_weight_int8pack_mm" and not args[0].is_contiguous():
-            raise RuntimeError(
-                f"CUDA's {name} would read other rows, at {_line()}"
-            )  # CUDA would not raise
+            # CUDA would silently continue.
+            raise RuntimeError(f"CUDA's {name} would read other rows, at {_line()}")
         if name in _SYNCHRONIZES or overload in _SYNCHRONIZES:
             self.count("syncs", name)
         if name in _TAKES_CPU_INDEX:

@@ -1,4 +1,4 @@
-"""A real browser, with every request, message and dialog of a page recorded."""
+"""Fixtures for a real browser that records all requests, messages and dialogs of a page."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ from watched_pages import OpenPage
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.views.page import to_html
 
-# For the made-up traces of the tests there.
+# For the synthetic traces of those tests.
 sys.path.append(str(Path(__file__).parents[1] / "tracing"))
 
 _WATCH = """
@@ -24,7 +24,7 @@ document.addEventListener("securitypolicyviolation", (event) =>
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """Headless Chromium."""
+    """Start headless Chromium."""
     playwright = pytest.importorskip(
         "playwright.sync_api", reason="needs playwright: pip install playwright"
     )
@@ -33,7 +33,7 @@ def browser() -> Iterator[Any]:
     if path is None:
         pytest.skip("needs a browser: chromium, chromium-browser or google-chrome")
     with playwright.sync_playwright() as driver:
-        # --no-sandbox because root has no sandbox; the pages are our own.
+        # --no-sandbox: root cannot use the sandbox, and the pages are our own.
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -41,7 +41,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def opened(browser: Any, tmp_path: Path) -> Iterator[Callable[..., OpenPage]]:
-    """Opens the page of a trace, or HTML; fails if the page made a request or reported an error."""
+    """Return a function that opens a trace's page or HTML; fail on requests and reported errors."""
     opened_pages: list[tuple[Any, OpenPage, bool]] = []
 
     def open_page(trace: Trace | str, *, is_quiet: bool = True, **options: Any) -> OpenPage:

@@ -1,5 +1,5 @@
-"""The page of a trace with knockouts of all positions, of what sources suffice for, and of
-changed models."""
+"""The page of a trace with knockouts of all positions, of predictions from the sources alone,
+and of changed models."""
 
 import math
 import re
@@ -35,7 +35,7 @@ def verified() -> Trace:
     return small_trace(n_verified="all", has_heads=True)
 
 
-def test_the_table_has_the_exact_effect_of_every_listed_position(
+def test_the_table_shows_the_exact_effect_of_every_listed_position(
     verified: Trace, opened: Opened
 ) -> None:
     page = opened(verified)
@@ -43,14 +43,14 @@ def test_the_table_has_the_exact_effect_of_every_listed_position(
         page.click(step.token.position)
         assert step.changes_S is not None
         found = cell_changes(page)
-        assert len(found) == 12  # as many as the table lists
+        assert len(found) == 12  # the number of rows of the table
         for position, change in found.items():
             assert change == pytest.approx(step.changes_S[position], abs=0.0051)
         assert "control" not in page.text("#sources thead")
         assert "Its control" not in page.text("#knockout")
 
 
-def test_exact_effects_shade_the_text_like_a_measure(verified: Trace, opened: Opened) -> None:
+def test_exact_effects_can_shade_the_text_like_a_measure(verified: Trace, opened: Opened) -> None:
     page = opened(verified)
     largest = max(
         float(np.abs(s.changes_S).max()) for s in verified.steps if s.changes_S is not None
@@ -66,13 +66,13 @@ def test_exact_effects_shade_the_text_like_a_measure(verified: Trace, opened: Op
     heights = [height for _, height in page.levels()]
     for position, change in enumerate(step.changes_S.tolist()):
         assert heights[position] == pytest.approx(12 * math.sqrt(abs(change) / largest), abs=0.1)
-        if abs(change) > 1e-4:  # what a position raised falls without it
+        if abs(change) > 1e-4:  # without a position, a token that it promoted becomes less likely
             assert kinds[position] == [change < 0, change > 0]
     assert "ln p loses without each position" in page.text("#listed")
     order = list(cell_changes(page))
     expected = np.argsort(-np.abs(step.changes_S), kind="stable")[:12].tolist()
     assert order[:4] == expected[:4]
-    page.page.locator("#grid [role=gridcell]").nth(1).click()  # heads have rows of the weights only
+    page.page.locator("#grid [role=gridcell]").nth(1).click()  # heads have rows only of weights
     page.drawn()
     assert page.page.locator("#measure").input_value() == "weight"
     assert "weight of head 0.1" in page.text("#listed")
@@ -95,7 +95,7 @@ def test_exact_effects_of_a_prompt_token_are_those_on_later_tokens(
         assert heights[step.token.position] == pytest.approx(expected, abs=0.1)
 
 
-def test_the_page_says_what_the_sources_alone_predict(opened: Opened) -> None:
+def test_the_page_reports_the_prediction_from_the_sources_alone(opened: Opened) -> None:
     trace = small_trace(n_verified=2, has_heads=True)
     page = opened(trace)
     for step in trace.steps[1:4]:
@@ -120,7 +120,7 @@ def test_the_page_says_what_the_sources_alone_predict(opened: Opened) -> None:
     ],
     ids=str,
 )
-def test_the_page_of_a_changed_model_says_so(
+def test_the_page_of_a_changed_model_names_its_interventions(
     options: dict[str, object], says: str, opened: Opened
 ) -> None:
     trace = minigpt.trace(
@@ -138,5 +138,5 @@ def test_the_page_of_a_changed_model_says_so(
     assert says.removeprefix("The model was changed: ").removesuffix(".") in facts
 
 
-def test_the_page_of_an_unchanged_model_says_nothing_of_changes(opened: Opened) -> None:
+def test_the_page_of_an_unchanged_model_names_no_interventions(opened: Opened) -> None:
     assert not opened(made_trace()).page.locator("#changed").is_visible()

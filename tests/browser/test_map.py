@@ -25,7 +25,7 @@ PIXEL = """([x, y]) => {
 
 
 def cell_place(page: OpenPage, step: int, column: int) -> tuple[float, float]:
-    """The middle of a cell in the canvas; its size follows from the number of columns."""
+    """Return the centre of a cell in the canvas, whose size depends on the number of columns."""
     x, y = page.page.evaluate(
         """async ([step, column]) => {
           const shown = await readTrace();
@@ -50,7 +50,7 @@ def point(page: OpenPage, step: int, column: int) -> str:
 
 
 def signed_trace(n_prompt: int = 6, n_generated: int = 9) -> Trace:
-    """The second measure of each row has numbers of both signs, in its own unit."""
+    """Return a trace whose second measure has numbers of both signs and its own unit."""
     trace = made_trace(n_prompt, n_generated)
     random = np.random.default_rng(5)
 
@@ -77,15 +77,15 @@ def test_the_map_has_a_line_for_each_generated_token(opened: Opened) -> None:
         shown = float(readout.split(": ")[1].strip(" %<"))
         assert shown == pytest.approx(share, abs=0.06 if share < 9.9 else 0.51)
     page.page.mouse.move(0, 0)
-    # Stronger attention has more of the colour, whose blue is far from that of the ground.
+    # Stronger attention has more colour, and its blue differs from the background's.
     row = trace.steps[8].row.weights_S
     blues = [colour(page, 8, column)[2] for column in np.argsort(-row)[:6].tolist()]
     assert blues == sorted(blues)
-    # A token that did not exist yet is not drawn: transparent.
+    # Tokens that did not exist yet are transparent.
     assert colour(page, 2, 12)[3] == 0
 
 
-def test_clicking_the_map_chooses_its_line(opened: Opened) -> None:
+def test_clicking_the_map_selects_its_line(opened: Opened) -> None:
     page = opened(made_trace())
     x, y = cell_place(page, 4, 2)
     page.page.locator("#map").click(position={"x": x, "y": y})
@@ -93,7 +93,7 @@ def test_clicking_the_map_chooses_its_line(opened: Opened) -> None:
     assert page.pinned() == [10]
 
 
-def test_the_map_is_of_the_chosen_head(opened: Opened) -> None:
+def test_the_map_shows_the_selected_head(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.page.locator("#grid [role=gridcell]").nth(2 * 4 + 1).click()
@@ -107,7 +107,7 @@ def test_the_map_is_of_the_chosen_head(opened: Opened) -> None:
     assert "5 strongest" in page.text("#map-note")
 
 
-def test_each_head_has_a_small_map(opened: Opened) -> None:
+def test_each_head_has_a_thumbnail_map(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.page.wait_for_function(
@@ -127,7 +127,9 @@ def test_each_head_has_a_small_map(opened: Opened) -> None:
         blue = np.array(pixels).reshape(-1, 4)[:, 2]
         assert len(blue) == 14
         strongest = int(heads.positions[layer, head, 0])
-        assert blue[strongest] == min(np.delete(blue, 0)), "but for the sink, the least blue"
+        assert blue[strongest] == min(np.delete(blue, 0)), (
+            "the strongest position but the sink must be the least blue"
+        )
 
 
 def test_a_signed_measure_has_two_colours_and_a_neutral_zero(opened: Opened) -> None:
@@ -154,13 +156,13 @@ def test_a_signed_measure_has_two_colours_and_a_neutral_zero(opened: Opened) -> 
     assert f"+{scale:.2f}" in legend
     assert "0.00" in legend
     first = page.page.locator("#sources tbody tr").first.locator("td").all_inner_texts()
-    assert int(first[0]) == int(np.abs(row).argmax()), "the table begins with the largest of all"
+    assert int(first[0]) == int(np.abs(row).argmax()), "the table must begin with the largest value"
     page.choose("measure", "weight")
     assert page.page.locator("#strip .plus, #strip .minus").count() == 0
 
 
 def copied(page: OpenPage) -> str:
-    """What the clipboard gets of a copy event."""
+    """Return the clipboard text of a copy event."""
     return page.page.evaluate(
         """() => {
           const data = new DataTransfer();
@@ -172,7 +174,7 @@ def copied(page: OpenPage) -> str:
     )
 
 
-def test_numbers_with_a_sign_are_summed_over_heads_and_called_so(opened: Opened) -> None:
+def test_signed_numbers_are_summed_over_heads_and_labelled_as_sums(opened: Opened) -> None:
     page = opened(made_trace(measures=("logit",)))
     page.click(13)
     rows = page.page.locator("#reduction option").all_inner_texts()
@@ -181,10 +183,10 @@ def test_numbers_with_a_sign_are_summed_over_heads_and_called_so(opened: Opened)
     listed = page.text("#listed")
     assert "logit, sum of the heads of layer 1:" in listed
     assert "Listed: the sink and the 5 strongest sources of each head" in listed
-    assert "%" not in listed, "logits are no shares of a row"
+    assert "%" not in listed, "logits are not shares of a row"
 
 
-def test_whole_rows_of_heads_are_not_called_a_part(opened: Opened) -> None:
+def test_complete_rows_of_heads_are_not_labelled_as_a_part(opened: Opened) -> None:
     page = opened(made_trace(6, 9, n_sources=13))
     page.click(13)
     page.choose("head", "1")
@@ -198,7 +200,7 @@ def test_copying_the_strip_gives_the_text(opened: Opened) -> None:
     page = opened(trace)
     page.click(6)
     plain = [printable(text) for text in texts]
-    assert copied(page) == "".join(plain)  # nothing is selected: all
+    assert copied(page) == "".join(plain)  # without a selection, everything is copied
     page.page.evaluate(
         """() => {
           const part = (i) => document.querySelector(`#token-${i} .text`).firstChild;
@@ -207,7 +209,7 @@ def test_copying_the_strip_gives_the_text(opened: Opened) -> None:
     )
     assert copied(page) == "".join(plain[1:5])
     page.page.evaluate("document.getSelection().selectAllChildren(document.getElementById('how'))")
-    assert copied(page) == "", "elsewhere, the browser copies as always"
+    assert copied(page) == "", "outside the strip, copying must not be intercepted"
 
 
 def test_a_character_of_several_tokens_is_shown_once_with_bytes_on_demand(opened: Opened) -> None:
@@ -224,7 +226,7 @@ def test_a_character_of_several_tokens_is_shown_once_with_bytes_on_demand(opened
     assert copied(page) == "今日は🙂今日は🙂"
 
 
-def test_the_page_explains_itself_until_it_is_folded(opened: Opened) -> None:
+def test_the_introduction_of_the_page_can_be_collapsed(opened: Opened) -> None:
     page = opened(made_trace())
     items = page.page.locator("#how li")
     assert items.count() == 4
@@ -233,7 +235,7 @@ def test_the_page_explains_itself_until_it_is_folded(opened: Opened) -> None:
     assert not items.first.is_visible()
 
 
-def test_hostile_tokens_in_the_map_are_only_text(opened: Opened) -> None:
+def test_hostile_tokens_in_the_map_are_shown_as_text(opened: Opened) -> None:
     page = opened(made_trace(4, len(HOSTILE), texts=HOSTILE))
     for step in range(0, len(HOSTILE), 5):
         assert f"token {4 + step} “" in point(page, step, 1)

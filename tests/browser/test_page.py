@@ -1,4 +1,4 @@
-"""The page in a real browser: what it shows of a trace, and how it is used.
+"""The page in a real browser: contents and controls.
 
 pip install playwright; python -m pytest -m browser
 """
@@ -27,7 +27,7 @@ def heads_of(row: Row) -> HeadRows:
 
 
 def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
-    """The kept part of a head's row."""
+    """Return the stored part of a head's row."""
     heads = heads_of(row_of(trace, position))
     shares = [0.0] * len(trace.tokens)
     shares[trace.header.sink] += float(heads.sink[layer, head])
@@ -51,7 +51,7 @@ def test_clicking_a_token_shades_what_it_attended_to(opened: Opened) -> None:
         assert f"token {position} " in page.text("#token-title")
 
 
-def test_the_second_measure_has_its_own_row(opened: Opened) -> None:
+def test_the_second_measure_shades_by_its_own_row(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(10)
@@ -59,12 +59,12 @@ def test_the_second_measure_has_its_own_row(opened: Opened) -> None:
     assert_shaded(page, whole_row(trace, 10, measure=1))
 
 
-@pytest.mark.parametrize("way", ["grid", "selects"])
-def test_choosing_a_head_shades_by_its_row(way: str, opened: Opened) -> None:
+@pytest.mark.parametrize("control", ["grid", "selects"])
+def test_choosing_a_head_shades_by_its_row(control: str, opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(13)
-    if way == "grid":
+    if control == "grid":
         page.page.locator("#grid [role=gridcell]").nth(2 * 4 + 1).click()
         page.drawn()
     else:
@@ -107,7 +107,7 @@ def test_several_heads_are_reduced_by_mean_or_max(
     assert "All positions are shaded" in page.text("#listed")
 
 
-def test_the_table_names_the_sink_and_the_position_whose_query_it_is(opened: Opened) -> None:
+def test_the_table_names_the_sink_and_the_position_of_the_query(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(N_PROMPT)
@@ -118,7 +118,7 @@ def test_the_table_names_the_sink_and_the_position_whose_query_it_is(opened: Ope
     assert kinds == {str(trace.header.sink): "sink", str(N_PROMPT - 1): "query"}
 
 
-def test_a_token_of_the_prompt_shows_who_attended_to_it(opened: Opened) -> None:
+def test_a_prompt_token_shows_the_tokens_that_attended_to_it(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(3)
@@ -128,7 +128,7 @@ def test_a_token_of_the_prompt_shows_who_attended_to_it(opened: Opened) -> None:
     assert "have no row" in page.text("#token-facts")
 
 
-def test_a_generated_token_shows_who_attended_to_it_when_asked(opened: Opened) -> None:
+def test_a_generated_token_shows_the_tokens_that_attended_to_it_on_request(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(9)
@@ -141,11 +141,11 @@ def test_a_generated_token_shows_who_attended_to_it_when_asked(opened: Opened) -
     assert_shaded(page, [0.0] * 10 + later)
 
 
-def test_pointing_shades_until_a_token_is_pinned(opened: Opened) -> None:
+def test_hovering_changes_the_shading_until_a_token_is_pinned(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     assert page.pinned() == []
-    assert_shaded(page, whole_row(trace, 14))  # the last, to begin with
+    assert_shaded(page, whole_row(trace, 14))  # the last token is selected initially
 
     def point(position: int) -> None:
         page.page.locator(f"#token-{position}").hover()
@@ -162,7 +162,7 @@ def test_pointing_shades_until_a_token_is_pinned(opened: Opened) -> None:
     assert_shaded(page, whole_row(trace, 9))
 
 
-def test_the_keys_move_pin_and_unpin(opened: Opened) -> None:
+def test_keys_move_the_selection_pin_and_unpin(opened: Opened) -> None:
     trace = made_trace()
     page = opened(trace)
     page.click(10)
@@ -288,7 +288,7 @@ def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
         strict=True,
     ):
         shown, tag = cell.locator("span").all_inner_texts()
-        # A 255th of the root of log2 13, and a digit.
+        # 1/255 of the root of log2 13, and rounding of the last digit.
         assert float(shown) == pytest.approx(bits, abs=0.08)
         assert tag == role.tag
         assert f"induction {100 * role.induction:.0f} %" in cell.get_attribute("title")
@@ -305,7 +305,7 @@ def test_the_grid_of_a_prompt_token_has_means_over_all_generated_tokens(
     np.testing.assert_allclose([float(text) for text in shown], mean.flatten(), atol=0.06)
 
 
-def test_the_page_says_what_a_trace_lacks(opened: Opened) -> None:
+def test_the_page_reports_what_is_missing_in_a_trace(opened: Opened) -> None:
     trace = made_trace(has_heads=False, has_roles=False, has_effects=False, measures=("weight",))
     page = opened(trace)
     page.click(12)
@@ -320,7 +320,7 @@ def test_the_page_says_what_a_trace_lacks(opened: Opened) -> None:
     assert "says nothing about cause" in page.text("footer")
 
 
-def test_roles_without_rows_of_heads_are_shown_but_select_nothing(opened: Opened) -> None:
+def test_roles_without_rows_of_heads_are_shown_but_not_selectable(opened: Opened) -> None:
     trace = made_trace(has_heads=False)
     page = opened(trace)
     page.click(12)

@@ -37,7 +37,7 @@ def test_the_downloaded_picture_shows_the_view(opened: Opened) -> None:
 
 
 def luminance(colour: Sequence[float]) -> float:
-    """Relative luminance of WCAG 2."""
+    """Return the relative luminance defined by WCAG 2."""
     parts = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
 
@@ -80,14 +80,14 @@ def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_long_tokens_push_no_column_out_of_the_table(width: int, opened: Opened) -> None:
+def test_long_tokens_do_not_push_columns_out_of_the_table(width: int, opened: Opened) -> None:
     page = opened(made_trace(texts=["token-" * 9]), viewport={"width": width, "height": 800})
     page.click(12)
     panel = page.page.locator("#panel")
     assert panel.evaluate("(panel) => panel.scrollWidth <= panel.clientWidth")
 
 
-def test_a_thousand_tokens_stay_a_small_page(opened: Opened) -> None:
+def test_the_page_of_a_thousand_tokens_is_small(opened: Opened) -> None:
     trace = made_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
     page = opened(trace)
     page.choose("reduction", "mean")
@@ -96,7 +96,7 @@ def test_a_thousand_tokens_stay_a_small_page(opened: Opened) -> None:
     for position in (1023, 500, 1000, 3, 700):
         page.click(position)
         n_elements.append(page.page.evaluate(elements))
-    # What a click shows replaces what the click before it showed.
+    # Each click replaces the contents of the previous one.
     assert max(n_elements) < 5 * 1024
     page.choose("reduction", "traced")
     page.click(1000)

@@ -19,7 +19,7 @@ Opened = Callable[..., OpenPage]
 
 
 def exercise(page: OpenPage) -> str:
-    """Use every control; return the downloaded picture."""
+    """Use every control of the page; return the downloaded picture."""
     page.click(0)
     page.click(4)
     page.press("ArrowLeft", "?", "Escape")
@@ -73,8 +73,8 @@ def assert_nothing_ran(page: OpenPage) -> None:
     assert page.page.locator("img, iframe, svg, object, embed, form, a, link, base").count() == 0
 
 
-def test_the_policy_stops_markup_that_escaping_missed(opened: Opened) -> None:
-    """A page with an attack in it: harmless with the policy, and detected without it."""
+def test_the_content_security_policy_blocks_unescaped_markup(opened: Opened) -> None:
+    """An injected attack must be harmless with the policy, and work without it."""
     attack = "<img src=x: onerror=window.pwned=1><script>window.pwned=1</script>"
     page = to_html(made_trace()).replace("<main>", f"<main>{attack}")
     guarded = opened(page, is_quiet=False)
@@ -84,7 +84,7 @@ def test_the_policy_stops_markup_that_escaping_missed(opened: Opened) -> None:
     assert opened(bare, is_quiet=False).page.evaluate("window.pwned") == 1
 
 
-def test_the_policy_refuses_html_from_text(opened: Opened) -> None:
+def test_the_trusted_types_policy_refuses_html_from_text(opened: Opened) -> None:
     page = opened(made_trace(), is_quiet=False)
     with pytest.raises(Exception, match="TrustedHTML"):
         page.page.evaluate("() => { document.body.innerHTML = '<b>x</b>'; }")

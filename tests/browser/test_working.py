@@ -1,4 +1,4 @@
-"""The page works out a weight with the model's own numbers, and shows the other choices."""
+"""The page shows the calculation of an attention weight, candidates and layer predictions."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def number(text: str) -> float:
 
 
 def explained() -> tuple[Trace, list[torch.Tensor]]:
-    """A trace of two explained heads, and the weights of all heads at each step."""
+    """Return a trace with two explained heads, and the weights of all heads at each step."""
     dense: list[torch.Tensor] = []
     header, *steps, footer = trace(
         small_model("llama-grouped", vocab_size=257, context_length=32),
@@ -41,7 +41,7 @@ def explained() -> tuple[Trace, list[torch.Tensor]]:
     return Trace(header, tuple(s for s in steps if isinstance(s, TraceStep)), footer), dense
 
 
-def test_the_shown_numbers_give_the_weight_of_the_model(opened: Opened) -> None:
+def test_the_shown_query_key_products_give_the_attention_weight(opened: Opened) -> None:
     made, dense = explained()
     page = opened(made)
     page.page.locator("#working summary").click()
@@ -68,7 +68,7 @@ def test_the_shown_numbers_give_the_weight_of_the_model(opened: Opened) -> None:
         page.page.locator("#grid [role=gridcell]").nth(layer * 4 + head).click()  # deselects it
 
 
-def test_a_source_is_chosen_by_its_row_in_the_table(opened: Opened) -> None:
+def test_a_source_is_selected_by_its_table_row(opened: Opened) -> None:
     made, _ = explained()
     page = opened(made)
     page.click(16)
@@ -79,7 +79,7 @@ def test_a_source_is_chosen_by_its_row_in_the_table(opened: Opened) -> None:
     assert page.page.locator("#working-source").input_value() == at
 
 
-def test_without_an_explained_head_there_is_no_working(opened: Opened) -> None:
+def test_without_an_explained_head_no_calculation_is_shown(opened: Opened) -> None:
     page = opened(made_trace())
     assert not page.page.locator("#working-section").is_visible()
     made, _ = explained()
@@ -89,7 +89,7 @@ def test_without_an_explained_head_there_is_no_working(opened: Opened) -> None:
 
 
 def with_choices(made: Trace, texts: list[str]) -> Trace:
-    """The same trace with candidates and a lens at its third step."""
+    """Return the trace with candidates and a lens at its third step."""
 
     def candidate(i: int) -> Candidate:
         return Candidate(i, texts[i % len(texts)].encode(), math.log(0.5 / (i + 1)))
@@ -104,7 +104,7 @@ def with_choices(made: Trace, texts: list[str]) -> Trace:
     return made
 
 
-def test_a_token_shows_its_candidates_and_the_choices_after_each_layer(opened: Opened) -> None:
+def test_a_token_shows_its_candidates_and_the_predictions_after_each_layer(opened: Opened) -> None:
     page = opened(with_choices(made_trace(), [" king", " queen", "\n"]))
     page.click(8)
     rows = page.page.locator("#candidates tr").all()
@@ -121,7 +121,7 @@ def test_a_token_shows_its_candidates_and_the_choices_after_each_layer(opened: O
         assert not page.page.locator(f"#{name}-section").is_visible()
 
 
-def test_hostile_candidates_are_only_text(opened: Opened) -> None:
+def test_hostile_candidates_are_shown_as_text(opened: Opened) -> None:
     page = opened(with_choices(made_trace(), list(HOSTILE)))
     page.click(8)
     shown = page.page.locator("#candidates .text").all_text_contents()

@@ -1,4 +1,4 @@
-"""A page in a browser: what tests do with it, and what it shows."""
+"""An open page of the browser: its controls and contents."""
 
 import math
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +13,7 @@ from minigpt.tracing.findings import Row, Trace
 
 @dataclass
 class OpenPage:
-    """A page in the browser, and its requests, messages and dialogs."""
+    """An open page with its recorded requests, messages and dialogs."""
 
     page: Any
     url: str
@@ -42,7 +42,7 @@ class OpenPage:
         return self.page.locator(selector).inner_text()
 
     def levels(self) -> list[tuple[float, float]]:
-        """The alpha of the shade and the height of the bar in px, for each token."""
+        """Return the alpha of the shade and the height of the bar in px, for each token."""
         return [
             (alpha, height)
             for alpha, height in self.page.evaluate(
@@ -65,13 +65,13 @@ def row_of(trace: Trace, position: int, measure: int = 0) -> Row:
 
 
 def whole_row(trace: Trace, position: int, measure: int = 0) -> list[float]:
-    """The row of a generated token, with zeros from its position on."""
+    """Return the row of a generated token, with zeros from its position on."""
     shares = row_of(trace, position, measure).weights_S.tolist()
     return shares + [0.0] * (len(trace.tokens) - len(shares))
 
 
 def assert_shaded(page: OpenPage, shares: Sequence[float], *, tolerance: float = 0.004) -> None:
-    """Shade and bar show the root of the share, which single heads store in 255 steps."""
+    """Check that shade and bar show the root of the share, stored in 255 steps for single heads."""
     pinned = set(page.pinned())
     levels = page.levels()
     assert len(levels) == len(shares)
@@ -84,7 +84,7 @@ def assert_shaded(page: OpenPage, shares: Sequence[float], *, tolerance: float =
 
 
 def assert_inert(picture: str) -> None:
-    """It is well-formed and has only shapes and texts."""
+    """Check that the picture is well-formed and has only shapes and texts."""
     root = ElementTree.fromstring(picture)
     for node in root.iter():
         assert node.tag.removeprefix("{http://www.w3.org/2000/svg}") in {

@@ -1,6 +1,6 @@
-"""What a stranger, a full disk, a kill or a power cut can do; tests run whole with make torture.
+"""Hostile files, full disks, kills and power cuts; make torture runs the long forms too.
 
-A test of the default suite takes a few seconds at most; the long forms have the marker torture.
+Tests of the default suite take a few seconds at most; the long forms have the marker torture.
 """
 
 import os
@@ -13,7 +13,7 @@ from types import FrameType
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Helpers of the other test packages: small_runs, small_traces, calls.
+# Helper modules of the other test folders: small_runs, small_traces, calls.
 sys.path += [str(ROOT / "tests" / name) for name in ("training", "tracing", "commands")]
 
 from interrupted_runs import train  # noqa: E402
@@ -27,7 +27,7 @@ from minigpt.text.tokens import PreparedData  # noqa: E402
 
 @pytest.fixture
 def model_folder(tmp_path: Path) -> Path:
-    """A folder with a model of random weights and byte tokens."""
+    """Return a folder with a model of random weights and a byte tokenizer."""
     folder = tmp_path / "model"
     write_model(folder, small_model(vocab_size=257), BytesTokenizer())
     return folder
@@ -35,7 +35,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def limit(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Fail a test that hangs, as a read of a FIFO does."""
+    """Fail a test that hangs, for example while reading a FIFO."""
 
     def fail(number: int, frame: FrameType | None) -> None:
         raise TimeoutError("the test hangs")
@@ -52,7 +52,7 @@ def limit(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def program() -> dict[str, str]:
-    """The environment of the program as a process of its own."""
+    """Return the environment for running the program in a separate process."""
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -63,7 +63,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
 
 @pytest.fixture(scope="session")
 def begun(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps."""
+    """Return the folder of a run with two steps."""
     folder = tmp_path_factory.mktemp("begun") / "run"
     train(folder, data, until=2)
     return folder
@@ -71,7 +71,7 @@ def begun(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def straight(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps that nothing happened to."""
+    """Return the folder of an uninterrupted run of six steps."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     train(folder, data)
     return folder

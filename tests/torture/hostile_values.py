@@ -1,4 +1,4 @@
-"""Values that a hostile or damaged JSON file may have, and their places in a document."""
+"""Values of hostile or damaged JSON files, and the places in a document to put them."""
 
 import copy
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ VALUES: list[Any] = [
     "0-999999999",
 ]
 REMOVED = object()
-"""In the place of a value: its key is missing."""
+"""Marks that the key of the value is removed."""
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -49,7 +49,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def changed(document: Any, place: tuple[Any, ...], value: Any) -> Any:
-    """Return a document with another value at one place."""
+    """Return a copy of a document with another value at one place."""
     if not place:
         return {} if value is REMOVED else value
     document = copy.deepcopy(document)

@@ -1,4 +1,4 @@
-"""A run of six steps that is interrupted, resumed and compared with one that was not."""
+"""A run of six steps that is interrupted, resumed and compared with an uninterrupted one."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ CONFIG = config_of(max_steps=6, save_every=2)
 
 
 def train(folder: Path, data: PreparedData, *, until: int = 6) -> None:
-    """Start the run of a folder, or resume it, and stop at a step."""
+    """Start or resume the run in a folder, and stop at a step."""
     run = RunFolder(folder)
     with run.lock():
         run_until(trainer_of(CONFIG, data, folder, resume=run.latest() is not None), until)

@@ -1,8 +1,8 @@
-"""Faults of the system at every call, and power cuts: what was saved is never lost.
+"""Failing system calls and power cuts: saved data is never lost.
 
 ``Disk`` records the calls that change a folder (open for writing, fsync, rename, mkdir, unlink),
-fails one of them, or rebuilds what a disk holds after a power cut: a disk may drop or reorder every
-write and rename that no fsync has ordered.
+fails one of them, or reconstructs the disk after a power cut: a disk may drop or reorder all writes
+and renames that no fsync has ordered.
 """
 
 import builtins
@@ -98,21 +98,21 @@ def fault(i: int, code: int, begun: Path, straight: Path, data: PreparedData, pl
             message = str(error)
         else:
             message = ""
-    assert not message or str(folder) in message, "the message names the file"
+    assert not message or str(folder) in message, "the message must name the file"
     latest = RunFolder(folder).latest()
-    assert latest is not None, "the last checkpoint is there"
+    assert latest is not None, "the last checkpoint was lost"
     if latest.step == 2:
         assert differing(weights(folder), before) == []
     train(folder, data)
     assert differing(weights(folder), weights(straight)) == []
     left = [path.name for path in folder.iterdir() if path.name.startswith((".writ", ".repl"))]
-    assert left == [], "the next run has cleaned up"
+    assert left == [], "the next run must delete temporary files"
     shutil.rmtree(folder)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES])
-def test_a_fault_at_some_calls_loses_nothing_and_resumes_with_the_same_bits(
+def test_a_failure_of_some_system_calls_loses_nothing_and_keeps_the_bits(
     code: int, begun: Path, straight: Path, data: PreparedData, tmp_path: Path
 ) -> None:
     n_calls = calls_of_a_resume(begun, data, tmp_path)
@@ -124,14 +124,14 @@ def test_a_fault_at_some_calls_loses_nothing_and_resumes_with_the_same_bits(
 
 @pytest.mark.torture
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
-def test_a_fault_at_every_call_loses_nothing_and_resumes_with_the_same_bits(
+def test_a_failure_of_any_system_call_loses_nothing_and_keeps_the_bits(
     code: int, begun: Path, straight: Path, data: PreparedData, tmp_path: Path
 ) -> None:
     for i in range(calls_of_a_resume(begun, data, tmp_path)):
         fault(i, code, begun, straight, data, tmp_path)
 
 
-def test_all_files_of_a_checkpoint_are_synced_before_its_folder_gets_its_name(
+def test_all_files_of_a_checkpoint_are_synced_before_its_folder_is_renamed(
     begun: Path, data: PreparedData, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -147,12 +147,14 @@ def test_all_files_of_a_checkpoint_are_synced_before_its_folder_gets_its_name(
         for path in final.rglob("*"):
             place = aside / path.relative_to(final)
             temporary = aside / f".writing-{path.name}.{os.getpid()}"  # the manifest
-            assert {str(place), str(temporary)} & synced, f"{path} is synced before the rename"
-        assert str(aside) in synced, "and so are the names in the folder"
+            assert {str(place), str(temporary)} & synced, f"{path} must be synced before the rename"
+        assert str(aside) in synced, "the folder must be synced, too"
         after = disk.calls[renamed + 1 :]
         named = after.index(("fsync", str(folder)))
         pointed = [i for i, (name, path) in enumerate(after) if name == "replace"]
-        assert named < min(pointed), "the name is on the disk before a pointer names it"
+        assert named < min(pointed), (
+            "the renamed folder must be synced before a pointer refers to it"
+        )
 
 
 def test_a_file_is_synced_before_it_replaces_another(tmp_path: Path) -> None:
@@ -164,10 +166,10 @@ def test_a_file_is_synced_before_it_replaces_another(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", ["no pointer", "old pointers", "torn aside", "nothing new"])
-def test_a_power_cut_leaves_the_old_checkpoint_or_the_whole_new_one(
+def test_a_power_cut_leaves_the_old_checkpoint_or_the_complete_new_one(
     kept: str, begun: Path, straight: Path, data: PreparedData, tmp_path: Path
 ) -> None:
-    """Rebuild each state that the order of syncs allows, and resume from it."""
+    """Reconstruct each state that the order of syncs allows, and resume from it."""
     folder, old = tmp_path / "run", tmp_path / "old"
     shutil.copytree(begun, folder)
     shutil.copytree(begun, old)
@@ -179,7 +181,7 @@ def test_a_power_cut_leaves_the_old_checkpoint_or_the_whole_new_one(
     if kept == "old pointers":
         for name in ("best.json", "latest.json"):
             shutil.copy(old / name, folder)
-    if kept == "torn aside":  # not renamed; each file empty, cut or full of zeros
+    if kept == "torn aside":  # not renamed; every file is empty, truncated or zeros
         aside = step.rename(folder / f".writing-{step.name}")
         for i, path in enumerate(sorted(path for path in aside.rglob("*") if path.is_file())):
             content = path.read_bytes()
@@ -196,10 +198,10 @@ def test_a_power_cut_leaves_the_old_checkpoint_or_the_whole_new_one(
     assert differing(weights(folder), weights(straight)) == []
 
 
-def test_a_disk_that_reordered_its_writes_is_noticed(
+def test_reordered_writes_of_a_disk_are_detected(
     begun: Path, data: PreparedData, tmp_path: Path
 ) -> None:
-    """A folder of the final name with torn files, as a disk that ignores fsync leaves it."""
+    """A disk that ignores fsync may leave torn files in a folder with the final name."""
     for name in ("config.json", "model.safetensors", "training_state/optimizer.safetensors"):
         folder = tmp_path / name.replace("/", "-")
         shutil.copytree(begun, folder)
@@ -214,7 +216,7 @@ def test_a_disk_that_reordered_its_writes_is_noticed(
 
 
 class FullAtClose(io.FileIO):
-    """A file whose last bytes do not fit, as NFS and quotas report at close."""
+    """A file whose last bytes do not fit, reported only at close as with NFS and quotas."""
 
     def close(self) -> None:
         if not self.closed and self.writable():
@@ -223,7 +225,7 @@ class FullAtClose(io.FileIO):
         super().close()
 
 
-def test_a_disk_that_is_full_at_close_keeps_the_old_file(
+def test_a_full_disk_at_close_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "best.json"
@@ -241,7 +243,7 @@ def test_a_disk_that_is_full_at_close_keeps_the_old_file(
     assert os.listdir(tmp_path) == ["best.json"]
 
 
-def test_a_full_disk_under_dense_leaves_no_file_and_names_it(tmp_path: Path) -> None:
+def test_a_full_disk_while_writing_dense_rows_leaves_no_file(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
     path = tmp_path / "rows.safetensors"

@@ -1,4 +1,4 @@
-"""Configs, safetensors headers and prepared corpora of strangers: read, or refused in one line."""
+"""Untrusted configs, safetensors headers and prepared corpora are read or refused in one line."""
 
 import json
 import re
@@ -52,9 +52,9 @@ def read_or_refuse(config: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", CONFIGS)
-def test_a_config_with_400_digits_is_refused_by_name(layout: str) -> None:
+def test_a_config_value_of_400_digits_is_refused_by_name(layout: str) -> None:
     for name, value in CONFIGS[layout].items():
-        # n_ctx is only for other programs.
+        # n_ctx is read only by other programs.
         if type(value) is int and not name.endswith("token_id") and name != "n_ctx":
             for hostile in (10**400, -(10**400), 2**63, 2**31):
                 with pytest.raises(CheckpointError, match=r"config\.json: "):
@@ -65,7 +65,7 @@ def test_a_config_with_400_digits_is_refused_by_name(layout: str) -> None:
 
 @QUIET
 @given(st.sampled_from(sorted(CONFIGS)), st.data())
-def test_any_change_of_a_config_is_read_or_refused(layout: str, data: st.DataObject) -> None:
+def test_any_changed_config_is_read_or_refused(layout: str, data: st.DataObject) -> None:
     place = data.draw(st.sampled_from([p for p in places(CONFIGS[layout]) if p]))
     read_or_refuse(changed(CONFIGS[layout], place, data.draw(values)))
 
@@ -79,7 +79,7 @@ def test_every_value_in_every_field_of_a_config_is_read_or_refused(layout: str) 
                 read_or_refuse(changed(CONFIGS[layout], place, value))
 
 
-def test_settings_of_400_digits_are_refused_by_name() -> None:
+def test_settings_with_400_digits_are_refused_by_name() -> None:
     plain = {"context_length": 8, "n_layer": 1, "n_head": 1, "d_model": 8, "vocab_size": 9}
     full: dict[type, dict[str, Any]] = {
         ModelConfig: plain,
@@ -99,7 +99,7 @@ def test_settings_of_400_digits_are_refused_by_name() -> None:
 @pytest.mark.parametrize(
     ("cls", "name"), [(TrainingConfig, "newton_schulz_steps"), (SamplingConfig, "num_samples")]
 )
-def test_a_count_without_end_is_refused(cls: type, name: str) -> None:
+def test_an_absurdly_large_count_is_refused(cls: type, name: str) -> None:
     plain = {"max_steps": 1} if cls is TrainingConfig else {}
     with pytest.raises(ConfigError, match=f"{name} must be in"):
         build(cls, plain | {name: 10**9})
@@ -110,7 +110,7 @@ def with_header(folder: Path, header: bytes, body: bytes = b"", size: int | None
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", n_bytes) + header + body)
 
 
-def test_a_header_of_a_million_tensors_takes_no_memory(model_folder: Path) -> None:
+def test_a_header_that_claims_a_million_tensors_uses_little_memory(model_folder: Path) -> None:
     one = '"t%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     with_header(model_folder, ("{" + ",".join(one % i for i in range(1_000_000)) + "}").encode())
     tracemalloc.start()
@@ -120,7 +120,7 @@ def test_a_header_of_a_million_tensors_takes_no_memory(model_folder: Path) -> No
     tracemalloc.stop()
 
 
-def test_a_tensor_name_of_megabytes_is_cut_in_the_message(model_folder: Path) -> None:
+def test_a_tensor_name_of_megabytes_is_truncated_in_the_message(model_folder: Path) -> None:
     for name in ("x" * 3_000_000, "\x1b[2J" * 100_000, "\u202e" * 100_000):
         tensor = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
         with_header(model_folder, json.dumps({name: tensor}).encode())
@@ -229,7 +229,7 @@ def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @QUIET
 @given(st.data())
-def test_any_change_of_a_prepared_corpus_is_read_or_refused(
+def test_any_changed_prepared_corpus_is_read_or_refused(
     prepared_folder: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.mktemp("text") / "copy"
@@ -257,7 +257,7 @@ def state_folder(data: PreparedData, begun: Path) -> Path:
 @pytest.mark.integration
 @QUIET
 @given(draw=st.data())
-def test_any_change_of_a_training_state_is_resumed_or_refused(
+def test_any_changed_training_state_is_resumed_or_refused(
     begun: Path,
     state_folder: Path,
     data: PreparedData,

@@ -1,4 +1,4 @@
-"""Corpora, chat templates and pickles of strangers: read, or refused in one short line."""
+"""Untrusted corpora, chat templates and pickles are read or refused in one short line."""
 
 import gzip
 import io
@@ -38,12 +38,12 @@ CHAT = [
 
 
 def read(path: Path, **options: Any) -> str:
-    """Read all documents of a file; return the message if it is refused."""
+    """Read all documents of a file; return the error message if it is refused."""
     data = DataConfig(**options)
     try:
         files = find_files([str(path)], path.parent / "cache", path.parent, data)
         for document in iter_documents(files, data):
-            document.text.encode()  # no lone surrogate comes through
+            document.text.encode()  # fails on lone surrogates
     except DataError as error:
         message = str(error)
     else:
@@ -95,7 +95,7 @@ def test_any_bytes_as_a_corpus_are_read_or_refused(
 
 @QUIET
 @given(st.data(), st.booleans(), st.booleans())
-def test_any_change_of_rows_is_read_skipped_or_refused(
+def test_any_changed_rows_are_read_skipped_or_refused(
     tmp_path: Path, data: st.DataObject, skip_bad: bool, is_chat: bool
 ) -> None:
     rows: Any = CHAT if is_chat else ROWS
@@ -132,7 +132,7 @@ def test_any_table_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> No
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
-def test_a_small_file_that_unpacks_to_one_endless_row_is_refused(
+def test_a_small_file_that_decompresses_to_one_huge_row_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows, "LONGEST_ROW", 2**21)
@@ -214,7 +214,7 @@ FILES = {
 
 @QUIET
 @given(st.sampled_from(sorted(FILES)), st.data())
-def test_any_change_of_the_files_beside_the_weights_is_read_or_refused(
+def test_any_changed_file_of_a_model_is_read_or_refused(
     model_folder: Path, name: str, data: st.DataObject
 ) -> None:
     kept = {path: path.read_bytes() for path in model_folder.iterdir()}
@@ -244,8 +244,8 @@ def test_any_change_of_the_files_beside_the_weights_is_read_or_refused(
             path.write_bytes(old)
 
 
-class Runs:
-    """A value whose pickle runs a command, which makes a file."""
+class CommandPickle:
+    """A value whose pickle runs a command that creates a file."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -271,16 +271,16 @@ def test_any_bytes_as_a_pickle_are_refused(tmp_path: Path, content: bytes) -> No
     import_or_refuse(tmp_path, content)
 
 
-def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
+def test_a_hostile_pickle_runs_no_code(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
-    runs = Runs(ran)
+    runs = CommandPickle(ran)
     for value in (runs, {"model": runs}, {"model": {}, "model_args": {"n_layer": runs}}):
         import_or_refuse(tmp_path, pickle.dumps(value))
         buffer = io.BytesIO()
         torch.save(value, buffer)
         import_or_refuse(tmp_path, buffer.getvalue())
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:  # which unpacks to 100 MB
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:  # decompresses to 100 MB
         archive.writestr("a/data.pkl", bytes(10**8))
     import_or_refuse(tmp_path, buffer.getvalue())
     assert not ran.exists()
@@ -291,9 +291,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path: Path) -> None:
     st.sampled_from(["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "model"]),
     st.sampled_from([value for value in VALUES if not isinstance(value, float)]),
 )
-def test_any_shape_of_a_nanogpt_checkpoint_is_refused(
-    tmp_path: Path, name: str, value: Any
-) -> None:
+def test_any_malformed_nanogpt_checkpoint_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     args = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 8, "vocab_size": 9, "bias": True}
     content: dict[str, Any] = {"model": {"transformer.wte.weight": torch.zeros(9, 8)}}
     content["model_args"] = args | {name: value}

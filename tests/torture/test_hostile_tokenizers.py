@@ -1,4 +1,4 @@
-"""Vocabularies of strangers: read in a moment, or refused in one line."""
+"""Untrusted vocabularies are read quickly or refused in one line."""
 
 import copy
 import json
@@ -32,7 +32,7 @@ def with_pattern(pattern: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("pattern", EMPTY)
-def test_a_pattern_that_matches_nothing_never_reaches_tiktoken(
+def test_a_pattern_that_can_match_nothing_is_never_passed_to_tiktoken(
     pattern: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     if pattern != r"(a+)+$":
@@ -45,14 +45,14 @@ def test_a_pattern_that_matches_nothing_never_reaches_tiktoken(
     assert "panicked" not in capfd.readouterr().err
 
 
-def test_the_usual_patterns_are_read_by_tiktoken() -> None:
+def test_the_usual_patterns_are_encoded_with_tiktoken() -> None:
     gpt2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     for pattern in (BPE_PATTERN, gpt2):
         assert type(tokenizer_from_json(with_pattern(pattern), "x")).__name__ == "TiktokenTokenizer"
 
 
 def growing(n_merges: int) -> dict[str, Any]:
-    """Return a vocabulary whose merges are a a, aa a, aaa a, ..."""
+    """Return a vocabulary with the merges a a, aa a, aaa a, ..."""
     data = copy.deepcopy(PLAIN)
     vocab, merges = data["model"]["vocab"], data["model"]["merges"]
     for n in range(1, n_merges):
@@ -61,7 +61,7 @@ def growing(n_merges: int) -> dict[str, Any]:
     return data
 
 
-def test_merges_that_take_cubic_time_are_left_to_the_library() -> None:
+def test_merges_that_take_cubic_time_use_the_tokenizers_library() -> None:
     data = growing(900)
     assert len(json.dumps(data)) > 800_000
     started = time.process_time()
@@ -70,10 +70,10 @@ def test_merges_that_take_cubic_time_are_left_to_the_library() -> None:
     library = Library.from_str(json.dumps(data))
     text = "aaaa baaaaa " * 5
     assert tokenizer.encode(text) == library.encode(text, add_special_tokens=False).ids
-    assert n_seconds < 20, "it took a minute"
+    assert n_seconds < 20, "cubic merging would take a minute"
 
 
-def test_a_vocabulary_of_too_many_added_tokens_is_refused() -> None:
+def test_a_vocabulary_with_too_many_added_tokens_is_refused() -> None:
     data = copy.deepcopy(PLAIN)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     data["added_tokens"] += [
@@ -84,7 +84,7 @@ def test_a_vocabulary_of_too_many_added_tokens_is_refused() -> None:
 
 
 def use(data: dict[str, Any]) -> None:
-    """Read a vocabulary and encode with it; both may fail in one line."""
+    """Read a vocabulary and encode with it; each may fail with a one-line error."""
     try:
         tokenizer = tokenizer_from_json(data, "x")
         ids = tokenizer.encode(TEXT)
@@ -100,7 +100,7 @@ def use(data: dict[str, Any]) -> None:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.sampled_from(PLACES), values)
-def test_any_change_of_a_tokenizer_json_is_read_or_refused(
+def test_any_single_change_of_a_tokenizer_json_is_read_or_refused(
     place: tuple[Any, ...], value: Any
 ) -> None:
     data = changed(PLAIN, place, value)
@@ -111,18 +111,18 @@ def test_any_change_of_a_tokenizer_json_is_read_or_refused(
 @pytest.mark.torture
 @settings(max_examples=3000, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), values), min_size=1, max_size=3))
-def test_any_changes_of_a_tokenizer_json_are_read_or_refused(changes: list[Any]) -> None:
+def test_several_changes_of_a_tokenizer_json_are_read_or_refused(changes: list[Any]) -> None:
     data: Any = PLAIN
     for place, value in changes:
         try:
             data = changed(data, place, value)
         except (KeyError, IndexError, TypeError, AttributeError):
-            continue  # the place is gone
+            continue  # an earlier change removed this place
     if isinstance(data, dict):
         use(data)
 
 
-def test_a_vocabulary_folder_of_any_bytes_is_refused(model_folder: Path) -> None:
+def test_tokenizer_files_of_arbitrary_bytes_are_refused(model_folder: Path) -> None:
     from minigpt.checkpoint.model_folder import read_model
 
     for content in (b"", b"{", b"\xff", b"[]", b"5", b"[" * 100_000, b'{"model": 1}' * 2):

@@ -1,4 +1,4 @@
-"""Trace files of strangers: --replay and --diff show them or name the line and the field."""
+"""Untrusted traces: --replay and --diff show them or name the damaged line and field."""
 
 import json
 import tracemalloc
@@ -41,7 +41,7 @@ def write(path: Path, lines: list[Any]) -> Path:
 
 
 def try_out(path: Path) -> str:
-    """Read, show and compare a trace; return the reason if it is refused."""
+    """Read, show and compare a trace; return the error message if it is refused."""
     try:
         read_traces(path)
     except DataError as error:
@@ -61,7 +61,7 @@ def try_out(path: Path) -> str:
     return ""
 
 
-def test_the_trace_is_read_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_unchanged_trace_is_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert try_out(write(tmp_path / "t.jsonl", LINES)) == ""
     assert len(PLACES) > 400
 
@@ -105,7 +105,7 @@ def test_the_trace_is_read_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixtur
         (-1, ("finish_reason",), "boredom", "finish_reason is not one of"),
     ],
 )
-def test_a_hostile_field_is_named(
+def test_a_hostile_field_is_refused_by_name(
     line: int, place: tuple[Any, ...], value: Any, says: str, tmp_path: Path
 ) -> None:
     lines = [*LINES]
@@ -115,7 +115,7 @@ def test_a_hostile_field_is_named(
     assert f"line {line % len(lines) + 1} of" in message
 
 
-def test_a_header_of_any_size_takes_no_memory(tmp_path: Path) -> None:
+def test_a_header_that_claims_any_size_uses_little_memory(tmp_path: Path) -> None:
     for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_head", "n_verified"):
         header = changed(changed(LINES[0], ("roles",), None), ("heads",), "*.*")
         for size in (2**16, 10**6, 10**9, 2**31 - 1):
@@ -135,8 +135,10 @@ def check(tmp_path: Path, line: int, place: tuple[Any, ...], value: Any) -> None
 
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.sampled_from(PLACES), values)
-@example((3, ("effects", 0, "control_of")), 0)  # what is kept alone, without any source
-def test_any_change_of_a_trace_is_shown_or_named(
+@example(
+    (3, ("effects", 0, "control_of")), 0
+)  # the prediction from the sources alone, without any source
+def test_any_changed_trace_is_shown_or_refused_with_its_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], where: Any, value: Any
 ) -> None:
     check(tmp_path, *where, value)
@@ -145,7 +147,7 @@ def test_any_change_of_a_trace_is_shown_or_named(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: t.encode("utf-8", "replace")))
-def test_any_bytes_after_a_header_are_shown_or_named(
+def test_any_bytes_after_a_header_are_shown_or_refused_with_their_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes
 ) -> None:
     path = tmp_path / "t.jsonl"
@@ -159,7 +161,7 @@ def test_any_bytes_after_a_header_are_shown_or_named(
 
 @pytest.mark.torture
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: repr(value)[:12])
-def test_every_value_at_every_place_of_a_trace_is_shown_or_named(
+def test_every_value_in_every_field_of_a_trace_is_shown_or_refused(
     value: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for line, place in FEW:
@@ -169,7 +171,7 @@ def test_every_value_at_every_place_of_a_trace_is_shown_or_named(
 
 @pytest.mark.torture
 @pytest.mark.parametrize("view", ["heads", "matrix", "page", "text"])
-def test_every_view_shows_each_trace_that_is_read(view: str, tmp_path: Path) -> None:
+def test_every_view_shows_every_trace_that_is_accepted(view: str, tmp_path: Path) -> None:
     show: Callable[..., Any] = ring(f"tracing.views.{view}").show
     n_shown = 0
     for line, place in FEW:
@@ -187,7 +189,7 @@ def test_every_view_shows_each_trace_that_is_read(view: str, tmp_path: Path) -> 
 
 
 def hostile_dense() -> st.SearchStrategy[bytes]:
-    """Return files in the place of one that --dense wrote."""
+    """Return a strategy of files that replace one written by --dense."""
     numbers = st.integers(-(2**31), 2**31) | st.just(10**400)
     facts = st.fixed_dictionaries(
         {},
@@ -209,7 +211,7 @@ def hostile_dense() -> st.SearchStrategy[bytes]:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> tuple[Path, Path]:
-    """A trace, and the file of its rows."""
+    """Return a trace and the file of its dense rows."""
     path = write(tmp_path / "t.jsonl", LINES)
     [trace] = read_traces(path)
     with writing_rows(tmp_path / "d", n_layer=2, n_head=4, metadata={}) as add:
@@ -220,7 +222,9 @@ def dense(tmp_path: Path) -> tuple[Path, Path]:
 
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(hostile_dense())
-def test_any_file_in_the_place_of_dense_is_refused(dense: tuple[Path, Path], data: bytes) -> None:
+def test_any_other_file_in_place_of_dense_rows_is_refused(
+    dense: tuple[Path, Path], data: bytes
+) -> None:
     path, rows = dense
     rows.write_bytes(data)
     with pytest.raises(DataError, match=r"another trace|is not a file of --dense") as caught:
@@ -230,7 +234,7 @@ def test_any_file_in_the_place_of_dense_is_refused(dense: tuple[Path, Path], dat
 
 
 @pytest.mark.parametrize("value", [-1.0, 1.5, 1e38, float("nan"), float("inf")])
-def test_weights_of_dense_that_no_softmax_gives_are_refused(
+def test_dense_weights_outside_the_range_of_a_softmax_are_refused(
     value: float, dense: tuple[Path, Path]
 ) -> None:
     path, rows = dense
@@ -242,7 +246,9 @@ def test_weights_of_dense_that_no_softmax_gives_are_refused(
         replay(path, Targets(view="lines", dense=rows), AnalysisConfig())
 
 
-def test_dense_of_another_size_is_refused_before_it_is_read(dense: tuple[Path, Path]) -> None:
+def test_a_dense_file_of_another_size_is_refused_before_it_is_read(
+    dense: tuple[Path, Path],
+) -> None:
     path, rows = dense
     n_bytes = 2**40
     facts = {"rows": {"dtype": "F32", "shape": [2**35, 2, 4], "data_offsets": [0, n_bytes]}}

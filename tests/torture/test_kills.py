@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped at random moments, and resumed."""
+"""Runs that are killed or stopped at random moments and resumed."""
 
 import random
 import signal
@@ -41,7 +41,7 @@ def checked(run: RunFolder) -> dict[str, Any]:
 
 @pytest.mark.torture
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_ended_at_random_moments_ends_with_the_same_bits(
+def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
     number: int, program: dict[str, str], tmp_path: Path
 ) -> None:
     (tmp_path / "corpus.txt").write_text("The king said: once upon a time.\n" * 90)
@@ -53,11 +53,11 @@ def test_a_run_ended_at_random_moments_ends_with_the_same_bits(
     newest, n_kills = 0, 0
     process = start(program, tmp_path, "corpus.txt", "--name", "killed", *TRAIN)
     for _ in range(60):
-        # The time that Python takes to start is not of interest; the moments after it are.
+        # The start of Python is not interesting, only the moments after it.
         while process.poll() is None and not run.steps():
             time.sleep(0.01)
         try:
-            # At once the first time: a fast machine ends the run soon after its first checkpoint.
+            # Immediately the first time, because a fast machine soon finishes the run.
             process.wait(rng.uniform(0.5, 3.5) if n_kills else rng.uniform(0.0, 0.1))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
@@ -66,10 +66,10 @@ def test_a_run_ended_at_random_moments_ends_with_the_same_bits(
         assert "bug of minigpt" not in error
         if number != signal.SIGKILL:
             assert "Traceback" not in error
-            # Before its first instructions, Python ends as the system has it.
+            # While Python starts, the default signal action ends it.
             assert process.returncode in (0, 128 + number, -number), error
         latest = run.latest()
-        assert (latest.step if latest else 0) >= newest, "no checkpoint is lost"
+        assert (latest.step if latest else 0) >= newest, "a checkpoint was lost"
         newest = latest.step if latest else 0
         if process.returncode == 0 and newest == 60:
             break

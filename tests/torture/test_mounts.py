@@ -1,6 +1,6 @@
-"""Real file systems that are full or read-only, mounted for a test: nothing is lost.
+"""Runs on mounted file systems that are full or read-only lose nothing.
 
-They need root. The faults of test_faults.py need nothing, and reach more calls.
+These tests need root. test_faults.py does not, and covers more system calls.
 """
 
 import errno
@@ -24,7 +24,7 @@ Mount = Callable[..., Path]
 
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Mount]:
-    """Mount an empty file system of some kilobytes, or a folder read-only."""
+    """Return a function that mounts an empty file system of a given size, or a folder read-only."""
     mounted: list[Path] = []
 
     def begin(*, kilobytes: int = 0, read_only: Path | None = None) -> Path:
@@ -51,13 +51,13 @@ def enlarge(disk: Path) -> None:
 
 
 def size_of(folder: Path) -> int:
-    """Return the kilobytes of a folder on a tmpfs, which has pages of four."""
+    """Return the kilobytes of a folder on a tmpfs, which has pages of 4 kB."""
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return sum(-(-path.stat().st_size // 4096) * 4 for path in paths)
 
 
 def fill_up(disk: Path, begun: Path, straight: Path, data: PreparedData) -> str:
-    """Resume a run on a disk that may be too small, check what is left, and return the error."""
+    """Resume a run on a disk that may be too small, check its files, and return the error."""
     run = disk / "run"
     shutil.copytree(begun, run)
     before, message = weights(run), ""
@@ -66,13 +66,13 @@ def fill_up(disk: Path, begun: Path, straight: Path, data: PreparedData) -> str:
     except ResourceError as error:
         message = str(error)
         assert os.strerror(errno.ENOSPC) in message
-        assert str(run) in message, "the message names the file"
+        assert str(run) in message, "the message must name the file"
     latest = RunFolder(run).latest()
-    assert latest is not None, "the last checkpoint is there"
+    assert latest is not None, "the last checkpoint was lost"
     if latest.step == 2:
         assert differing(weights(run), before) == []
     left = [path for path in run.rglob("*") if path.name.startswith(".writing-")]
-    assert left == [], "an unfinished file takes the room of the others"
+    assert left == [], "unfinished files must be deleted"
     enlarge(disk)
     train(run, data)
     assert differing(weights(run), weights(straight)) == []
@@ -80,23 +80,23 @@ def fill_up(disk: Path, begun: Path, straight: Path, data: PreparedData) -> str:
 
 
 def levels(begun: Path, straight: Path, n: int) -> list[int]:
-    """Return sizes of a disk from what is there at the start to what the run needs at most."""
+    """Return disk sizes from the size of the initial run to the maximum that the run needs."""
     least, most = size_of(begun) + 8, size_of(begun) + 2 * size_of(straight)
     return [least + (most - least) * i // (n - 1) for i in range(n)]
 
 
-def test_a_really_full_disk_loses_nothing_and_resumes_with_the_same_bits(
+def test_a_full_file_system_loses_nothing_and_resumes_with_the_same_bits(
     mount: Mount, begun: Path, straight: Path, data: PreparedData
 ) -> None:
     messages = [
         fill_up(mount(kilobytes=size), begun, straight, data) for size in levels(begun, straight, 4)
     ]
     assert messages[0]
-    assert not messages[-1], "this disk had room for all"
+    assert not messages[-1], "the largest disk must have enough space"
 
 
 @pytest.mark.torture
-def test_a_disk_that_is_full_at_any_level_loses_nothing(
+def test_a_disk_with_any_amount_of_free_space_loses_nothing(
     mount: Mount, begun: Path, straight: Path, data: PreparedData
 ) -> None:
     failed = [
@@ -116,7 +116,7 @@ def test_a_file_that_does_not_fit_keeps_the_old_one(mount: Mount) -> None:
     assert os.listdir(disk) == ["a"]
 
 
-def test_a_run_on_a_read_only_mount_ends_in_one_line_and_is_read(
+def test_a_run_on_a_read_only_mount_can_be_read_but_not_resumed(
     mount: Mount, begun: Path, data: PreparedData, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

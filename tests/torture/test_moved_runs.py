@@ -13,7 +13,7 @@ from minigpt.training.metrics import MetricsLog, logging_to
 
 @pytest.mark.parametrize("how", ["moved", "deleted", "replaced"])
 @pytest.mark.parametrize("writes_metrics", [True, False])
-def test_a_run_folder_moved_while_it_trains_ends_the_run_in_one_line(
+def test_moving_a_run_folder_during_training_ends_the_run_in_one_line(
     how: str, writes_metrics: bool, tmp_path: Path
 ) -> None:
     data = data_of(text(400), tmp_path)

@@ -1,4 +1,4 @@
-"""FIFOs, devices, sockets, folders, links and locked files in the place of files that we read."""
+"""FIFOs, devices, sockets, folders, links and unreadable files in place of regular files."""
 
 import json
 import os
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 def make_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as one:
         here = os.getcwd()
-        os.chdir(path.parent)  # its address has some hundred bytes at most
+        os.chdir(path.parent)  # the address of a socket is limited to about 100 bytes
         try:
             one.bind(path.name)
         finally:
@@ -67,7 +67,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def put(kind: str, path: Path) -> str:
-    """Put a special file in the place of a path; return what the error has to say."""
+    """Replace a path by a special file; return the pattern of the expected error."""
     path.unlink(missing_ok=True)
     KINDS[kind](path)
     return WORDS.get(kind, f"(?i)it is a {kind}")
@@ -133,7 +133,7 @@ def test_a_trace_that_is_a_special_file_is_refused(kind: str, tmp_path: Path) ->
         read_traces(tmp_path / "t.jsonl")
 
 
-def test_rows_of_dense_that_are_a_special_file_are_refused(kind: str, tmp_path: Path) -> None:
+def test_a_dense_file_that_is_a_special_file_is_refused(kind: str, tmp_path: Path) -> None:
     says = put(kind, tmp_path / "rows")
     with pytest.raises(DataError, match=says):
         with_rows_of(small_trace(), tmp_path / "rows", AnalysisConfig(), n_kept=8)
@@ -196,7 +196,7 @@ def test_a_folder_of_text_is_read_without_its_special_files(tmp_path: Path) -> N
 
 
 @pytest.mark.integration
-def test_generate_with_a_fifo_as_weights_ends_at_once_in_one_line(
+def test_generate_with_a_fifo_as_weights_fails_at_once_in_one_line(
     model_folder: Path, program: dict[str, str]
 ) -> None:
     put("FIFO", model_folder / "model.safetensors")
@@ -214,7 +214,7 @@ def test_generate_with_a_fifo_as_weights_ends_at_once_in_one_line(
 
 @pytest.fixture
 def other_user() -> Iterator[None]:
-    """Read as a user who owns nothing here."""
+    """Run the test as a user who does not own the files."""
     if os.geteuid():
         yield
         return
@@ -224,7 +224,7 @@ def other_user() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
-def test_every_file_of_a_model_has_the_mode_of_the_umask(mask: int, tmp_path: Path) -> None:
+def test_model_files_have_the_permissions_of_the_umask(mask: int, tmp_path: Path) -> None:
     before = os.umask(mask)
     try:
         write_model(tmp_path / "model", small_model(vocab_size=257), BytesTokenizer())
@@ -237,7 +237,7 @@ def test_every_file_of_a_model_has_the_mode_of_the_umask(mask: int, tmp_path: Pa
     assert modes == dict.fromkeys(modes, oct(0o666 & ~mask))
 
 
-def test_every_file_of_a_run_has_the_mode_of_the_umask(tmp_path: Path) -> None:
+def test_run_files_have_the_permissions_of_the_umask(tmp_path: Path) -> None:
     data = data_of(text(400), tmp_path)
     before = os.umask(0o027)
     try:
@@ -285,5 +285,5 @@ def test_permission_denied_is_a_resource_error_that_names_the_file(
     assert caught.value.exit_code == 6
 
 
-def test_the_limit_of_a_test_works() -> None:
+def test_the_time_limit_of_these_tests_works() -> None:
     assert signal.getitimer(signal.ITIMER_REAL)[0] > 0

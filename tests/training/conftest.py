@@ -1,4 +1,4 @@
-"""One small corpus for all runs."""
+"""One small corpus shared by all training tests."""
 
 import pytest
 from small_runs import data_of, text

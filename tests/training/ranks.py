@@ -1,7 +1,7 @@
-"""Runs of several ranks on one CPU, each a fork of one process that has imported torch already.
+"""Runs of several ranks on one CPU, each rank forked from a process that has imported torch.
 
-As a program: python ranks.py PREPARED FOLDER < descriptions of runs, as JSON, done in their order.
-Each rank leaves what it saw in FOLDER/RUN-RANK.json.
+Usage: python ranks.py PREPARED FOLDER < runs.json, which executes the described runs in order.
+Each rank writes its results to FOLDER/RUN-RANK.json.
 """
 
 import json
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # every optimizer imports it at its first step: once here, not in each fork
+import torch._dynamo  # imported once here, not by the first optimizer step of every fork
 import torch.distributed.fsdp
 import torch.distributed.tensor
 from small_runs import config_of, trainer_of
@@ -31,9 +31,9 @@ from minigpt.training.skipping import SkipEvent
 
 
 def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> dict[str, Any]:
-    """Be one rank of a run; return what it saw."""
-    evaluation._TOKENS_AT_ONCE_ON_CPU = 32  # so that there is something to share
-    # Muon in bfloat16 would amplify the rounding of sums in another order.
+    """Run one rank; return its losses and other results."""
+    evaluation._TOKENS_AT_ONCE_ON_CPU = 32  # small batches, so that ranks have windows to share
+    # Muon in bfloat16 would amplify rounding differences of sums in another order.
     run_module.has_fast_bfloat16 = lambda device: False
     if "clock" in run:
         looks = count()

@@ -1,4 +1,4 @@
-"""Training runs that take a second, and their results to compare."""
+"""Training runs that take a second, and comparisons of their results."""
 
 import random
 from pathlib import Path
@@ -67,7 +67,7 @@ def trainer_of(
 
 
 def run_until(trainer: Trainer, step: int) -> list[Event]:
-    """Run to a step of a logged event and stop there, as a signal would."""
+    """Run until a step is logged, and stop there as a signal would."""
     events = []
     for event in trainer.run():
         events.append(event)
@@ -77,7 +77,7 @@ def run_until(trainer: Trainer, step: int) -> list[Event]:
 
 
 def bits(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """All tensors that training moves, by name."""
+    """Return all tensors that training changes, by name."""
     tensors = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
     names = {parameter: name for name, parameter in trainer.model.named_parameters()}
     for optimizer in trainer.optimizers:
@@ -88,6 +88,6 @@ def bits(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def differing(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that are not the same to the last bit."""
+    """Return the names of tensors that are not bitwise equal."""
     assert one.keys() == other.keys()
     return [name for name, tensor in one.items() if not torch.equal(tensor, other[name])]

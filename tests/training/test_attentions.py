@@ -1,4 +1,4 @@
-"""Models with minigpt's own architectures are trained, resumed, loaded, decoded and traced."""
+"""Training, resuming, loading, decoding and tracing of minigpt's own architectures."""
 
 import json
 from dataclasses import replace
@@ -37,7 +37,7 @@ MODELS = SCORED | {"lstm": LSTM, "lstm-attention": LSTM_ATTENTION}
 
 
 def other_model(name: str, **changes: Any) -> LanguageModel:
-    """All weights random, in evaluation mode."""
+    """Return a model in evaluation mode whose weights are all random."""
     config = small_config(**(MODELS[name] | changes))
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(7)
@@ -54,7 +54,7 @@ def run_config(name: str, **training: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_resumed_run_ends_with_the_same_bits_and_lowers_its_loss(
+def test_every_architecture_trains_and_resumes_with_the_same_bits(
     name: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = run_config(name, lr=0.02)
@@ -76,7 +76,9 @@ def test_a_resumed_run_ends_with_the_same_bits_and_lowers_its_loss(
 
 @pytest.mark.parametrize("reduce", ["mean", "rollout"])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "lstm"])
-def test_a_trace_shows_the_model_s_own_weights_and_changes_no_token(name: str, reduce: Any) -> None:
+def test_traced_rows_are_the_models_attention_and_tracing_changes_no_token(
+    name: str, reduce: Any
+) -> None:
     model = other_model(name, vocab_size=257)
     sampling = SamplingConfig(max_new_tokens=7, seed=3)
     prompt = list(b"to be or not")
@@ -127,7 +129,7 @@ def test_a_config_json_of_another_model_is_refused(
         read_model(tmp_path)
 
 
-def test_an_lstm_without_attention_has_nothing_to_trace() -> None:
+def test_tracing_an_lstm_without_attention_is_refused() -> None:
     events = trace(
         other_model("lstm", vocab_size=257),
         BytesTokenizer(),
@@ -162,29 +164,29 @@ def test_published_layouts_reject_other_scores() -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_compiling_is_refused_in_one_line(name: str) -> None:
+def test_compiled_decoding_of_other_architectures_is_refused_in_one_line(name: str) -> None:
     model = other_model(name)
     with pytest.raises(ConfigError, match=r"--compile needs .*: this model is .* Use --no-compile"):
         make_forward(model, capacity=8, compiles=True)
 
 
-def test_muon_updates_an_lstm_s_matrices_and_adamw_the_rest() -> None:
+def test_muon_updates_the_matrices_of_an_lstm_and_adamw_the_rest() -> None:
     named = other_model("lstm-attention").named_parameters()
-    served = {name for name, parameter in named if is_muon_parameter(name, parameter)}
+    muon_names = {name for name, parameter in named if is_muon_parameter(name, parameter)}
     attention = ("score.w_q", "score.w_k", "output.weight", "own.weight")
-    assert served == {f"blocks.0.lstm.weight_{kind}_l0" for kind in ("ih", "hh")} | {
+    assert muon_names == {f"blocks.0.lstm.weight_{kind}_l0" for kind in ("ih", "hh")} | {
         f"attention.{name}" for name in attention
     }
 
 
-def test_muon_updates_a_score_s_matrices_and_adamw_its_vectors() -> None:
-    served = {
+def test_muon_updates_the_matrices_of_a_score_and_adamw_its_vectors() -> None:
+    muon_names = {
         (attention, name.rpartition(".")[2]): is_muon_parameter(name, parameter)
         for attention in ATTENTIONS
         for name, parameter in small_model(attention=attention).named_parameters()
         if ".score." in name
     }
-    assert served == {
+    assert muon_names == {
         ("general", "w"): True,
         ("concat", "w"): True,
         ("concat", "v"): False,
@@ -218,7 +220,7 @@ def test_the_plan_of_an_lstm_counts_its_parameters_and_optimizer_state(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["additive", "lstm", "lstm-attention"])
-def test_the_estimate_is_what_a_run_allocates(
+def test_estimated_memory_of_every_architecture_is_what_a_run_allocates(
     name: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = run_config(name, batch_size=64)
@@ -227,11 +229,11 @@ def test_the_estimate_is_what_a_run_allocates(
     _, moments = allocated(made[0].take_step)
     step, _ = allocated(made[0].take_step)
     estimate = estimate_memory(config, len(made[0].val_tokens), torch.float32)
-    # A formula: temporary tensors of a score are not in it.
+    # The formula ignores temporary tensors of a score.
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.2)
 
 
-def test_the_memory_of_a_tanh_score_is_estimated_as_bounded() -> None:
+def test_the_estimated_memory_of_a_tanh_score_is_bounded() -> None:
     shape = small_config(vocab_size=61, context_length=1024, n_layer=1, attention="additive")
     config = replace(config_of(batch_size=1), model=shape)
     hidden_bytes = 4 * 1024 * 1024 * 8 * 4

@@ -1,4 +1,4 @@
-"""torch.compile sees the whole model as one graph, also when the context grows."""
+"""torch.compile captures the whole model as one graph, even while the context grows."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from minigpt.model.gpt import GPT
 
 @pytest.mark.integration
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_context_warm_up_breaks_no_graph(layout: str) -> None:
+def test_context_warm_up_causes_no_graph_breaks(layout: str) -> None:
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
@@ -24,6 +24,6 @@ def test_context_warm_up_breaks_no_graph(layout: str) -> None:
     for n_rows, length in ((12, 8), (12, 8), (4, 24), (4, 24)):
         tokens = torch.ones(n_rows, length, dtype=torch.long)
         torch.testing.assert_close(compiled(tokens, recompute=False), model(tokens))
-    # One graph for the short context, and one for any other.
+    # One graph for the short context and one for all others.
     assert len(graphs) <= 2
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""Compiled training: when it is chosen, that it changes nothing else, and what a failure does."""
+"""Compiled training: when it is the default, that results do not change, and failures."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -21,8 +21,7 @@ from minigpt.training.world import World
 CPU = torch.device("cpu")
 N_PARAMETERS = 1_000_000
 LONG = 60_000
-"""Steps that take 11 minutes of two threads, with so many parameters and 96 tokens a step; in fact
-far less."""
+"""Steps estimated to take 11 minutes on two threads with N_PARAMETERS and 96 tokens per step."""
 
 
 @pytest.mark.parametrize(
@@ -38,12 +37,12 @@ far less."""
         ({"max_steps": 2 * LONG * 50, "compile": False}, False),
     ],
 )
-def test_a_run_of_over_ten_minutes_on_a_cpu_is_compiled(
+def test_cpu_runs_of_over_ten_minutes_are_compiled_by_default(
     budget: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert compiling.is_compiled(config_of(**budget), 5 * N_PARAMETERS // 10, CPU) is expected
-    # Twice the parameters on twice the threads take as long.
+    # Twice the parameters on twice the threads take the same time.
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert compiling.is_compiled(config_of(**budget), N_PARAMETERS, CPU) is expected
 
@@ -61,7 +60,7 @@ def test_other_devices_several_processes_and_lstms_are_not_compiled_by_default()
 
 
 @pytest.mark.integration
-def test_a_run_says_that_it_is_compiled_by_default_before_it_begins(
+def test_default_compilation_is_announced_before_the_first_step(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(max_steps=0, max_minutes=60.0)
@@ -72,7 +71,7 @@ def test_a_run_says_that_it_is_compiled_by_default_before_it_begins(
 
 
 def run_of(data: PreparedData, folder: Path, **changes: Any) -> Trainer:
-    """A run of two contexts, two micro-batches and dropout."""
+    """Return a run with two context lengths, two micro-batches and dropout."""
     settings = {"max_steps": 6, "micro_batch_size": 3, "context_warmup_length": 8} | changes
     trainer = trainer_of(config_of(dropout=0.2, **settings), data, folder)
     list(trainer.run())
@@ -80,8 +79,8 @@ def run_of(data: PreparedData, folder: Path, **changes: Any) -> Trainer:
 
 
 @pytest.fixture
-def shapes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Compile by tracing alone; return the options of each compilation."""
+def compile_options(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Replace compilation by tracing; return the list of compilation options."""
     compile_, seen = torch.compile, []
 
     def traced(function: Any, **options: Any) -> Any:
@@ -94,18 +93,22 @@ def shapes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.integration
-def test_compiling_leaves_no_trace_in_gradients_and_masks(
-    shapes: list[Any], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_compiling_changes_no_gradient_and_no_dropout_mask(
+    compile_options: list[Any], data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused, "fused_loss", lambda *run: None)  # the modules, as when compiled
+    monkeypatch.setattr(
+        fused, "fused_loss", lambda *run: None
+    )  # use the modules, as compiled runs do
     straight = run_of(data, tmp_path / "eager", compile=False)
-    assert shapes == []
+    assert compile_options == []
     compiled = run_of(data, tmp_path / "compiled", compile=True)
-    assert shapes == [{"dynamic": False}]  # kernels do not depend on the shapes seen before
+    assert compile_options == [
+        {"dynamic": False}
+    ]  # kernels must not depend on earlier compile_options
     assert differing(bits(compiled), bits(straight)) == []
 
 
-def test_the_wrapper_that_averages_gradients_is_compiled_with_the_loss(
+def test_gradient_averaging_is_compiled_together_with_the_loss(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrappers: list[nn.Module] = []
@@ -120,12 +123,12 @@ def test_the_wrapper_that_averages_gradients_is_compiled_with_the_loss(
     trainer_of(config_of(compile=True), data, tmp_path)
     assert len(wrappers) == 1
     assert compiled == wrappers
-    assert type(wrappers[0][0]) is TrainingLoss  # whose graph has the logits and their loss
+    assert type(wrappers[0][0]) is TrainingLoss  # its graph contains the logits and their loss
 
 
 @pytest.mark.integration
 def test_a_compiled_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
-    shapes: list[Any], data: PreparedData, tmp_path: Path
+    compile_options: list[Any], data: PreparedData, tmp_path: Path
 ) -> None:
     straight = run_of(data, tmp_path / "straight", compile=True)
     config = straight.config
@@ -142,11 +145,11 @@ def test_a_compiled_run_that_is_stopped_and_resumed_ends_with_the_same_bits(
 
 
 @pytest.mark.slow
-def test_kernels_of_the_compiler_give_the_same_bits_after_a_resume(
+def test_compiled_kernels_give_the_same_bits_after_resuming(
     data: PreparedData, tmp_path: Path
 ) -> None:
     n_threads = torch.get_num_threads()
-    torch.set_num_threads(2)  # where the compiler's own gradient of an embedding would vary
+    torch.set_num_threads(2)  # with more threads, the compiler's default embedding gradient varies
     try:
         straight = run_of(data, tmp_path / "straight", compile=True)
         first = trainer_of(straight.config, data, tmp_path / "first")
@@ -160,7 +163,7 @@ def test_kernels_of_the_compiler_give_the_same_bits_after_a_resume(
 
 
 class Failing:
-    """A compiler that fails, at the first pass or at the backward pass."""
+    """A compiler that fails in the first forward or backward pass."""
 
     def __init__(self, function: Any, where: str) -> None:
         self.function, self.where = function, where
@@ -177,7 +180,7 @@ class Failing:
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_failure_of_the_compiler_continues_without_it_and_with_the_same_bits(
+def test_a_compiler_failure_falls_back_to_eager_with_the_same_bits(
     where: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run_of(data, tmp_path / "eager", compile=False)
@@ -191,7 +194,7 @@ def test_a_failure_of_the_compiler_continues_without_it_and_with_the_same_bits(
     assert differing(bits(found), bits(straight)) == []
 
 
-def test_a_resumed_run_is_not_compiled_if_the_compiler_failed_before(
+def test_a_run_whose_compilation_failed_is_resumed_without_it(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = run_of(data, tmp_path / "eager", compile=False)
@@ -202,7 +205,7 @@ def test_a_resumed_run_is_not_compiled_if_the_compiler_failed_before(
         first = trainer_of(config, data, tmp_path / "run")
         with pytest.warns(MinigptWarning, match="without torch.compile"):
             run_until(first, 4)
-    again = trainer_of(config, data, tmp_path / "run", resume=True)  # where the compiler works
+    again = trainer_of(config, data, tmp_path / "run", resume=True)  # the compiler works again
     assert again.moved_from is None
     assert [fact for _, fact in opening(again) if "compile" in fact] == [compiling.FAILED_NOTE]
     asked = replace(config, training=replace(config.training, compile=True))
@@ -214,7 +217,7 @@ def test_a_resumed_run_is_not_compiled_if_the_compiler_failed_before(
     assert trainer_of(config, data, tmp_path / "run", resume=True).compile_failed
 
 
-def test_a_failure_is_an_error_if_compiling_was_asked_for(
+def test_a_compiler_failure_is_an_error_if_compile_was_requested(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", lambda f, **_: Failing(f, "forward"))
@@ -223,7 +226,7 @@ def test_a_failure_is_an_error_if_compiling_was_asked_for(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradient_of_an_embedding_is_that_of_torch(dtype: torch.dtype) -> None:
+def test_the_embedding_gradient_equals_that_of_torch(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(5, (3, 7), generator=generator)
     module = compiling.Embedding(6, 4, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Loss curves from metrics.jsonl: every complete line, of finished and running runs."""
+"""Loss curves read from metrics.jsonl of finished and running runs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def written(folder: Path, text: str) -> Path:
     return folder
 
 
-def test_curves_are_the_losses_of_the_events(data: PreparedData, tmp_path: Path) -> None:
+def test_loss_curves_equal_the_losses_of_the_events(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(max_steps=4, batch_size=6, eval_every=2)
     trainer = trainer_of(config, data, tmp_path)
     with logging_to(tmp_path, None, from_step=0) as log:
@@ -53,20 +53,20 @@ def test_curves_are_the_losses_of_the_events(data: PreparedData, tmp_path: Path)
 
 
 @pytest.mark.parametrize("half", ['{"event": "st', STEP[:-1], "\0\0\0"])
-def test_a_half_written_last_line_is_ignored(half: str, tmp_path: Path) -> None:
+def test_an_incomplete_last_line_of_metrics_is_ignored(half: str, tmp_path: Path) -> None:
     curves = read_curves(written(tmp_path, STEP + EVAL + half))
     assert [(point.steps, point.loss) for point in curves.train] == [(3, 2.5)]
     assert [(point.loss, point.bits_per_byte) for point in curves.val] == [(2.25, 3.5)]
 
 
-def test_tokens_are_unknown_without_a_config(tmp_path: Path) -> None:
+def test_the_number_of_tokens_is_unknown_without_a_config(tmp_path: Path) -> None:
     curves = read_curves(written(tmp_path, STEP))
     assert (curves.tokenizer, curves.train[0].tokens) == (None, None)
     (tmp_path / CONFIG_FILE).write_text("version = 99")
     assert read_curves(tmp_path).train[0].tokens is None
 
 
-def test_nan_and_inf_losses_are_left_out(tmp_path: Path) -> None:
+def test_nan_and_inf_losses_are_omitted_from_curves(tmp_path: Path) -> None:
     bad = "".join(STEP.replace("2.5", value) for value in ("NaN", "Infinity", "-Infinity"))
     assert [point.loss for point in read_curves(written(tmp_path, bad + STEP)).train] == [2.5]
 
@@ -88,14 +88,14 @@ def test_nan_and_inf_losses_are_left_out(tmp_path: Path) -> None:
         "[" * 100_000,
     ],
 )
-def test_a_damaged_line_is_named(bad: str, tmp_path: Path) -> None:
+def test_a_damaged_line_of_metrics_is_reported_with_its_number(bad: str, tmp_path: Path) -> None:
     message = r"line 2 of '.*metrics\.jsonl' is not a line of metrics"
     with pytest.raises(CheckpointError, match=message) as error:
         read_curves(written(tmp_path, f"{STEP}{bad}\n{STEP}"))
     assert str(error.value).isprintable()
 
 
-def test_a_run_is_found_by_name_by_folder_and_as_the_newest(tmp_path: Path) -> None:
+def test_a_run_is_found_by_name_or_folder_and_defaults_to_the_newest(tmp_path: Path) -> None:
     old, new = (written(tmp_path / name, STEP) for name in ("old", "new"))
     os.utime(old / METRICS_FILE, (1, 1))
     (tmp_path / "not-a-run").mkdir()

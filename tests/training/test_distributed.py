@@ -1,4 +1,4 @@
-"""Several ranks train as one does: the same losses, the same checkpoints, the same stop."""
+"""Several ranks train like one: the same losses, checkpoints and stops."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
 ]
 N_STEPS = 6
-# Matrices and vocabulary that no number of ranks divides; micro-batches; everything saved.
+# Matrices and vocabulary not divisible by the number of ranks; micro-batches; every step saved.
 TRAINING = {
     "max_steps": N_STEPS,
     "batch_size": 12,
@@ -58,7 +58,7 @@ def run_of(
 def interrupted(
     name: str, base: dict[str, Any], before: int, after: int, **sharding: Any
 ) -> list[Any]:
-    """A run that its last rank stops at step 2, and that other ranks take up."""
+    """Return a run stopped at step 2 by its last rank and resumed with other ranks."""
     stop = [before - 1, 2]
     return [
         run_of(f"{name} stopped", base, before, folder=name, stop=stop, changes=sharding),
@@ -89,8 +89,8 @@ RUNS = [
 ]
 
 
-class Seen:
-    """What the ranks of all runs saw."""
+class RankResults:
+    """Results of all ranks of all runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +106,7 @@ class Seen:
 
 
 @pytest.fixture(scope="module")
-def seen(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Seen:
+def seen(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> RankResults:
     folder = tmp_path_factory.mktemp("ranks")
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), str(Path(minigpt.__file__).parents[1])]
@@ -118,15 +118,15 @@ def seen(data: PreparedData, tmp_path_factory: pytest.TempPathFactory) -> Seen:
         timeout=300,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )
-    return Seen(folder)
+    return RankResults(folder)
 
 
-def assert_same_course(seen: Seen, name: str, reference: str) -> None:
-    """Check the losses and gradient norms of all steps and the losses of all evaluations."""
+def assert_same_course(seen: RankResults, name: str, reference: str) -> None:
+    """Compare the losses and gradient norms of all steps and the losses of all evaluations."""
     for kind in ("steps", "evaluations"):
         expected = torch.tensor(seen.by(reference)[kind], dtype=torch.float64)
         ours = torch.tensor(seen.by(name)[kind], dtype=torch.float64)
-        # float32, in another order of sums, and the more so the more steps there were.
+        # float32 sums in another order; the difference grows with the steps.
         torch.testing.assert_close(ours, expected[-len(ours) :], rtol=1e-3, atol=1e-6)
 
 
@@ -140,17 +140,21 @@ SEVERAL = [
 
 
 @pytest.mark.parametrize(("name", "alone"), SEVERAL)
-def test_several_ranks_have_the_losses_of_one_with_the_same_batch(
-    name: str, alone: str, seen: Seen
+def test_losses_of_several_ranks_equal_those_of_one_rank(
+    name: str, alone: str, seen: RankResults
 ) -> None:
     assert len(seen.by(name)["steps"]) == N_STEPS
     assert_same_course(seen, name, alone)
     losses = [loss for _, loss, _, _ in seen.by(name)["steps"]]
-    assert len({round(loss, 2) for loss in losses}) == N_STEPS, "no two steps look alike"
+    assert len({round(loss, 2) for loss in losses}) == N_STEPS, (
+        "all steps must have different losses"
+    )
 
 
 @pytest.mark.parametrize(("name", "alone"), SEVERAL)
-def test_checkpoints_of_several_ranks_equal_that_of_one(name: str, alone: str, seen: Seen) -> None:
+def test_checkpoints_of_several_ranks_equal_those_of_one_rank(
+    name: str, alone: str, seen: RankResults
+) -> None:
     ours, expected = RunFolder(seen.folder / name), RunFolder(seen.folder / alone)
     assert ours.steps() == expected.steps() == [3, 6]
     files = [
@@ -161,13 +165,13 @@ def test_checkpoints_of_several_ranks_equal_that_of_one(name: str, alone: str, s
     one, other = seen.tensors(name, 3), seen.tensors(alone, 3)
     assert one.keys() == other.keys()
     for key in one:
-        # No softmax feels the bias of keys: its gradient is noise, of which AdamW makes steps.
+        # A key bias does not change the softmax: its gradient is noise, which AdamW amplifies.
         if not key.endswith(("key.bias/exp_avg", "key.bias/exp_avg_sq", "c_attn.bias")):
             torch.testing.assert_close(one[key], other[key], rtol=1e-2, atol=1e-4, msg=key)
     assert read_model(ours.step_folder(6)).model.config.n_layer == 2
 
 
-def test_every_rank_sees_the_same_losses_and_only_rank_0_saves(seen: Seen) -> None:
+def test_every_rank_reports_the_same_losses_and_only_rank_0_saves(seen: RankResults) -> None:
     for name in ("qwen3, 2 ranks", "qwen3, 2 ranks in shards"):
         first, second = seen.by(name, 0), seen.by(name, 1)
         assert first["steps"] == second["steps"]
@@ -175,19 +179,19 @@ def test_every_rank_sees_the_same_losses_and_only_rank_0_saves(seen: Seen) -> No
         assert (first["saves"], second["saves"]) == ([3, 6], [])
 
 
-def test_each_rank_holds_a_shard_of_the_optimizer_state(seen: Seen) -> None:
+def test_each_rank_stores_a_shard_of_the_optimizer_state(seen: RankResults) -> None:
     whole = seen.by("qwen3, 2 ranks")["n_held"]
     for n_ranks in (2, 3):
         name = f"qwen3, {n_ranks} ranks in shards"
         held = [seen.by(name, rank)["n_held"] for rank in range(n_ranks)]
-        n_counters = 40  # AdamW's of its parameters, which every rank has
+        n_counters = 40  # AdamW's step counters, which every rank stores
         assert whole <= sum(held) <= whole + n_ranks * n_counters
         assert max(held) < 1.1 * whole / n_ranks + n_counters
 
 
 @pytest.mark.parametrize("kind", ["2 ranks", "2 ranks in shards"])
 def test_a_stopped_and_resumed_run_of_two_ranks_ends_with_the_same_bits(
-    kind: str, seen: Seen
+    kind: str, seen: RankResults
 ) -> None:
     straight, resumed = f"dropout, {kind}", f"dropout, {kind.replace('ranks', 'ranks to 2')}"
     assert differing(seen.tensors(straight), seen.tensors(resumed)) == []
@@ -204,7 +208,9 @@ def test_a_stopped_and_resumed_run_of_two_ranks_ends_with_the_same_bits(
         "qwen3, 1 rank to 2 in shards",
     ],
 )
-def test_a_run_resumes_with_more_or_fewer_ranks_and_reports_it(name: str, seen: Seen) -> None:
+def test_a_run_resumes_with_more_or_fewer_ranks_and_reports_it(
+    name: str, seen: RankResults
+) -> None:
     stopped, resumed = seen.by(f"{name} stopped"), seen.by(name)
     assert stopped["was_stopped"]
     assert [step for step, *_ in stopped["steps"] + resumed["steps"]] == [1, 2, 3, 4, 5, 6]
@@ -213,37 +219,37 @@ def test_a_run_resumes_with_more_or_fewer_ranks_and_reports_it(name: str, seen: 
     assert ("2 ranks of cpu" in resumed["moved_from"]) == name.endswith("to 1")
 
 
-def test_a_stop_request_to_one_rank_stops_all_at_the_same_step(seen: Seen) -> None:
-    for rank in (0, 1):  # it was rank 1 that was asked
+def test_a_stop_request_to_one_rank_stops_all_at_the_same_step(seen: RankResults) -> None:
+    for rank in (0, 1):  # the request was sent to rank 1
         report = seen.by("dropout, 2 ranks to 2 stopped", rank)
         assert report["was_stopped"]
         assert [step for step, *_ in report["steps"]] == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["2 ranks", "2 ranks in shards"])
-def test_a_nan_on_one_rank_is_skipped_by_all(kind: str, seen: Seen) -> None:
-    for rank in (0, 1):  # it was rank 1 that met it
+def test_a_nan_on_one_rank_is_skipped_by_all(kind: str, seen: RankResults) -> None:
+    for rank in (0, 1):  # the NaN was on rank 1
         report = seen.by(f"skips, {kind}", rank)
         assert report["skips"] == [[2, 1], [5, 2]]
         assert [step for step, *_ in report["steps"]] == [1, 3, 4, 6]
     assert_same_course(seen, f"skips, {kind}", "skips, 1 rank")
 
 
-def test_ranks_whose_clocks_differ_agree_on_the_last_step(seen: Seen) -> None:
+def test_ranks_with_different_clocks_agree_on_the_last_step(seen: RankResults) -> None:
     first, second = seen.by("minutes", 0), seen.by("minutes", 1)
     assert first["steps"] == second["steps"]
-    assert first["elapsed_s"] == second["elapsed_s"] == 6.0  # rank 0's clock: a second a step
+    assert first["elapsed_s"] == second["elapsed_s"] == 6.0  # rank 0's clock: one second per step
     assert len(first["steps"]) == 6
 
 
-def test_ranks_use_different_dropout_masks(seen: Seen) -> None:
+def test_ranks_use_different_dropout_masks(seen: RankResults) -> None:
     first, second = (seen.by("dropout, 2 ranks", rank)["masks"] for rank in (0, 1))
     assert len(first) == len(second) == N_STEPS * 2  # two micro-batches of three
     masks = first + second
     for i, mask in enumerate(masks):
         for other in masks[:i]:
             n_both = sum(a == b == "1" for a, b in zip(mask, other, strict=True))
-            # Independent masks drop the same place one time in twenty-five.
+            # Independent masks drop the same position with probability 1/25.
             assert abs(n_both / len(mask) - 0.04) < 0.02
 
 
@@ -257,7 +263,7 @@ def test_micro_batches_are_equal_and_at_most_the_requested_size(
     assert World(size=n_ranks).micro_batch_size(batch_size, wanted) == size
 
 
-def test_a_batch_that_ranks_cannot_divide_is_a_config_error() -> None:
+def test_a_batch_size_not_divisible_by_the_ranks_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 12 cannot be divided among 5 processes\."):
         DistributedWorld(size=5).micro_batch_size(12, 3)
 

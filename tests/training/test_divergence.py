@@ -1,4 +1,4 @@
-"""NaN and inf losses: a run stops and keeps its last good checkpoint, or skips the steps."""
+"""NaN and inf losses: a run stops with its last good checkpoint, or skips the steps."""
 
 import json
 import math
@@ -20,15 +20,15 @@ from minigpt.training.skipping import MAX_SKIPPED_IN_A_ROW, SkipEvent
 from minigpt.training.trainer import Trainer
 
 
-def spoil(trainer: Trainer, value: float) -> None:
+def set_weight(trainer: Trainer, value: float) -> None:
     with torch.no_grad():
         trainer.model.blocks[0].mlp.up.weight[3, 4] = value
 
 
-def run_and_spoil(trainer: Trainer, *, after_step: int, value: float) -> None:
+def run_and_set_weight(trainer: Trainer, *, after_step: int, value: float) -> None:
     for event in trainer.run():
         if isinstance(event, SaveEvent) and event.step == after_step:
-            spoil(trainer, value)
+            set_weight(trainer, value)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -37,7 +37,7 @@ def test_a_diverged_run_raises_and_leaves_the_last_finite_checkpoint(
 ) -> None:
     trainer = trainer_of(config_of("llama", save_every=2), data, tmp_path)
     with pytest.raises(DivergedError) as caught:
-        run_and_spoil(trainer, after_step=4, value=value)
+        run_and_set_weight(trainer, after_step=4, value=value)
     message = str(caught.value)
     assert message.startswith("training diverged at step 5: loss nan, gradient norm nan, lr 0.01.")
     assert "The checkpoint of step 4 is kept. Try a lower --lr" in message
@@ -51,14 +51,14 @@ def test_a_diverged_run_raises_and_leaves_the_last_finite_checkpoint(
 
 
 @pytest.mark.parametrize("cadence", [{"save_every": 2}, {"eval_every": 1, "save_every": 3}])
-def test_nothing_that_diverged_between_two_log_lines_is_saved(
+def test_a_run_that_diverged_between_two_log_lines_saves_nothing(
     cadence: dict[str, int], data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("llama", log_every=1000, max_steps=20, sample_every=1, **cadence)
     trainer = trainer_of(config, data, tmp_path)
     first = cadence["save_every"] + 1
     with pytest.raises(DivergedError, match=rf"at step {first}: loss nan, gradient norm nan, lr"):
-        run_and_spoil(trainer, after_step=cadence["save_every"], value=math.nan)
+        run_and_set_weight(trainer, after_step=cadence["save_every"], value=math.nan)
     assert RunFolder(tmp_path).steps() == [cadence["save_every"]]
 
 
@@ -70,7 +70,7 @@ def test_weights_with_a_nan_from_the_last_update_are_not_saved(
     while (event := next(events)).step < 4:
         pass
     assert isinstance(event, StepEvent)
-    spoil(trainer, math.nan)
+    set_weight(trainer, math.nan)
     with pytest.raises(DivergedError) as caught:
         next(events)
     assert str(caught.value).startswith(
@@ -79,7 +79,7 @@ def test_weights_with_a_nan_from_the_last_update_are_not_saved(
     assert RunFolder(tmp_path).steps() == [2]
 
 
-def test_a_learning_rate_that_is_far_too_high_is_a_diverged_run(
+def test_a_far_too_high_learning_rate_is_reported_as_divergence(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(
@@ -90,17 +90,17 @@ def test_a_learning_rate_that_is_far_too_high_is_a_diverged_run(
     assert RunFolder(tmp_path).steps() == []
 
 
-def test_a_stop_of_a_diverged_run_saves_nothing(data: PreparedData, tmp_path: Path) -> None:
+def test_stopping_a_diverged_run_saves_nothing(data: PreparedData, tmp_path: Path) -> None:
     trainer = trainer_of(config_of(log_every=1000), data, tmp_path)
-    spoil(trainer, math.nan)
+    set_weight(trainer, math.nan)
     trainer.request_stop()
     with pytest.raises(DivergedError):
         list(trainer.run())
     assert RunFolder(tmp_path).steps() == []
 
 
-def spoil_losses(trainer: Trainer, *steps: int, micro_batch: int = 0) -> None:
-    """Make the logits of a micro-batch of these steps NaN; the weights do not change."""
+def make_losses_nan(trainer: Trainer, *steps: int, micro_batch: int = 0) -> None:
+    """Set the logits of one micro-batch of each step to NaN, without changing weights."""
     n_seen: dict[int, int] = {}
 
     def hook(module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
@@ -114,13 +114,13 @@ def spoil_losses(trainer: Trainer, *steps: int, micro_batch: int = 0) -> None:
     trainer.model.register_forward_hook(hook)
 
 
-def test_the_first_diverged_step_is_named_even_if_metrics_are_read_rarely(
+def test_the_first_diverged_step_is_named_even_if_logging_is_rare(
     data: PreparedData, tmp_path: Path
 ) -> None:
     watched = trainer_of(config_of(max_steps=20), data, tmp_path / "watched")
     lrs = {event.step: event.lr for event in watched.run() if isinstance(event, StepEvent)}
     trainer = trainer_of(config_of(max_steps=20, log_every=1000), data, tmp_path / "run")
-    spoil_losses(trainer, 14)
+    make_losses_nan(trainer, 14)
     with pytest.raises(DivergedError) as caught:
         list(trainer.run())
     assert str(caught.value) == (
@@ -165,16 +165,16 @@ def test_a_skipped_step_leaves_parameters_and_optimizers_unchanged(
 
     config = config_of("qwen3", dropout=0.2, on_nan="skip", **training)
     trainer = trainer_of(config, data, tmp_path / "skipping")
-    spoil_losses(trainer, 2, 5, micro_batch=micro_batch)
+    make_losses_nan(trainer, 2, 5, micro_batch=micro_batch)
     events = list(trainer.run())
     assert differing(bits(trainer), bits(plain)) == []
     skips = [(e.step, e.n_skipped) for e in events if isinstance(e, SkipEvent)]
     assert skips == [(2, 1), (5, 2)]
     logged = [(e.step, e.train_loss) for e in events if isinstance(e, StepEvent)]
-    assert logged == expected[1:], "step 2 is told as skipped instead"
+    assert logged == expected[1:], "step 2 must be reported as skipped"
 
 
-def test_on_nan_skip_changes_nothing_if_all_losses_are_finite(
+def test_skipping_nan_steps_changes_nothing_if_all_losses_are_finite(
     data: PreparedData, tmp_path: Path
 ) -> None:
     trainers = []
@@ -192,7 +192,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_pat
         *range(20, 20 + MAX_SKIPPED_IN_A_ROW),
     ]
     trainer = trainer_of(config, data, tmp_path)
-    spoil_losses(trainer, *spoilt)
+    make_losses_nan(trainer, *spoilt)
     events: list[Event] = []
     with pytest.raises(DivergedError) as caught:
         events.extend(trainer.run())
@@ -209,18 +209,16 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_pat
     assert all(tensor.isfinite().all() for tensor in tensors)
 
 
-def test_a_resumed_run_continues_the_count_of_skipped_steps_and_logs_it(
-    data: PreparedData, tmp_path: Path
-) -> None:
+def test_a_resumed_run_continues_counting_skipped_steps(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(on_nan="skip", max_steps=8)
     straight = trainer_of(config, data, tmp_path / "straight")
-    spoil_losses(straight, 2, 6)
+    make_losses_nan(straight, 2, 6)
     list(straight.run())
     first = trainer_of(config, data, tmp_path / "interrupted")
-    spoil_losses(first, 2, 6)
+    make_losses_nan(first, 2, 6)
     run_until(first, 4)
     second = trainer_of(config, data, tmp_path / "interrupted", resume=True)
-    spoil_losses(second, 2, 6)
+    make_losses_nan(second, 2, 6)
     log = MetricsLog(tmp_path / "metrics.jsonl")
     for event in second.run():
         log.write(event)
@@ -236,12 +234,12 @@ def test_a_resumed_run_continues_the_count_of_skipped_steps_and_logs_it(
     assert skip["lr"] > 0
 
 
-def test_a_skipped_step_is_still_evaluated_and_saved_when_that_is_due(
+def test_evaluations_and_checkpoints_due_at_a_skipped_step_still_happen(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(on_nan="skip", max_steps=4, save_every=2)
     trainer = trainer_of(config, data, tmp_path)
-    spoil_losses(trainer, 2, 4)
+    make_losses_nan(trainer, 2, 4)
     seen = [(type(e), e.step) for e in trainer.run()]
     assert seen == [
         (StepEvent, 1),

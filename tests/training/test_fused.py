@@ -1,4 +1,4 @@
-"""The fused loss of training: the numbers of the model's modules, forward and backward."""
+"""The fused training loss equals that of the model's modules, forward and backward."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +47,10 @@ def loss_and_gradients(
     """Return the loss of a batch with ignored targets, and the gradient of every parameter."""
     tokens, targets = random_tokens(3, 17), random_tokens(3, 17, seed=4)
     targets[1, 9:] = NO_TARGET
-    torch.manual_seed(5)  # of dropout
+    torch.manual_seed(5)  # seed of dropout
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         loss = loss_of(tokens, targets, is_sum=is_sum)
-    (loss * 0.5).backward()  # as that of one of two micro-batches
+    (loss * 0.5).backward()  # scaled as for one of two micro-batches
     gradients = [parameter.grad for parameter in model.parameters()]
     model.zero_grad(set_to_none=True)
     return loss.detach(), gradients
@@ -58,7 +58,7 @@ def loss_and_gradients(
 
 @pytest.mark.parametrize("is_sum", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_and_gradients_equal_those_of_the_modules(
+def test_the_fused_loss_and_gradients_equal_those_of_the_modules(
     shape: str, is_sum: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused, "BLOCK", 1)  # blocks of 32 rows, the last one shorter
@@ -69,7 +69,7 @@ def test_loss_and_gradients_equal_those_of_the_modules(
     own = fused.FusedLoss(model, torch.float32, plain)
     monkeypatch.setattr(plain, "forward", None)
     actual = loss_and_gradients(own, model, torch.float32, is_sum=is_sum)
-    # Rounding of float32, which is all of the gradient of GPT-2's key biases: they change nothing.
+    # float32 rounding. GPT-2's key biases have no effect, so their gradient is only rounding.
     noise = 1e-6 * torch.cat([gradient.flatten() for gradient in expected[1]]).norm()
     torch.testing.assert_close(actual[0], expected[0])
     for mine, right in zip(actual[1], expected[1], strict=True):
@@ -77,7 +77,7 @@ def test_loss_and_gradients_equal_those_of_the_modules(
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_the_modules(shape: str) -> None:
+def test_fused_bfloat16_gradients_are_as_accurate_as_those_of_the_modules(shape: str) -> None:
     layout, changes = SHAPES[shape]
     model = small_model(layout, **changes | {"dropout": 0.0}).train()
     plain = TrainingLoss(model)
@@ -93,7 +93,7 @@ def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_the_modules(shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cross_entropy_of_large_logits_is_finite_and_that_of_nan_is_not(dtype: torch.dtype) -> None:
+def test_cross_entropy_is_finite_for_large_logits_and_nan_for_nan(dtype: torch.dtype) -> None:
     logits = torch.tensor([[500.0, -500.0, 0.0], [-3e4, 3e4, 3e4]], dtype=dtype)
     targets = torch.tensor([1, 0])
     expected = torch.nn.functional.cross_entropy(logits.float(), targets)
@@ -103,7 +103,7 @@ def test_cross_entropy_of_large_logits_is_finite_and_that_of_nan_is_not(dtype: t
 
 
 class LargeTensors(TorchDispatchMode):
-    """Keeps every large result, so that each has an address of its own."""
+    """Keeps every large result alive, so that each has its own address."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -120,16 +120,16 @@ class LargeTensors(TorchDispatchMode):
         return len({x.data_ptr() for x in storages if x.nbytes() >= self.size})
 
 
-def test_cross_entropy_takes_one_buffer_for_all_blocks() -> None:
-    """A new one per block, between small tensors, takes as much memory as the logits."""
+def test_cross_entropy_reuses_one_buffer_for_all_blocks() -> None:
+    """One buffer per block would need as much memory as the logits."""
     logits = torch.zeros(320, 5000)
     with LargeTensors(32 * 5000 * 4) as large:
         fused._CrossEntropy.apply(logits, torch.zeros(320).long(), False)
     large.kept = [x for x in large.kept if x.untyped_storage().data_ptr() != logits.data_ptr()]
-    assert large.count() == 2  # with the gradient
+    assert large.count() == 2  # including the gradient
 
 
-def test_a_run_uses_it_and_its_losses_are_those_of_the_modules(
+def test_a_run_with_the_fused_loss_has_the_losses_of_the_modules(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def losses(name: str) -> list[float]:
@@ -142,7 +142,9 @@ def test_a_run_uses_it_and_its_losses_are_those_of_the_modules(
     torch.testing.assert_close(ours, losses("modules"), rtol=1e-4, atol=1e-5)
 
 
-def test_hooks_of_inner_modules_are_called(data: PreparedData, tmp_path: Path) -> None:
+def test_hooks_of_modules_are_called_despite_the_fused_loss(
+    data: PreparedData, tmp_path: Path
+) -> None:
     called = []
     trainers = [trainer_of(config_of("llama", max_steps=2), data, tmp_path / n) for n in "ab"]
     trainers[0].model.blocks[1].mlp.down.register_forward_hook(lambda *call: called.append("down"))
@@ -155,7 +157,7 @@ def test_hooks_of_inner_modules_are_called(data: PreparedData, tmp_path: Path) -
     assert "forward" not in vars(trainers[1].model)
 
 
-def test_other_scores_and_activation_checkpointing_use_the_modules(
+def test_other_scores_and_activation_checkpointing_disable_the_fused_loss(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("llama", max_steps=1)
@@ -191,17 +193,17 @@ EDITS: dict[str, tuple[Any, str, Any]] = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_model_whose_code_was_changed_is_trained_by_its_modules(
+def test_a_model_with_changed_code_is_not_fused(
     edit: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first weights of a Llama hide all but the embedding: the outputs of branches are zero."""
+    """Needs random weights: with Llama's initial weights, the outputs of branches are zero."""
     monkeypatch.setattr(*EDITS[edit])
     with pytest.warns(MinigptWarning, match="the code of the model computes another loss"):
         assert not is_fused("llama", data, tmp_path)
 
 
 class Renamed(GatedMLP):
-    """An MLP with other names."""
+    """An MLP with other parameter names."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -213,7 +215,7 @@ class Renamed(GatedMLP):
         return output
 
 
-def test_a_model_of_other_parts_is_trained_by_its_modules(
+def test_a_model_with_other_modules_is_not_fused(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpt, "GatedMLP", Renamed)
@@ -222,7 +224,7 @@ def test_a_model_of_other_parts_is_trained_by_its_modules(
 
 
 @pytest.mark.parametrize("layout", ["gpt2-tied", "qwen3"])
-def test_frozen_weights_stay_as_they_are(
+def test_frozen_weights_do_not_change(
     layout: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def frozen(self: Block, *args: Any) -> None:
@@ -235,7 +237,7 @@ def test_frozen_weights_stay_as_they_are(
     trainer = trainer_of(config_of(layout, dropout=0.1), data, tmp_path)
     assert isinstance(trainer._loss_of, fused.FusedLoss)
     before = bits(trainer)
-    for _ in range(3):  # so that gradients reach all weights
+    for _ in range(3):  # after three steps, gradients reach all weights
         trainer.take_step()
     same = [name for name, value in trainer.model.named_parameters() if value.equal(before[name])]
     assert same == [name for name in same if "mlp_norm" in name or "attention.key.weight" in name]
@@ -243,7 +245,7 @@ def test_frozen_weights_stay_as_they_are(
 
 
 @pytest.mark.parametrize("layout", ["llama", "gpt2"])
-def test_the_check_of_the_code_changes_no_weight_and_no_random_number(
+def test_checking_for_fusion_changes_no_weight_and_uses_no_random_number(
     layout: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Which weights a run leaves, when it evaluates, and when it stops early."""
+"""Best and averaged weights of a run, its evaluations and early stopping."""
 
 import json
 import math
@@ -31,7 +31,7 @@ from minigpt.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
-    """A text that a model soon overfits: random letters."""
+    """Return random letters, which a model soon overfits."""
     content = "".join(chr(97 + int(i)) for i in torch.randint(26, (900,), generator=seeded()))
     return data_of(content, tmp_path_factory.mktemp("short"))
 
@@ -51,7 +51,7 @@ OVERFITTING = {"max_steps": 120, "lr": 0.02, "embedding_lr": 0.02, "eval_tokens"
 
 @pytest.mark.integration
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_best_is_the_best_of_all_evaluations_not_only_of_the_checkpoints(
+def test_best_has_the_lowest_loss_of_all_evaluations_not_only_of_checkpoints(
     average: float, short: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(eval_every=5, save_every=50, average=average, **OVERFITTING)
@@ -65,13 +65,13 @@ def test_best_is_the_best_of_all_evaluations_not_only_of_the_checkpoints(
     assert best.step not in (50, 100, 120)
     assert json.loads((tmp_path / "best.json").read_text())["step"] == best.step
     assert loss_of(best.folder, trainer) == pytest.approx(min(losses.values()), rel=1e-5)
-    # A run cannot resume from it, so it is not the latest even while it is the newest.
+    # A run cannot resume from it, so it is not the latest step even if it is the newest.
     latest = RunFolder(tmp_path).latest()
     assert latest is not None
     assert latest.step == 120
 
 
-def test_the_average_is_that_of_a_plain_loop_and_is_left_only_if_it_is_better(
+def test_averaged_weights_equal_a_plain_loop_and_are_saved_only_if_better(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(max_steps=8, eval_every=4, save_every=4, average=0.4, eval_tokens=10**6)
@@ -106,7 +106,7 @@ def all_bits(trainer: Trainer) -> dict[str, torch.Tensor]:
 @pytest.mark.integration
 @pytest.mark.parametrize("stop_at", [37, 60, 83])
 @pytest.mark.parametrize("average", [0.5, 0.98])
-def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_the_same_end(
+def test_a_run_with_average_and_patience_resumes_with_the_same_bits(
     average: float, stop_at: int, short: PreparedData, tmp_path: Path
 ) -> None:
     facts = {"eval_every": 5, "save_every": 20, "average": average, "patience": 1.0}
@@ -123,7 +123,7 @@ def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_
     left = [RunFolder(tmp_path / name).best() for name in ("straight", "interrupted")]
     assert left[0] is not None
     assert left[1] is not None
-    # The stop evaluated one step more, which may be better.
+    # Stopping evaluates one more step, which may be better.
     assert left[1].facts["val_loss"] <= left[0].facts["val_loss"]
     if left[1].step == left[0].step:
         tensors = [load_file(pointer.folder / "model.safetensors") for pointer in left if pointer]
@@ -131,7 +131,7 @@ def test_a_stopped_run_with_average_and_patience_resumes_with_the_same_bits_and_
 
 
 @pytest.mark.integration
-def test_a_run_whose_loss_rises_stops_early_and_leaves_its_best(
+def test_a_run_whose_loss_rises_stops_early_and_saves_its_best_weights(
     short: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(eval_every=5, patience=3.0, **OVERFITTING | {"max_steps": 1000})
@@ -157,7 +157,7 @@ def test_a_run_whose_loss_rises_stops_early_and_leaves_its_best(
     assert on.step == 200
 
 
-def test_dropout_begins_after_its_epochs(data: PreparedData, tmp_path: Path) -> None:
+def test_dropout_starts_after_dropout_start_epochs(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(dropout=0.5, dropout_start=1.0, max_steps=80)
     late, none = (
         trainer_of(c, data, tmp_path / name)
@@ -177,7 +177,7 @@ def test_dropout_begins_after_its_epochs(data: PreparedData, tmp_path: Path) -> 
 @pytest.mark.parametrize("n_train_tokens", [300, 16_000, 380_000, 8_000_000])
 @pytest.mark.parametrize("budget", [{"max_steps": 500}, {"max_steps": 6000}, {"max_minutes": 1.0}])
 @pytest.mark.parametrize("average", [0.0, 0.98])
-def test_there_is_an_evaluation_an_epoch_and_evaluation_costs_a_bounded_share(
+def test_a_run_evaluates_once_per_epoch_at_a_bounded_cost(
     n_train_tokens: int, budget: dict[str, Any], average: float
 ) -> None:
     shape = {"max_steps": 0, "eval_every": None, "eval_tokens": None, "average": average}
@@ -195,17 +195,17 @@ def test_there_is_an_evaluation_an_epoch_and_evaluation_costs_a_bounded_share(
     assert share <= EVAL_SHARE or n_evaluated <= LEAST_EVAL_TOKENS
 
 
-def test_a_short_validation_text_is_evaluated_more_often_than_once_an_epoch() -> None:
+def test_a_short_validation_text_is_evaluated_several_times_per_epoch() -> None:
     shape = {"max_steps": 500, "eval_every": None, "eval_tokens": None, "average": 0.98}
     config = config_of(**shape)
     every = [with_evaluations(config, 16_000, n).training.eval_every for n in (0, 99, 400, 10**5)]
-    # 400 tokens in two passes are 2.8 steps of 96 tokens; the epoch is 167 steps.
+    # 400 tokens in two passes are 2.8 steps of 96 tokens; an epoch has 167 steps.
     assert every == [50, 7, 28, 50]
 
 
 @pytest.mark.parametrize("max_minutes", [0.5, 1.0, 10.0, 1e6])
 @pytest.mark.parametrize("max_steps", [0, 9000])
-def test_a_pass_of_a_run_that_the_clock_ends_costs_at_most_a_tenth_of_50_steps(
+def test_evaluation_of_a_time_limited_run_costs_at_most_a_tenth_of_50_steps(
     max_minutes: float, max_steps: int
 ) -> None:
     limits = {"max_steps": max_steps, "max_minutes": max_minutes, "average": 0.98}
@@ -221,12 +221,12 @@ def test_a_pass_of_a_run_that_the_clock_ends_costs_at_most_a_tenth_of_50_steps(
     assert (training.eval_every == 50) == (max_minutes <= 1)
 
 
-def test_a_setting_for_evaluations_is_not_derived() -> None:
+def test_explicit_evaluation_settings_are_not_overridden() -> None:
     training = with_evaluations(config_of(eval_every=0, eval_tokens=7), 1000, 100).training
     assert (training.eval_every, training.eval_tokens) == (0, 7)
 
 
-def test_smaller_texts_get_more_dropout_and_fewer_steps_and_large_ones_none() -> None:
+def test_smaller_texts_get_more_dropout_and_fewer_steps() -> None:
     sizes = [7_000, 60_000, 380_000, 8_000_000]
     suited = [for_text(size, 1_000_000, 1024) for size in sizes]
     dropouts = [settings.get("model", {}).get("dropout", 0.0) for settings in suited]
@@ -241,7 +241,7 @@ def test_smaller_texts_get_more_dropout_and_fewer_steps_and_large_ones_none() ->
     assert steps[-1] == math.inf
 
 
-def test_a_run_without_validation_text_trains_saves_and_points_best_at_the_latest(
+def test_without_validation_text_the_best_step_is_the_latest(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(max_steps=6, eval_every=2, save_every=2, average=0.9, patience=1.0)
@@ -260,7 +260,7 @@ def test_a_run_without_validation_text_trains_saves_and_points_best_at_the_lates
 
 
 def run_and_fail(trainer: Trainer, at_step: int, fail: Callable[[], Any]) -> dict[int, float]:
-    """Run, and call ``fail`` after an evaluation; return the losses of the evaluations so far."""
+    """Run and call ``fail`` after an evaluation; return the validation losses so far."""
     losses: dict[int, float] = {}
     for event in trainer.run():
         if isinstance(event, EvalEvent):
@@ -271,19 +271,19 @@ def run_and_fail(trainer: Trainer, at_step: int, fail: Callable[[], Any]) -> dic
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])
-def test_a_run_that_diverges_leaves_the_best_weights_since_its_last_checkpoint(
+def test_a_diverging_run_saves_the_best_weights_since_its_last_checkpoint(
     average: float, data: PreparedData, tmp_path: Path
 ) -> None:
     facts = {"eval_every": 2, "save_every": 50, "max_steps": 60, "eval_tokens": 10**6}
     config = config_of("llama", average=average, **facts)
     trainer = trainer_of(config, data, tmp_path)
 
-    def spoil() -> None:
+    def set_weight_to_nan() -> None:
         with torch.no_grad():
             next(trainer.model.parameters()).fill_(math.nan)
 
     with pytest.raises(DivergedError) as caught:
-        run_and_fail(trainer, 8, spoil)
+        run_and_fail(trainer, 8, set_weight_to_nan)
     best = RunFolder(tmp_path).best()
     assert best is not None
     assert best.step == 8
@@ -292,7 +292,7 @@ def test_a_run_that_diverges_leaves_the_best_weights_since_its_last_checkpoint(
     assert RunFolder(tmp_path).latest() is None, "a run cannot resume from weights alone"
 
 
-def test_another_error_leaves_the_best_weights_too(
+def test_any_error_saves_the_best_weights_too(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of("llama", eval_every=2, save_every=50, max_steps=60)

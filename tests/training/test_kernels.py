@@ -1,4 +1,4 @@
-"""Attention for training on a CPU: the same numbers as torch's, forward and backward."""
+"""The CPU attention kernel for training equals torch's attention, forward and backward."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def inputs(*, n_head: int, n_group: int, n_query: int, dtype: torch.dtype) -> li
 
 @pytest.mark.parametrize("n_query", [1, 7, 64, 200])
 @pytest.mark.parametrize("n_group", [1, 2, 4])
-def test_backward_pass_equals_that_of_torch_in_float32(
+def test_the_backward_pass_of_the_cpu_kernel_equals_that_of_torch(
     n_query: int, n_group: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "BLOCK", 64)
@@ -31,7 +31,7 @@ def test_backward_pass_equals_that_of_torch_in_float32(
 
 
 @pytest.mark.parametrize("n_query", [5, 300])
-def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_torch(n_query: int) -> None:
+def test_bfloat16_gradients_of_the_kernel_are_as_accurate_as_those_of_torch(n_query: int) -> None:
     q, k, v = inputs(n_head=4, n_group=2, n_query=n_query, dtype=torch.bfloat16)
     exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
     out = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True)
@@ -48,7 +48,7 @@ def test_bfloat16_gradients_are_as_near_to_float32_as_those_of_torch(n_query: in
         assert (mine - right).norm() < 1.5 * (other - right).norm() + 1e-3 * right.norm()
 
 
-def test_a_mask_or_another_dtype_takes_the_function_of_torch() -> None:
+def test_masks_and_other_dtypes_fall_back_to_torch() -> None:
     q, k, v = inputs(n_head=2, n_group=2, n_query=6, dtype=torch.float32)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -57,7 +57,7 @@ def test_a_mask_or_another_dtype_takes_the_function_of_torch() -> None:
 
 
 @pytest.mark.parametrize("is_compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_model_has_the_gradients_that_it_has_without_the_kernels(
+def test_gradients_of_a_model_are_the_same_with_and_without_the_kernels(
     is_compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda device: True)
@@ -83,7 +83,7 @@ def test_a_model_has_the_gradients_that_it_has_without_the_kernels(
         ("cuda", torch.bfloat16, True, False),
     ],
 )
-def test_only_training_in_bfloat16_on_a_cpu_with_its_instructions_uses_the_kernels(
+def test_the_kernels_are_used_only_for_bfloat16_training_on_cpus_that_support_it(
     device: str,
     dtype: torch.dtype,
     has_instructions: bool,

@@ -1,4 +1,4 @@
-"""Runs that are killed at any place: resumed, they end with the same bits."""
+"""Runs that are killed at any point and resumed end with the same bits."""
 
 import json
 import os
@@ -22,13 +22,13 @@ from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.state import STATE_FOLDER
 
-# Runs in a process of its own, which forks one child for each life of a run. A life is
-# "run/step/place": from that step of the run on, the place is deadly.
+# A separate process that forks one child per life of a run. A life is "run/step/place": after
+# that step, the run is killed at the place.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-import torch._dynamo  # every optimizer imports it at its first step: once here, not in each child
+import torch._dynamo  # imported once here, not by the first optimizer step of every child
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.text.shard_files import open_prepared
 from minigpt.training import state as state_module
@@ -37,12 +37,12 @@ from small_runs import config_of, trainer_of
 
 prepared, runs, n_threads, n_steps = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:5])
 data = open_prepared(prepared)
-os.fsync = lambda descriptor: None  # a kill does not lose what the system holds
+os.fsync = lambda descriptor: None  # a kill does not lose data that the kernel has buffered
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
-def make_deadly(place, trainer):
+def kill_at(place, trainer):
     if place == "between the weights and the state":
         state_module.write_state = die
     if place == "in the middle of a step":
@@ -59,12 +59,12 @@ def live(run, step, place):
         resume = bool(RunFolder(runs / run).steps())
         trainer = trainer_of(config, data, runs / run, resume=resume)
         metrics = MetricsLog(runs / run / "metrics.jsonl", from_step=trainer.step)
-        is_deadly = False
+        is_armed = False
         events = trainer.run()
         while True:
-            if trainer.step >= step and not is_deadly:
-                make_deadly(place, trainer)
-                is_deadly = True
+            if trainer.step >= step and not is_armed:
+                kill_at(place, trainer)
+                is_armed = True
             if (event := next(events, None)) is None:
                 return
             metrics.write(event)
@@ -77,7 +77,7 @@ for life in sys.argv[5:]:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, life
 """
 
-# Each with the step that a run is resumed from if it dies there after its step 3.
+# The step from which a run resumes if it is killed at this place after step 3.
 PLACES = {
     "in the middle of a step": 2,
     "between checkpoints": 2,
@@ -100,7 +100,7 @@ def live_and_die(data: PreparedData, folder: Path, n_steps: int, lives: list[str
 
 @pytest.mark.integration
 @needs_kill
-def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(
+def test_a_run_killed_at_any_point_resumes_with_the_same_bits(
     data: PreparedData, tmp_path: Path
 ) -> None:
     once = [f"{place}/3/{place}" for place in PLACES]
@@ -156,10 +156,10 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_run(
     assert (best.step, best.facts) == (best_of_straight.step, best_of_straight.facts)
 
 
-def test_a_step_is_best_before_its_pointers_are_written_and_stays_it_after_a_resume(
+def test_a_step_is_best_even_if_killed_before_its_pointers_are_written(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill can come between the two: what a step's loss is must be known without them."""
+    """A kill can happen before the pointers are written, so the loss must be known without them."""
     config = config_of("llama", max_steps=6, save_every=2, keep=0)
     trainer = trainer_of(config, data, tmp_path)
     losses = {}
@@ -177,7 +177,7 @@ def test_a_step_is_best_before_its_pointers_are_written_and_stays_it_after_a_res
 
     resumed = trainer_of(config, data, tmp_path, resume=True)
     assert resumed.step == 4
-    with torch.no_grad():  # what comes now is worse
+    with torch.no_grad():  # later steps are worse
         resumed.model.unembedding.weight.normal_(std=3.0)
     last = list(resumed.run())[-1]
     assert isinstance(last, SaveEvent)

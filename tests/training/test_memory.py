@@ -20,7 +20,7 @@ from minigpt.training.reports.memory import estimate_memory, optimizer_values, r
 
 def allocated(call: Callable[[], Any]) -> tuple[int, int]:
     """Return the peak and the final bytes that torch allocated during a call."""
-    gc.collect()  # garbage of earlier tests would be freed during the call
+    gc.collect()  # otherwise garbage of earlier tests could be freed during the call
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         kept = call()
     assert profiled.profiler is not None
@@ -44,7 +44,7 @@ def allocated(call: Callable[[], Any]) -> tuple[int, int]:
         ("llama", {"recompute": True}),
     ],
 )
-def test_the_estimate_is_what_a_run_allocates(
+def test_estimated_memory_is_what_a_run_allocates(
     layout: str, training: dict[str, Any], data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of(layout, batch_size=64, max_steps=3, **training)
@@ -55,15 +55,15 @@ def test_the_estimate_is_what_a_run_allocates(
     _, moments = allocated(trainer.take_step)
     step, _ = allocated(trainer.take_step)
     estimate = estimate_memory(config, len(trainer.val_tokens), torch.float32)
-    assert estimate["weights"] == pytest.approx(held, rel=0.02)  # and tables of angles
-    assert estimate["optimizer"] == pytest.approx(moments, rel=0.02)  # and counters
-    # A formula: temporary tensors of the kernels are not in it.
+    assert estimate["weights"] == pytest.approx(held, rel=0.02)  # plus rotary tables
+    assert estimate["optimizer"] == pytest.approx(moments, rel=0.02)  # plus step counters
+    # The formula ignores temporary tensors of the kernels.
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("model_type", ["gpt_neox", "gemma2", "olmo2", "phi3"])
-def test_the_estimate_counts_what_a_family_of_its_own_keeps(
+def test_estimated_memory_counts_the_saved_tensors_of_other_families(
     model_type: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("llama", batch_size=64, max_steps=3)
@@ -76,11 +76,11 @@ def test_the_estimate_counts_what_a_family_of_its_own_keeps(
     _, moments = allocated(made[0].take_step)
     step, _ = allocated(made[0].take_step)
     estimate = estimate_memory(config, len(made[0].val_tokens), torch.float32)
-    assert estimate["weights"] == pytest.approx(held, rel=0.02)  # and tables of angles
+    assert estimate["weights"] == pytest.approx(held, rel=0.02)  # plus rotary tables
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
 
 
-def test_an_evaluation_that_is_larger_than_a_step_is_counted(
+def test_estimated_memory_counts_an_evaluation_larger_than_a_step(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("llama", batch_size=1, eval_tokens=10**6)
@@ -94,7 +94,7 @@ def test_an_evaluation_that_is_larger_than_a_step_is_counted(
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_the_optimizer_state_has_the_counted_size(
+def test_the_optimizer_state_has_the_estimated_size(
     optimizer: str, data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("gpt2-tied", optimizer=optimizer)
@@ -130,7 +130,7 @@ def test_a_run_that_can_never_fit_is_refused(
 
 
 def test_a_run_that_fits_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lower bound is below the estimate, but not by much."""
+    """The lower bound is slightly below the estimate."""
     config = config_of("llama", batch_size=64)
     needed = estimate_memory(config, 1000, torch.float32)["total"]
     monkeypatch.setattr(memory, "machine_bytes", lambda device: needed)

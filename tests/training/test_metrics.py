@@ -32,7 +32,7 @@ def lines_of(path: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_each_event_except_a_sample_is_one_line_of_json(tmp_path: Path) -> None:
+def test_each_event_except_samples_is_one_json_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     events: list[Event] = [
@@ -60,7 +60,7 @@ def test_each_event_except_a_sample_is_one_line_of_json(tmp_path: Path) -> None:
     assert lines[2] == {"event": "save", "step": 1, "val_loss": 1.5, "is_best": True}
 
 
-def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> None:
+def test_resuming_truncates_metrics_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path)
     for number in (5, 10, 15, 20):
@@ -70,7 +70,7 @@ def test_a_resumed_log_drops_what_came_after_its_checkpoint(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("rest", ['{"event": "st', '{"event": "step", "step": 12', "\0\0\0\0"])
-def test_a_line_cut_by_a_kill_is_dropped(rest: str, tmp_path: Path) -> None:
+def test_an_incomplete_line_after_a_kill_is_dropped(rest: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).write(step(10))
     with path.open("a") as file:
@@ -79,14 +79,14 @@ def test_a_line_cut_by_a_kill_is_dropped(rest: str, tmp_path: Path) -> None:
     assert [line["step"] for line in lines_of(path)] == [10, 11]
 
 
-def test_a_new_run_begins_a_new_log(tmp_path: Path) -> None:
+def test_a_new_run_starts_a_new_metrics_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     MetricsLog(path).write(step(10))
     MetricsLog(path)
     assert lines_of(path) == []
 
 
-def test_the_log_of_a_stopped_and_resumed_run_equals_that_of_one_run(
+def test_metrics_of_a_resumed_run_equal_those_of_an_uninterrupted_one(
     data: PreparedData, tmp_path: Path
 ) -> None:
     def facts(path: Path) -> list[tuple[object, ...]]:
@@ -100,7 +100,9 @@ def test_the_log_of_a_stopped_and_resumed_run_equals_that_of_one_run(
 
     first = trainer_of(config, data, tmp_path / "interrupted")
     log = MetricsLog(tmp_path / "interrupted.jsonl")
-    events = first.run()  # killed, so to speak, at step 5: its lines outlive the checkpoint at 4
+    events = (
+        first.run()
+    )  # as if killed at step 5: its lines are newer than the checkpoint at step 4
     for event in events:
         log.write(event)
         if event.step == 5:

@@ -1,4 +1,4 @@
-"""The optimizers against torch's own, step for step."""
+"""The optimizers equal torch's own, step by step."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def set_gradients(parameters: list[nn.Parameter], step: int) -> None:
         {"momentum": 0.0, "weight_decay": 0.1},
     ],
 )
-def test_muon_equals_torch_s_step_for_step(options: dict[str, Any]) -> None:
+def test_muon_equals_the_optimizer_of_torch_step_by_step(options: dict[str, Any]) -> None:
     theirs, ours = matrices(), matrices()
     options = {"lr": 0.05, "adjust_lr_fn": "match_rms_adamw", **options}
     reference = torch.optim.Muon(theirs, **options)
@@ -46,8 +46,8 @@ def test_muon_equals_torch_s_step_for_step(options: dict[str, Any]) -> None:
             optimizer.param_groups[0]["lr"] = 0.05 / (1 + step)
             optimizer.step()
         for their, our in zip(theirs, ours, strict=True):
-            # Entries of an update are about 0.2 lr, 0.01. bfloat16 products in another order change
-            # one in some hundred parts of it; the momentum knows no bfloat16.
+            # Entries of an update are about 0.2 lr = 0.01. bfloat16 sums in another order change
+            # them by about 1 %; the momentum is float32.
             torch.testing.assert_close(our, their, rtol=0, atol=5e-4)
             torch.testing.assert_close(
                 muon.state[our]["momentum_buffer"],
@@ -57,7 +57,7 @@ def test_muon_equals_torch_s_step_for_step(options: dict[str, Any]) -> None:
             )
 
 
-def test_a_matrix_s_update_does_not_depend_on_which_others_share_its_shape() -> None:
+def test_the_update_of_a_matrix_does_not_depend_on_others_of_its_shape() -> None:
     together, alone = matrices(), matrices()
     options = {"lr": 0.05, "product_dtype": torch.float32, "adjust_lr_fn": "match_rms_adamw"}
     muon = Muon(together, **options)
@@ -92,11 +92,11 @@ def test_orthogonalize_brings_every_singular_value_near_one(
     result = orthogonalize(x, steps=5, coefficients=COEFFICIENTS, dtype=dtype)
     assert result.dtype == dtype
     u, s, vh = torch.linalg.svd(x.double(), full_matrices=False)
-    # The iteration lifts singular values by at most 3.4445 a step: those below 1/300 of the norm
-    # do not arrive in five, and a square random matrix has some.
+    # A step scales singular values by at most 3.4445, so those below 1/300 of the norm do not reach
+    # one in five steps, and a square random matrix has some.
     is_large = s / s.norm(dim=-1, keepdim=True) > 0.01
     assert is_large.float().mean() > 0.9
-    left = u.mT @ result.double() @ vh.mT  # diagonal: the singular vectors are kept
+    left = u.mT @ result.double() @ vh.mT  # diagonal, because singular vectors do not change
     new = left.diagonal(dim1=-2, dim2=-1)
     assert ((new > 0.6) & (new < 1.3))[is_large].all()
     off_diagonal = left - torch.diag_embed(new)
@@ -131,7 +131,7 @@ def test_every_parameter_is_in_exactly_one_optimizer(layout: str, optimizer: str
         for group in o.param_groups:
             matrices = {names[id(p)] for p in group["params"] if p.ndim == 2}
             is_of_blocks = {name.startswith("blocks.") for name in matrices}
-            assert len(is_of_blocks) <= 1  # never mixed
+            assert len(is_of_blocks) <= 1  # an optimizer has only block matrices or none
             of_blocks = is_of_blocks == {True}
             assert group["lr"] == group["peak_lr"] == (0.02 if of_blocks else 0.005)
             assert group["weight_decay"] == (0.1 if of_blocks else 0.0)
@@ -144,7 +144,7 @@ def test_muon_updates_only_the_matrices_of_the_blocks() -> None:
     assert served == {f"blocks.{i}.{part}.weight" for i in range(2) for part in parts}
 
 
-def test_the_options_of_the_config_reach_the_optimizers() -> None:
+def test_optimizer_options_of_the_config_are_applied() -> None:
     config = TrainingConfig(
         max_steps=1, momentum=0.8, newton_schulz_steps=3, beta1=0.7, beta2=0.9, weight_decay=0.2
     )

@@ -1,4 +1,4 @@
-"""The plan of --dry-run, compared with the run itself."""
+"""The plan of --dry-run equals the actual run."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +17,14 @@ from minigpt.training.world import World
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "_MEASURED_S", 0.05)
-    # The estimate of memory has tests of its own.
+    # The memory estimate has its own tests.
     monkeypatch.setattr(plan_module, "estimate_memory", lambda *_: {"total": 4})
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "gpt2-tied", "qwen3"])
-def test_the_parts_add_up_to_the_model(layout: str) -> None:
+def test_parameters_by_part_add_up_to_the_model(layout: str) -> None:
     config = config_of(layout).model
     for n_layer in (1, 3):
         shape = replace(config, n_layer=n_layer)
@@ -34,7 +34,7 @@ def test_the_parts_add_up_to_the_model(layout: str) -> None:
         assert parts.get("output", 0) == (0 if shape.tie_embeddings else 257 * 32)
 
 
-def test_the_plan_equals_the_run_that_follows(data: PreparedData, tmp_path: Path) -> None:
+def test_the_plan_equals_the_run(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(max_steps=0, max_epochs=0.5, micro_batch_size=3, context_warmup_length=4)
     plan = make_plan(config, data)
     trainer = trainer_of(config, data, tmp_path / "run")
@@ -62,17 +62,19 @@ def test_the_plan_equals_the_run_that_follows(data: PreparedData, tmp_path: Path
     assert plan["epochs"] == pytest.approx(0.5, abs=plan["step_tokens"] / plan["n_train_tokens"])
     [save] = [event for event in events if isinstance(event, SaveEvent)]
     n_bytes = sum(path.stat().st_size for path in save.folder.rglob("*.safetensors"))
-    assert plan["checkpoint_bytes"] == pytest.approx(n_bytes, rel=0.1)  # and headers, large here
+    assert plan["checkpoint_bytes"] == pytest.approx(
+        n_bytes, rel=0.1
+    )  # plus headers, which are relatively large here
 
 
-def test_the_estimated_time_is_that_of_the_steps(data: PreparedData) -> None:
+def test_the_estimated_time_covers_all_steps(data: PreparedData) -> None:
     config = config_of("llama", max_steps=30, batch_size=48, micro_batch_size=12)
     plan = make_plan(config, data)
     assert plan["step_s"] > 0
     assert plan["training_s"] == pytest.approx(30 * plan["step_s"])
 
 
-def test_a_limit_of_minutes_is_planned_as_a_number_of_steps(
+def test_a_time_limit_is_planned_as_a_number_of_steps(
     data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "_measure", lambda *_: (0.0, 0.5))
@@ -90,7 +92,7 @@ def test_a_limit_of_minutes_is_planned_as_a_number_of_steps(
     )
 
 
-def test_ranks_share_the_work_and_the_peak(
+def test_a_plan_divides_work_and_adds_peak_flops_over_ranks(
     data: PreparedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan_module, "_measure", lambda *_: (1e-12, 0.0))
@@ -105,13 +107,13 @@ def test_ranks_share_the_work_and_the_peak(
     assert alone["mfu"] == shared["mfu"] == pytest.approx(0.5)
 
 
-def test_timed_steps_are_long_enough_not_to_measure_launches(
+def test_timed_steps_are_long_enough_to_hide_kernel_launches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(plan_module, "_MEASURED_S", 1.0)
 
     def token_s(n_tokens: int) -> float:
-        """20 ms to launch the kernels of a step, and a microsecond a token."""
+        """Return a time per token: 20 ms per step for kernel launches plus 1 us per token."""
         return (0.02 + 1e-6 * n_tokens) / n_tokens
 
     n_tokens = tokens_to_measure(token_s, 64, 10_000_000)

@@ -1,4 +1,4 @@
-"""A run that was stopped or killed and resumed ends with the bits of one that was not."""
+"""A stopped and resumed run ends with the bits of an uninterrupted one."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ HARD = {"micro_batch_size": 3, "weight_decay": 0.1}
 
 
 def facts(events: list[Event]) -> list[tuple[Any, ...]]:
-    """What events say, but for times."""
+    """Return the contents of events without their times."""
     result: list[tuple[Any, ...]] = []
     for event in events:
         match event:
@@ -56,7 +56,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
     straight = trainer_of(config, data, tmp_path / "straight", dtype=dtype)
     all_events = facts(list(straight.run()))
 
-    torch.manual_seed(1)  # whatever the process did before must not matter
+    torch.manual_seed(1)  # earlier random state of the process must not matter
     first = trainer_of(config, data, tmp_path / "interrupted", dtype=dtype)
     run_until(first, n_steps // 2)
     assert first.was_stopped
@@ -67,15 +67,15 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
     later_events = facts(list(second.run()))
 
     assert differing(bits(second), bits(straight)) == []
-    # The stop saved an extra checkpoint there; all that comes after it is the same.
+    # Stopping saved an extra checkpoint; everything after it is the same.
     assert later_events == [event for event in all_events if event[0] > n_steps // 2]
     last = [tmp_path / part / f"step-{n_steps:06d}" for part in ("straight", "interrupted")]
     one, other = (load_file(folder / "model.safetensors") for folder in last)
     assert differing(one, other) == []
 
 
-def test_the_comparison_of_bits_can_fail(data: PreparedData, tmp_path: Path) -> None:
-    """The test above would notice another seed, dropout mask or window."""
+def test_the_bitwise_comparison_detects_different_runs(data: PreparedData, tmp_path: Path) -> None:
+    """The test above would detect another seed, dropout mask or window."""
     base = trainer_of(config_of(dropout=0.2), data, tmp_path / "base")
     run_until(base, 3)
     for i, config in enumerate(
@@ -95,7 +95,7 @@ def test_resuming_a_finished_run_does_nothing(data: PreparedData, tmp_path: Path
     assert RunFolder(tmp_path).steps() == [3]
 
 
-def test_a_longer_budget_continues_from_the_last_checkpoint(
+def test_a_larger_budget_continues_from_the_last_checkpoint(
     data: PreparedData, tmp_path: Path
 ) -> None:
     list(trainer_of(config_of(max_steps=3), data, tmp_path).run())
@@ -105,7 +105,7 @@ def test_a_longer_budget_continues_from_the_last_checkpoint(
     assert RunFolder(tmp_path).steps() == [3, 5]
 
 
-def test_resume_accepts_another_dropout_but_no_other_shape(
+def test_resume_accepts_another_dropout_but_not_another_shape(
     data: PreparedData, tmp_path: Path
 ) -> None:
     run_until(trainer_of(config_of("llama"), data, tmp_path), 2)
@@ -209,7 +209,7 @@ def break_state(kind: str, folder: Path) -> None:
         "another shape",
     ],
 )
-def test_a_damaged_state_is_a_checkpoint_error_in_one_clean_line(
+def test_a_damaged_state_is_a_one_line_checkpoint_error(
     kind: str, data: PreparedData, tmp_path: Path
 ) -> None:
     trainer = trainer_of(config_of(), data, tmp_path)
@@ -236,7 +236,7 @@ def test_a_full_disk_while_the_state_is_written_is_a_resource_error(
     weights = RunFolder(tmp_path).step_folder(2) / "model.safetensors"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    # AdamW's state has twice the bytes of the weights: the limit meets it and not them.
+    # AdamW's state is twice as large as the weights, so only the state exceeds the limit.
     resource.setrlimit(resource.RLIMIT_FSIZE, (weights.stat().st_size + 1000, limits[1]))
     try:
         with pytest.raises(ResourceError, match=r"optimizer\.safetensors"):
@@ -250,12 +250,12 @@ def test_a_full_disk_while_the_state_is_written_is_a_resource_error(
     assert latest.step == 2
 
 
-def test_the_state_keeps_the_training_time(
+def test_the_state_stores_the_training_time(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: float(next(clock)))
-    config = config_of(max_steps=0, max_minutes=0.2)  # 12 s, and a step takes one tick
+    config = config_of(max_steps=0, max_minutes=0.2)  # 12 s; a step takes one tick of the clock
     first = trainer_of(config, data, tmp_path)
     run_until(first, 5)
     assert first.elapsed_s == 5

@@ -1,4 +1,4 @@
-"""When a run evaluates, saves and ends, and what its checkpoints are."""
+"""When a run evaluates, saves and ends, and the contents of its checkpoints."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from minigpt.training.events import EvalEvent, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.world import World
 
 
-def test_a_fine_tuning_run_evaluates_the_model_first_and_updates_it(
+def test_fine_tuning_evaluates_the_base_model_first_and_updates_it(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = replace(config_of("gpt2", dropout=0.1, max_steps=3), from_="somewhere")
@@ -40,7 +40,7 @@ def test_a_fine_tuning_run_evaluates_the_model_first_and_updates_it(
     assert "blocks.0.mlp.up.weight" in differing(dict(trainer.model.state_dict()), before)
 
 
-def test_evaluation_checkpoints_and_samples_change_nothing(
+def test_evaluations_checkpoints_and_samples_do_not_change_training(
     data: PreparedData, tmp_path: Path
 ) -> None:
     plain = trainer_of(config_of("qwen3", dropout=0.2, max_steps=6), data, tmp_path / "plain")
@@ -60,13 +60,13 @@ def test_evaluation_checkpoints_and_samples_change_nothing(
     assert differing(bits(plain), bits(watched)) == []
 
 
-def test_events_come_when_they_are_due(data: PreparedData, tmp_path: Path) -> None:
+def test_events_occur_at_their_configured_steps(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(max_steps=10, log_every=4, eval_every=3, save_every=5, sample_every=6)
     seen = [(type(e).__name__[:-5], e.step) for e in trainer_of(config, data, tmp_path).run()]
     assert seen == [
         ("Eval", 3),
         ("Step", 4),
-        ("Eval", 5),  # every checkpoint has its loss
+        ("Eval", 5),  # every checkpoint is evaluated
         ("Save", 5),
         ("Eval", 6),
         ("Sample", 6),
@@ -79,7 +79,7 @@ def test_events_come_when_they_are_due(data: PreparedData, tmp_path: Path) -> No
     ]
 
 
-def test_a_run_without_cadences_evaluates_and_saves_at_its_end(
+def test_a_run_without_intervals_evaluates_and_saves_at_its_end(
     data: PreparedData, tmp_path: Path
 ) -> None:
     events = list(trainer_of(config_of(max_steps=2, log_every=50), data, tmp_path).run())
@@ -91,7 +91,7 @@ def test_a_run_without_cadences_evaluates_and_saves_at_its_end(
     assert not any(isinstance(event, SampleEvent) for event in events)
 
 
-def test_a_stop_saves_what_was_reached(data: PreparedData, tmp_path: Path) -> None:
+def test_a_stopped_run_saves_its_last_step(data: PreparedData, tmp_path: Path) -> None:
     trainer = trainer_of(config_of(log_every=1), data, tmp_path)
     events = run_until(trainer, 3)
     assert [(type(e), e.step) for e in events[-2:]] == [(EvalEvent, 3), (SaveEvent, 3)]
@@ -102,10 +102,10 @@ def test_a_stop_saves_what_was_reached(data: PreparedData, tmp_path: Path) -> No
     assert latest.facts["val_loss"] == events[-1].val_loss
 
 
-def test_a_stop_request_during_the_agreement_of_ranks_is_not_lost(
+def test_a_stop_request_during_synchronization_of_ranks_is_not_lost(
     data: PreparedData, tmp_path: Path
 ) -> None:
-    """Most of the time that a rank is not computing it waits there for the others."""
+    """A rank that is not computing mostly waits there for the others."""
     trainer = trainer_of(config_of(max_steps=5), data, tmp_path)
 
     class Interrupted(World):
@@ -117,7 +117,9 @@ def test_a_stop_request_during_the_agreement_of_ranks_is_not_lost(
     assert [event.step for event in trainer.run() if isinstance(event, StepEvent)] == [1]
 
 
-def test_a_stop_before_the_first_step_saves_too(data: PreparedData, tmp_path: Path) -> None:
+def test_a_run_stopped_before_its_first_step_saves_a_checkpoint(
+    data: PreparedData, tmp_path: Path
+) -> None:
     trainer = trainer_of(config_of(), data, tmp_path)
     trainer.request_stop()
     assert [(type(e), e.step) for e in trainer.run()] == [(EvalEvent, 0), (SaveEvent, 0)]
@@ -128,7 +130,7 @@ def test_a_stop_before_the_first_step_saves_too(data: PreparedData, tmp_path: Pa
     assert differing(bits(resumed), bits(fresh)) == []
 
 
-def test_the_validation_loss_equals_that_of_the_checkpoint_on_the_last_tenth(
+def test_the_validation_loss_equals_the_checkpoints_loss_on_the_last_tenth(
     data: PreparedData, tmp_path: Path
 ) -> None:
     config = config_of("gpt2", max_steps=4, save_every=2, eval_tokens=10**9)
@@ -154,7 +156,7 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(
     for event in trainer.run():
         if isinstance(event, SaveEvent):
             saves.append(event)
-            if event.step == 4:  # what was learned is lost: later checkpoints are worse
+            if event.step == 4:  # reset the weights, so that later checkpoints are worse
                 with torch.no_grad():
                     trainer.model.unembedding.weight.normal_(std=3.0)
     losses = [event.val_loss for event in saves]
@@ -176,10 +178,10 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(
     assert best.step == 4
 
 
-def test_a_budget_of_minutes_ends_with_them_and_evaluation_is_not_counted(
+def test_a_time_limit_counts_training_but_not_evaluation(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each look at the clock moves it by a second: a step takes one, and so does an evaluation."""
+    """Each read of the clock adds a second, so steps and evaluations take one second each."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(trainer_module.time, "perf_counter", lambda: float(next(ticks)))
     config = config_of(max_steps=0, max_minutes=10 / 60, eval_every=2, warmup_fraction=0.0)

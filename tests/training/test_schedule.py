@@ -19,7 +19,7 @@ def scale(schedule: str, at: float, **changes: float) -> float:
 
 
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "linear", "constant"])
-def test_every_schedule_warms_up_from_a_tenth_in_a_straight_line(schedule: str) -> None:
+def test_every_schedule_warms_up_linearly_from_a_tenth(schedule: str) -> None:
     assert scale(schedule, 0) == pytest.approx(0.1)
     assert scale(schedule, 0.05) == pytest.approx(0.55)
     assert scale(schedule, 0.1) == pytest.approx(1)
@@ -39,7 +39,7 @@ def test_every_schedule_warms_up_from_a_tenth_in_a_straight_line(schedule: str) 
         ("constant", {0.3: 1, 1: 1}),
     ],
 )
-def test_schedules_have_their_values_at_the_corners(
+def test_schedules_have_their_expected_values_at_the_corners(
     schedule: str, corners: dict[float, float]
 ) -> None:
     for at, value in corners.items():
@@ -65,7 +65,7 @@ def test_schedules_stay_between_zero_and_the_peak_for_any_fractions(
     assert after == sorted(after, reverse=True)
 
 
-def test_with_a_limit_of_steps_progress_depends_only_on_the_step() -> None:
+def test_with_max_steps_progress_depends_only_on_the_step() -> None:
     assert [progress(BASE, step, elapsed) for step in (0, 250, 1000) for elapsed in (0, 1e9)] == [
         0,
         0,
@@ -76,14 +76,14 @@ def test_with_a_limit_of_steps_progress_depends_only_on_the_step() -> None:
     ]
 
 
-def test_with_minutes_progress_is_the_fraction_of_the_time() -> None:
+def test_with_max_minutes_progress_is_the_fraction_of_the_time() -> None:
     config = TrainingConfig(max_minutes=2)
     assert [progress(config, 10**9, s) for s in (0, 30, 119, 120, 500)] == pytest.approx(
         [0, 0.25, 119 / 120, 1, 1]
     )
 
 
-def test_with_both_limits_the_first_to_end_counts() -> None:
+def test_with_both_limits_progress_follows_the_first_to_be_reached() -> None:
     config = TrainingConfig(max_steps=100, max_minutes=1)
     assert progress(config, 50, 6) == 0.5
     assert progress(config, 10, 45) == 0.75
@@ -91,7 +91,7 @@ def test_with_both_limits_the_first_to_end_counts() -> None:
 
 @pytest.mark.parametrize("epochs", [0.01, 0.5, 1, 2, 3.7])
 @pytest.mark.parametrize("n_tokens", [1000, 1024, 12_345])
-def test_an_epoch_has_as_many_steps_as_see_all_tokens_once(epochs: float, n_tokens: int) -> None:
+def test_an_epoch_has_enough_steps_to_see_every_token_once(epochs: float, n_tokens: int) -> None:
     config = config_of(max_steps=0, max_epochs=epochs, batch_size=4, context_warmup_length=4)
     n_seen = n_steps = 0
     while n_seen < epochs * n_tokens:
@@ -100,11 +100,11 @@ def test_an_epoch_has_as_many_steps_as_see_all_tokens_once(epochs: float, n_toke
     assert with_max_steps(config, n_tokens).training.max_steps == n_steps
 
 
-def test_the_lower_limit_of_steps_and_epochs_holds() -> None:
+def test_the_lower_of_max_steps_and_max_epochs_applies() -> None:
     for max_steps, expected in ((5, 5), (50, 16)):
         config = config_of(max_steps=max_steps, max_epochs=1.0, batch_size=4)
         resolved = with_max_steps(config, 1000)
         assert resolved.training.max_steps == expected
-        assert with_max_steps(resolved, 1000) == resolved, "as it is resumed"
+        assert with_max_steps(resolved, 1000) == resolved, "resuming must not change the limit"
     plain = config_of(max_steps=5)
     assert with_max_steps(plain, 1000) is plain

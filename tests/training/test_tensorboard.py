@@ -1,4 +1,4 @@
-"""TensorBoard's own reader sees each point of a run once, however often the run was resumed."""
+"""TensorBoard's reader finds each point of a run exactly once, however often it was resumed."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ TAGS = {
 
 @pytest.fixture
 def accumulator() -> Any:
-    """TensorBoard's reader of a folder."""
+    """Return TensorBoard's reader of event files."""
     module = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",
         reason="needs TensorBoard to read its files: pip install 'minigpt-attention[tensorboard]'",
@@ -43,7 +43,7 @@ def logged(run: Path) -> dict[str, Points]:
     lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     return {
         tag: [
-            (line["step"], pytest.approx(line[name], rel=1e-6))  # it keeps float32
+            (line["step"], pytest.approx(line[name], rel=1e-6))  # stored as float32
             for line in lines
             if line["event"] != "save" and name in line
         ]
@@ -52,7 +52,7 @@ def logged(run: Path) -> dict[str, Points]:
 
 
 def train(data: PreparedData, run: Path, *, kill_at: int = 0, resume: bool = False) -> None:
-    """Train to step 6; or leave without a word at a step whose checkpoint is not yet there."""
+    """Train to step 6, or abort at a step that has no checkpoint yet."""
     config = config_of(max_steps=6, save_every=2, eval_every=3)
     trainer = trainer_of(config, data, run, resume=resume)
     report_to = None if resume else "tensorboard"
@@ -63,10 +63,10 @@ def train(data: PreparedData, run: Path, *, kill_at: int = 0, resume: bool = Fal
                 return
 
 
-def test_every_scalar_of_a_resumed_run_is_there_once(
+def test_every_scalar_of_a_resumed_run_is_logged_once(
     data: PreparedData, tmp_path: Path, accumulator: Any
 ) -> None:
-    train(data, tmp_path, kill_at=5)  # its points of step 5 outlive the checkpoint of step 4
+    train(data, tmp_path, kill_at=5)  # its points at step 5 are newer than the checkpoint at step 4
     train(data, tmp_path, resume=True)
     expected = logged(tmp_path)
     assert [step for step, _ in expected["loss/train"]] == [1, 2, 3, 4, 5, 6]
@@ -74,7 +74,7 @@ def test_every_scalar_of_a_resumed_run_is_there_once(
     assert read(accumulator(str(tmp_path / TENSORBOARD_FOLDER))) == expected
 
 
-def test_mfu_is_reported_if_it_is_known(tmp_path: Path, accumulator: Any) -> None:
+def test_mfu_is_logged_if_it_is_known(tmp_path: Path, accumulator: Any) -> None:
     with logging_to(tmp_path, "tensorboard", from_step=0) as log:
         for number, mfu in ((1, None), (2, 0.25)):
             log(StepEvent(number, 0.5, 1.25, 0.01, 2.0, 100.0, mfu, 3.0, 3.0))
@@ -88,6 +88,6 @@ def test_a_run_without_report_to_writes_no_event_files(
     board = tmp_path / TENSORBOARD_FOLDER
     with logging_to(tmp_path, report_to, from_step=4):
         assert not board.exists()
-    board.mkdir()  # an earlier part of the run reported
+    board.mkdir()  # an earlier part of the run used TensorBoard
     with logging_to(tmp_path, "none", from_step=4):
         assert not list(board.iterdir())

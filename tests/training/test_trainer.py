@@ -1,4 +1,4 @@
-"""The training loop, compared with a plain loop, and its events and checkpoints."""
+"""The training loop equals a plain loop; its seeds, sequence lengths and checkpoints."""
 
 import math
 import re
@@ -24,7 +24,7 @@ from minigpt.training.schedule import lr_scale
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])
-def test_the_loop_equals_a_plain_one(clip: float, data: PreparedData, tmp_path: Path) -> None:
+def test_training_equals_a_plain_loop(clip: float, data: PreparedData, tmp_path: Path) -> None:
     config = config_of(
         "gpt2", optimizer="adamw", max_steps=6, lr=0.01, embedding_lr=0.01, grad_clip=clip, seed=5
     )
@@ -48,7 +48,7 @@ def test_the_loop_equals_a_plain_one(clip: float, data: PreparedData, tmp_path: 
         adamw.param_groups[0]["lr"] = 0.01 * scale
         adamw.step()
         adamw.zero_grad()
-        # float32, in another order of sums.
+        # float32 sums in another order
         assert event.train_loss == pytest.approx(loss.item(), rel=1e-4)
         assert event.grad_norm == pytest.approx(norm, rel=1e-3)
         assert event.lr == pytest.approx(0.01 * scale)
@@ -58,14 +58,14 @@ def test_the_loop_equals_a_plain_one(clip: float, data: PreparedData, tmp_path: 
         trainer.model.named_parameters(), model.parameters(), strict=True
     ):
         if name.endswith("key.bias"):
-            continue  # no softmax feels it: its gradient is noise, which AdamW makes steps of
+            continue  # it does not change the softmax: its gradient is noise, which AdamW amplifies
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3, msg=name)
 
 
-def test_shorter_sequences_train_as_a_model_of_that_context_does(
+def test_training_on_shorter_sequences_equals_a_model_of_that_context(
     data: PreparedData, tmp_path: Path
 ) -> None:
-    """The llama layout has no weight of a position: the longer context is only room."""
+    """The llama layout has no position weights, so the longer context is unused."""
     base = config_of("llama", max_steps=6, eval_every=2, context_warmup_length=4)
     short = replace(base, model=replace(base.model, context_length=8))
     long = replace(base, training=replace(base.training, sequence_length=8))
@@ -88,7 +88,7 @@ def test_shorter_sequences_train_as_a_model_of_that_context_does(
 
 
 @pytest.mark.parametrize(("vocab_size", "batch_size"), [(257, 256), (2**19, 16), (2**28, 1)])
-def test_evaluation_makes_no_more_logits_at_once_than_fit(
+def test_evaluation_batches_bound_the_memory_of_logits(
     vocab_size: int,
     batch_size: int,
     data: PreparedData,
@@ -112,12 +112,12 @@ def test_evaluation_makes_no_more_logits_at_once_than_fit(
     assert seen == [batch_size]
 
 
-def test_accumulated_micro_batches_equal_the_big_batch(
+def test_accumulated_micro_batches_equal_the_full_batch(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         "minigpt.training.run.has_fast_bfloat16", lambda device: False
-    )  # of any CPU
+    )  # on any CPU
     runs = {}
     for size in (6, 3, 2, 1):
         config = config_of("llama", max_steps=4, micro_batch_size=size)
@@ -126,7 +126,7 @@ def test_accumulated_micro_batches_equal_the_big_batch(
         runs[size] = [[event.train_loss, event.grad_norm] for event in events], bits(trainer)
     facts, tensors = runs[6]
     for size in (3, 2, 1):
-        # The same sums in another order.
+        # float32 sums in another order
         torch.testing.assert_close(
             torch.tensor(runs[size][0]), torch.tensor(facts), rtol=1e-3, atol=0
         )
@@ -141,12 +141,12 @@ def test_the_loss_falls_to_the_entropy_of_a_repetitive_text(tmp_path: Path) -> N
     final = [
         e for e in trainer_of(config, data, tmp_path / "run").run() if isinstance(e, EvalEvent)
     ]
-    # Every letter says which one follows: the entropy is zero.
+    # Every letter determines the next one: the entropy is zero.
     assert final[-1].val_loss < 0.02
     assert final[-1].bits_per_byte == pytest.approx(final[-1].val_loss / math.log(2))
 
 
-def test_runs_are_equal_with_one_seed_and_differ_with_two(
+def test_runs_with_the_same_seed_are_equal_and_others_differ(
     data: PreparedData, tmp_path: Path
 ) -> None:
     runs = []
@@ -161,7 +161,7 @@ def test_runs_are_equal_with_one_seed_and_differ_with_two(
     assert "embedding.weight" in differing(runs[0], runs[2])
 
 
-def test_dropout_masks_differ_from_step_to_step_and_from_seed_to_seed(
+def test_dropout_masks_differ_between_steps_and_between_seeds(
     data: PreparedData, tmp_path: Path
 ) -> None:
     masks: list[torch.Tensor] = []
@@ -179,12 +179,12 @@ def test_dropout_masks_differ_from_step_to_step_and_from_seed_to_seed(
     n = masks[0].numel()
     for i, mask in enumerate(masks):
         assert abs(mask.sum().item() - n / 4) < 4 * math.sqrt(n * 3 / 16)
-        for other in masks[:i]:  # independent ones are both zero in a sixteenth of the places
+        for other in masks[:i]:  # independent masks are both zero at 1/16 of the positions
             assert abs((mask & other).sum().item() - n / 16) < 5 * math.sqrt(n * 15 / 256)
 
 
 @pytest.mark.parametrize("seed", [0, 2**63 - 1])
-def test_the_first_and_last_seeds_work(seed: int, data: PreparedData, tmp_path: Path) -> None:
+def test_the_smallest_and_largest_seeds_work(seed: int, data: PreparedData, tmp_path: Path) -> None:
     trainer = trainer_of(config_of(dropout=0.1, max_steps=2, seed=seed), data, tmp_path)
     assert isinstance(list(trainer.run())[-1], SaveEvent)
 
@@ -203,7 +203,7 @@ def test_too_little_text_is_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("n_words", [20, 25, 30])
-def test_the_context_length_that_is_advised_for_too_little_text_is_accepted(
+def test_the_context_length_suggested_for_too_little_text_works(
     n_words: int, tmp_path: Path
 ) -> None:
     data = data_of(text(n_words), tmp_path / "corpus")
@@ -215,7 +215,7 @@ def test_the_context_length_that_is_advised_for_too_little_text_is_accepted(
     assert list(trainer_of(config, data, tmp_path / "run").run())
 
 
-def test_a_trained_tokenizer_goes_into_the_checkpoint(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_is_saved_in_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_text(text(800))
     data = prepare(DataConfig(paths=(str(path),), tokenizer="bpe:300"), cache_dir=tmp_path / "c")
@@ -245,13 +245,11 @@ def test_a_compiled_run_equals_an_eager_one(
         config = config_of(layout, optimizer="adamw", max_steps=4, lr=1e-3, compile=is_compiled)
         trainer = trainer_of(config, data, tmp_path / str(is_compiled))
         losses.append([e.train_loss for e in trainer.run() if isinstance(e, StepEvent)])
-    # Fused kernels round elsewhere.
+    # Fused kernels round at other points.
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
-def test_context_warmup_sees_as_many_tokens_in_more_sequences(
-    data: PreparedData, tmp_path: Path
-) -> None:
+def test_context_warmup_keeps_the_tokens_per_step(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(max_steps=8, context_warmup_length=4, context_warmup_fraction=0.5)
     trainer = trainer_of(config, data, tmp_path / "run")
     shapes = []
@@ -264,6 +262,6 @@ def test_context_warmup_sees_as_many_tokens_in_more_sequences(
     assert shapes == [(24, 4)] * 4 + [(6, 16)] * 4
 
 
-def test_a_short_context_must_divide_the_context() -> None:
+def test_the_warm_up_length_must_divide_the_context() -> None:
     with pytest.raises(ConfigError, match=r"3 does not divide 16"):
         config_of(context_warmup_length=3)
