@@ -1,4 +1,4 @@
-"""Fixtures of the tests of knockouts."""
+"""Fixtures for the tests of knockouts."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from minigpt.tracing.analysis import knockout
 
 @pytest.fixture(params=["fast", "plain"])
 def knockout_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Compute knockouts through the decode step, or through the model's own forward."""
+    """Compute knockouts with the fast decode step or with the model's own forward."""
     if request.param == "plain":
         monkeypatch.setattr(knockout, "find_ring", lambda _: None)
     return str(request.param)

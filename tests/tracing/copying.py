@@ -10,7 +10,7 @@ from minigpt.training.optim import make_optimizers
 
 VOCAB, CONTEXT = 40, 24
 PREVIOUS, INDUCTION = 1, 2
-"""Layers of the two heads that copying needs; each layer has one head."""
+"""Layers of the previous-token head and the induction head; each layer has one head."""
 
 
 def doubled(n_rows: int, n_repeated: int, generator: torch.Generator) -> Tensor:
@@ -19,7 +19,7 @@ def doubled(n_rows: int, n_repeated: int, generator: torch.Generator) -> Tensor:
 
 
 def copying_model(*, seed: int = 0, n_steps: int = 200) -> GPT:
-    """Three layers of one head, with torch's initial weights, which suit a small model."""
+    """Train a model of three one-head layers, with torch's default initialization."""
     torch.manual_seed(seed)
     shape = {"vocab_size": VOCAB, "context_length": CONTEXT, "n_layer": 3, "n_head": 1}
     model = GPT(ModelConfig(**shape, d_model=48, rope_theta=30.0))

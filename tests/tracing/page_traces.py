@@ -1,4 +1,4 @@
-"""Made-up traces for the page: any size, every feature, hostile texts."""
+"""Synthetic traces for the page: any size, every feature, hostile texts."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,7 @@ from minigpt.tracing.head_lists import select_heads
 
 BOTH: tuple[Measure, ...] = ("weight", "norm")
 
-# Each would set window.pwned, open a dialog or load something if it were run as code.
+# Run as code, each would set window.pwned, open a dialog or load something.
 HOSTILE = (
     "<script>window.pwned=1</script>",
     "</script><script>window.pwned=1</script>",
@@ -92,7 +92,7 @@ def made_trace(
     seed: int = 1,
     **header: Any,
 ) -> Trace:
-    """A trace of random numbers; the rows of heads and the reduced rows are unrelated."""
+    """Return a trace of random numbers; rows of heads and reduced rows are unrelated."""
     random = np.random.default_rng(seed)
     names = [text.encode() for text in texts] or [f" t{i}".encode() for i in range(1000)]
     tokens = [Token(i, i, names[i % len(names)]) for i in range(n_prompt + n_generated)]
@@ -191,7 +191,7 @@ def _heads(
     n_kept = min(n_sources, n_view - 1)
     weights = np.sort(_shares(random, (*shape, n_kept + 2)), axis=-1)[..., ::-1]
     starts = random.integers(0, max(1, n_view - 1), (*shape, 1))
-    # Different positions from 1 on, in no order.
+    # Distinct positions from 1 on, in random order.
     positions = 1 + (starts + np.arange(n_kept) * 7919) % max(1, n_view - 1)
     if n_kept and (n_view - 1) % 7919 == 0:
         raise ValueError("7919 is to have no divisor in common with the number of positions")

@@ -1,4 +1,4 @@
-"""Traces of small models, and made-up steps and headers for the views."""
+"""Traces of small models, and synthetic steps and headers for the views."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from minigpt.tracing.spans import Line
 from minigpt.tracing.tracer import trace
 
 WIDTHS = [40, 60, 80, 140]
-"""Widths of terminals."""
+"""Terminal widths."""
 HOSTILE = [
     b"",
     b" ",
@@ -46,7 +46,7 @@ HOSTILE = [
     b"a" * 99,
     "█▏…␣\\".encode(),
 ]
-"""Tokens that would steer a terminal, hide, or take more cells than they seem to."""
+"""Tokens that could control a terminal, are invisible, or are wider than they look."""
 
 
 def small_trace(
@@ -58,7 +58,7 @@ def small_trace(
     context_length: int = 24,
     **config: Any,
 ) -> Trace:
-    """The trace of a model of random weights: two layers of four heads, bytes for tokens."""
+    """Trace a random model with two layers of four heads and byte tokens."""
     header, *steps, footer = trace(
         small_model(layout, vocab_size=257, context_length=context_length),
         BytesTokenizer(),
@@ -74,7 +74,7 @@ def small_trace(
 
 
 def header_of(**changes: Any) -> TraceHeader:
-    """A header of one layer of one head."""
+    """Return a header of a model with one layer and one head."""
     facts: dict[str, Any] = {
         "model": "runs/small",
         "n_layer": 1,
@@ -98,7 +98,7 @@ def header_of(**changes: Any) -> TraceHeader:
 
 
 def row_of(sources: Sequence[Source], n_positions: int, **changes: Any) -> Row:
-    """A row of which half went to the sink, or to these sources as they say."""
+    """Return a row with these sources; half of the attention goes to the sink."""
     weights_S = np.zeros(n_positions, np.float32)
     for source in sources:
         weights_S[source.token.position] = source.weight
@@ -121,7 +121,7 @@ def row_of(sources: Sequence[Source], n_positions: int, **changes: Any) -> Row:
 def step_of(
     data: bytes, sources: Sequence[bytes], *, index: int = 0, position: int = 500, **changes: Any
 ) -> TraceStep:
-    """A step whose sources, the newest first, share half of its row."""
+    """Return a step whose sources, newest first, share half of its row."""
     shown = [
         Source(Token(position - 1 - i, 2, source), 0.5 / len(sources))
         for i, source in enumerate(sources)
@@ -138,7 +138,7 @@ def step_of(
 
 
 def roles_of(**scores: Any) -> Roles:
-    """The roles of a head that has none, but for these scores."""
+    """Return the scores of a head without roles, except for the given ones."""
     facts: dict[str, Any] = dict.fromkeys(
         ("previous", "duplicate", "induction", "sink", "local"), 0.0
     )
@@ -146,7 +146,7 @@ def roles_of(**scores: Any) -> Roles:
 
 
 def with_tokens(made: Trace, tokens: Sequence[bytes]) -> Trace:
-    """The same trace of other tokens, these over and over."""
+    """Return the trace with its tokens replaced by these, repeated."""
 
     def token(place: int) -> Token:
         return Token(place, 0, tokens[place % len(tokens)])
@@ -158,7 +158,7 @@ def with_tokens(made: Trace, tokens: Sequence[bytes]) -> Trace:
 
 
 def cells(text: str) -> int:
-    """Cells by Unicode's East Asian width; nothing that joins or is invisible may be left."""
+    """Return the width in cells; fail on combining and invisible characters."""
     for character in text:
         assert unicodedata.category(character)[0] not in "CM", repr(character)
         assert unicodedata.category(character) not in ("Zl", "Zp"), repr(character)

@@ -1,4 +1,4 @@
-"""Bursts: the rows of several tokens are summarized together, as if each were alone."""
+"""Bursts: rows of several tokens are summarized together with the results of one at a time."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def events_of(
     ids=str,
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_trace_in_bursts_is_that_of_one_token_at_a_time(
+def test_a_trace_in_bursts_equals_one_token_at_a_time(
     monkeypatch: pytest.MonkeyPatch, layout: str, options: dict[str, Any]
 ) -> None:
     def lines(seconds: float) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ def test_a_trace_in_bursts_is_that_of_one_token_at_a_time(
 
 
 @pytest.mark.parametrize("is_signed", [False, True])
-def test_rows_read_together_have_the_bits_of_rows_read_alone(is_signed: bool) -> None:
+def test_rows_summarized_together_have_the_same_bits_as_alone(is_signed: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     rows = [torch.randn(4, n, generator=generator) for n in (1, 2, 7, 8, 40, 41, 200)]
     if not is_signed:
@@ -77,7 +77,7 @@ def test_rows_read_together_have_the_bits_of_rows_read_alone(is_signed: bool) ->
 def decoding_that_fails_after(
     monkeypatch: pytest.MonkeyPatch, n_passes: int, error: BaseException | None
 ) -> list[int]:
-    """Count the decode steps; raise in the one after n, or without an error return NaN."""
+    """Count decode steps; after n steps, raise the error, or return NaN if it is None."""
     calls: list[int] = []
     real = Decoder._feed
 
@@ -103,7 +103,7 @@ def test_the_first_token_is_shown_before_the_next_one_is_decoded(
     assert isinstance(next(events), TraceStep)
     assert not calls
     assert isinstance(next(events), TraceStep)
-    assert len(calls) == SAMPLING.max_new_tokens - 1, "the rest is one burst"
+    assert len(calls) == SAMPLING.max_new_tokens - 1, "all later tokens must be one burst"
 
 
 def test_ctrl_c_while_decoding_shows_the_tokens_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,13 +114,13 @@ def test_ctrl_c_while_decoding_shows_the_tokens_before_it(monkeypatch: pytest.Mo
     assert (footer.n_tokens, footer.finish) == (5, None)
 
 
-def test_end_trace_yields_what_was_observed_and_decodes_no_more(
+def test_ending_a_trace_yields_observed_tokens_and_decodes_no_more(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = decoding_that_fails_after(monkeypatch, 99, None)
     events = events_of(monkeypatch, 0, "gpt2")
     shown = [next(events), next(events)]
-    # The next token comes alone, and all others together.
+    # The next token comes alone, then all others together.
     monkeypatch.setattr(observers, "_BURST_S", math.inf)
     shown += [next(events), next(events)]
     n_decoded = len(calls)
@@ -131,7 +131,7 @@ def test_end_trace_yields_what_was_observed_and_decodes_no_more(
     assert (footer.n_tokens, footer.finish, len(calls)) == (10, None, n_decoded)
 
 
-def test_end_trace_between_two_bursts_decodes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ending_a_trace_between_two_bursts_decodes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     events = events_of(monkeypatch, 0, "llama")
     assert isinstance([next(events) for _ in range(3)][-1], TraceStep)
     footer = events.throw(EndTrace)
@@ -141,7 +141,7 @@ def test_end_trace_between_two_bursts_decodes_no_more(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("d_model", [5, 48, 768])
 @pytest.mark.parametrize("kind", [torch.nn.LayerNorm, RMSNorm])
-def test_a_frozen_norm_of_several_rows_has_the_bits_of_one_at_a_time(
+def test_a_frozen_norm_of_several_rows_has_the_same_bits_as_one_at_a_time(
     kind: Any, d_model: int
 ) -> None:
     norm = kind(d_model)
@@ -185,12 +185,12 @@ def test_effects_do_not_depend_on_how_many_tokens_are_verified_together(
         return [effect.change for step in steps for effect in step.effects]  # type: ignore[union-attr]
 
     alone, together = changes(0), changes(math.inf)
-    # Float32 rounding: not all CPUs have kernels whose bits are the same for any number of rows.
+    # float32 rounding: on some CPUs, kernels round differently for other numbers of rows.
     assert alone == pytest.approx(together, abs=1e-5)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), None])
-def test_an_end_while_decoding_shows_the_tokens_that_were_to_be_verified(
+def test_a_trace_ended_while_decoding_shows_tokens_waiting_for_verification(
     monkeypatch: pytest.MonkeyPatch, error: BaseException | None
 ) -> None:
     decoding_that_fails_after(monkeypatch, 4, error)
@@ -224,7 +224,7 @@ def test_ctrl_c_while_a_burst_is_computed_loses_no_observed_token(
     assert (footer.n_tokens, footer.finish) == (10, None)
 
 
-def test_a_second_ctrl_c_ends_the_computation_of_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_aborts_the_computation_of_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     real, bursts = RowReader.facts, []
 
     def interrupted(*words: Any, **more: Any) -> Any:

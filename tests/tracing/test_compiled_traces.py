@@ -1,6 +1,6 @@
-"""A trace says the same through the graph of the decode step as through the eager step.
+"""Traces through the decode graph equal traces through the eager step.
 
-Uncompiled, the graph's operations run one by one; tests/generation/test_compiled.py compiles them.
+Here the graph's operations run uncompiled; tests/generation/test_compiled.py compiles them.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ ANALYSES: tuple[dict[str, Any], ...] = (
 
 @pytest.fixture(autouse=True)
 def _cached_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph in the cache, which is used by default, whose operations run one by one."""
+    """Use an uncompiled graph as if a compiled one were in the cache."""
     monkeypatch.setattr(fast, "is_cached", lambda model: True)
     monkeypatch.setattr(
         compiled,
@@ -69,7 +69,7 @@ def traced(
 
 
 def numbers(made: Trace) -> list[np.ndarray[Any, Any]]:
-    """Return all that is measured, step by step and in the footer."""
+    """Return all numbers of the steps and the footer."""
     found: list[Any] = []
     for step in made.steps:
         found += [[step.log_probability], [one.log_probability for one in step.candidates]]
@@ -90,7 +90,7 @@ def numbers(made: Trace) -> list[np.ndarray[Any, Any]]:
 @pytest.mark.parametrize("config", ANALYSES, ids=str)
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped", "qwen3"])
-def test_every_analysis_agrees_with_that_of_the_eager_step(
+def test_every_analysis_of_the_graph_agrees_with_the_eager_step(
     layout: str, kind: str, config: dict[str, Any]
 ) -> None:
     graph = traced(layout, kind, compiles=None, changes={}, **config)
@@ -111,7 +111,7 @@ def test_every_analysis_agrees_with_that_of_the_eager_step(
     ],
     ids=str,
 )
-def test_a_changed_model_does_not_take_the_graph_which_would_ignore_the_change(
+def test_an_ablated_or_patched_model_does_not_use_the_cached_graph(
     changes: dict[str, Any], config: dict[str, Any]
 ) -> None:
     by_default, eager = (

@@ -1,4 +1,4 @@
-"""The dense file holds every row of every head, and exists only when it is complete."""
+"""The dense file contains every row of every head, and exists only when complete."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -25,7 +25,7 @@ from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 
 
-def test_every_row_of_a_trace_comes_back(tmp_path: Path) -> None:
+def test_every_row_of_a_trace_is_stored(tmp_path: Path) -> None:
     model = small_model("llama-grouped", vocab_size=257)
     path = tmp_path / "rows.safetensors"
     prompt = list(b"to be")
@@ -85,7 +85,7 @@ def test_a_missing_folder_is_a_resource_error(tmp_path: Path) -> None:
 
 
 def traced_with_rows(path: Path, **config: Any) -> Trace:
-    """A trace whose file of all rows is at ``path``."""
+    """Return a trace whose dense rows are written to ``path``."""
     model = small_model("llama-grouped", vocab_size=257, context_length=32)
     with writing_rows(path, n_layer=2, n_head=4, metadata={}) as add:
         header, *steps, footer = trace(
@@ -123,10 +123,12 @@ def test_rows_of_a_file_are_those_of_a_trace_with_other_options(
 
 
 @pytest.mark.parametrize("n_verified", [2, "all"])
-def test_knockouts_meet_the_weights_of_the_new_rows(tmp_path: Path, n_verified: Any) -> None:
+def test_knockouts_are_paired_with_the_weights_of_the_new_rows(
+    tmp_path: Path, n_verified: Any
+) -> None:
     made = traced_with_rows(tmp_path / "rows", measure="logit", against="a", n_verified=n_verified)
     found = with_rows_of(made, tmp_path / "rows", AnalysisConfig(heads="1.2"), n_kept=8)
-    assert found.header.against is None  # weights do not depend on it
+    assert found.header.against is None  # attention weights do not depend on the alternative token
     pairs = []
     for one, other in zip(made.steps, found.steps, strict=True):
         assert [e.change for e in one.effects] == [e.change for e in other.effects]
@@ -141,7 +143,7 @@ def test_knockouts_meet_the_weights_of_the_new_rows(tmp_path: Path, n_verified: 
     assert found.footer.cause.rank_correlation == pytest.approx(expected, abs=1e-12)
 
 
-def test_whole_rows_of_heads_can_be_kept(tmp_path: Path) -> None:
+def test_complete_rows_of_heads_can_be_stored(tmp_path: Path) -> None:
     made = traced_with_rows(tmp_path / "rows")
     found = with_rows_of(made, tmp_path / "rows", AnalysisConfig(), n_kept=100)
     for step in found.steps:

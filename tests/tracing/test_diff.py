@@ -13,7 +13,7 @@ from minigpt.tracing.findings import Row, Trace, TraceFooter
 
 
 def trace_of(*weights: list[float], log_probability: float = -1.0, sink: int = 0) -> Trace:
-    """A prompt of three tokens, and a step for each row."""
+    """Return a trace with a prompt of three tokens and a step for each row."""
     prompt = tuple(Token(i, i, bytes([97 + i])) for i in range(3))
     steps = [
         step_of(
@@ -88,7 +88,7 @@ def test_traces_of_different_tokens_are_refused(first: Trace, second: Trace, mes
         list(diff_traces(first, second))
 
 
-def test_a_number_that_changes_its_sign_has_moved() -> None:
+def test_a_number_that_changes_its_sign_counts_as_moved() -> None:
     first, second = trace_of([0.0, -3.0, 1.0]), trace_of([0.0, 3.0, 1.0])
     (diff,) = diff_traces(first, second)
     assert (diff.moved, diff.divergence) == pytest.approx((0.75, 0.75))

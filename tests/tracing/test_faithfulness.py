@@ -1,4 +1,4 @@
-"""Measures compared with the exact effects: the numbers equal those of plain loops."""
+"""Measures compared with exact knockout effects, checked by plain loops."""
 
 import math
 from collections import Counter
@@ -99,7 +99,7 @@ def test_every_number_equals_a_plain_loop_over_full_forwards() -> None:
 
 
 @pytest.mark.integration
-def test_on_a_copying_model_measures_put_the_true_source_first_and_controls_do_not(
+def test_measures_but_not_controls_rank_the_true_source_of_a_copy_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, generator = copying_model(), torch.Generator().manual_seed(5)
@@ -113,18 +113,18 @@ def test_on_a_copying_model_measures_put_the_true_source_first_and_controls_do_n
     monkeypatch.setattr(faithfulness, "_numbers", watched)
 
     def shares(*measures: str, **config: str) -> dict[str, float]:
-        """Return how often each ranking puts the true source first."""
+        """Return how often each measure ranks the true source first."""
         names, firsts = (*measures, *CONTROLS), Counter[str]()
         for row in rows:
             orders.clear()
             compare(model, row, measures=measures, n_tokens=10, config=AnalysisConfig(**config))
             for i, (first, position) in enumerate(orders):
-                # The token at t is that at t - 12, and the one before it predicts it.
+                # The token at t repeats that at t - 12 and is predicted by the query at t - 1.
                 firsts[names[i % len(names)]] += first == position - 12
         return {name: firsts[name] * len(names) / len(orders) / len(rows) for name in names}
 
     rows = [doubled(1, 12, generator)[0, :14].tolist() for _ in range(4)]
-    # Rollout asks for the first origin, and the mean weight includes the previous-token head.
+    # Rollout traces back to the first origin, and mean weights include the previous-token head.
     names = [name for name in measure_names() if name not in ("rollout", "weight")]
     found = shares(*names) | {"weight": shares("weight", layers=str(INDUCTION))["weight"]}
     assert found["exact"] > 0.9
@@ -132,7 +132,7 @@ def test_on_a_copying_model_measures_put_the_true_source_first_and_controls_do_n
     assert max(found["random"], found["distance"]) < 0.3
 
 
-def test_samples_are_pooled_and_all_measures_of_the_installation_are_compared() -> None:
+def test_samples_are_pooled_and_all_registered_measures_are_compared() -> None:
     model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or not")
     found = compare(model, prompt, measures=None, n_tokens=3, n_samples=2)
     assert [one.name for one in found.results] == [*measure_names(), *CONTROLS]
@@ -160,10 +160,10 @@ def test_progress_grows_within_each_pass() -> None:
     assert shares[-1] < 1
     stages = Counter(what for _, what in reports)
     assert list(stages) == ["measuring", "rolling out", "knocking out"]
-    assert min(stages.values()) >= 4, "at least one report per token"
+    assert min(stages.values()) >= 4, "progress must be reported for each token"
 
 
-def test_measures_that_a_model_or_a_long_text_does_not_allow_are_left_out_with_the_reason() -> None:
+def test_unsupported_measures_are_omitted_with_the_reason() -> None:
     lstm = model_of(VARIANTS["lstm-attention"])
     found = compare(lstm, list(range(12)), measures=None, n_tokens=3)
     assert set(found.left_out) == {"logit"}
@@ -175,11 +175,11 @@ def test_measures_that_a_model_or_a_long_text_does_not_allow_are_left_out_with_t
     with pytest.raises(ConfigError, match="measure logit is not possible"):
         compare(lstm, list(range(12)), measures=("logit",), n_tokens=3)
     long = small_model("gpt2", vocab_size=257, context_length=1100)
-    with pytest.raises(ConfigError, match="at most 1024"):  # not silently without it
+    with pytest.raises(ConfigError, match="at most 1024"):  # must not be dropped silently
         compare(long, [1] * 1050, measures=("rollout",), n_tokens=1)
 
 
-def test_measures_that_do_not_exist_and_texts_that_are_too_short_are_refused() -> None:
+def test_unknown_measures_and_too_short_texts_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"there is no measure 'vibes'\. Choose from weight"):
         choose_measures("weight, vibes")
     assert choose_measures("norm,weight,norm") == ("norm", "weight")
@@ -187,7 +187,7 @@ def test_measures_that_do_not_exist_and_texts_that_are_too_short_are_refused() -
         compare(small_model("gpt2", vocab_size=257), [97, 98], measures=("weight",), n_tokens=3)
 
 
-def test_an_interval_is_that_of_a_normal_mean_and_leaves_undefined_values_out() -> None:
+def test_a_confidence_interval_uses_the_normal_mean_without_undefined_values() -> None:
     values = np.random.default_rng(0).normal(3, 2, 400)
     interval = bootstrap(np.append(values, [np.nan, np.nan]), seed=1)
     assert interval is not None

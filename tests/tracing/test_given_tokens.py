@@ -1,4 +1,4 @@
-"""Tokens that are given, by the prompt or by force, and the candidates beside each token."""
+"""Rows of prompt tokens and forced tokens, and candidates for each token."""
 
 import json
 from pathlib import Path
@@ -41,13 +41,13 @@ def traced(model: GPT, prompt: str = PROMPT, **options: Any) -> Trace:
 
 
 def facts(step: TraceStep) -> tuple[Any, ...]:
-    """What a step shows, without what depends on where the prompt ends."""
+    """Return the parts of a step that do not depend on the length of the prompt."""
     row = step.row
     return step.token, step.log_probability, row.weights_S.tolist(), row.sources, step.candidates
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_of_the_prompt_are_those_of_a_full_forward(layout: str) -> None:
+def test_rows_of_the_prompt_equal_those_of_a_full_forward(layout: str) -> None:
     model = model_of(layout)
     trace = traced(model, max_new_tokens=0)
     tokens = torch.tensor([list(PROMPT.encode())])
@@ -64,11 +64,11 @@ def test_rows_of_the_prompt_are_those_of_a_full_forward(layout: str) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_rows_of_the_prompt_are_those_of_a_generation_that_is_forced_to_it(
+def test_rows_of_the_prompt_equal_those_of_forced_generation(
     options: dict[str, Any],
 ) -> None:
     model = model_of("llama-grouped")
-    options = options | {"sink": 0}  # auto would find another one in another prompt
+    options = options | {"sink": 0}  # auto may find another sink in another prompt
     rows = traced(model, max_new_tokens=0, **options).steps
     forced = traced(model, PROMPT[0], force=PROMPT[1:], max_new_tokens=len(PROMPT) - 1, **options)
     assert [facts(step) for step in rows] == [facts(step) for step in forced.steps]
@@ -77,7 +77,9 @@ def test_rows_of_the_prompt_are_those_of_a_generation_that_is_forced_to_it(
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rows_of_the_prompt_change_nothing_after_it(layout: str, options: dict[str, Any]) -> None:
+def test_showing_rows_of_the_prompt_changes_nothing_after_it(
+    layout: str, options: dict[str, Any]
+) -> None:
     model = model_of(layout)
     plain = traced(model, max_new_tokens=6, temperature=1.2, **options)
     more = traced(model, max_new_tokens=6, temperature=1.2, prompt_rows=True, **options)
@@ -97,7 +99,7 @@ def test_a_prompt_of_one_token_has_no_rows() -> None:
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.0}, {"temperature": 1.3, "repetition_penalty": 1.3}], ids=str
 )
-def test_forcing_what_was_sampled_changes_nothing(options: dict[str, Any]) -> None:
+def test_forcing_the_sampled_tokens_changes_nothing(options: dict[str, Any]) -> None:
     model = model_of("qwen3")
     free = list(Decoder(model, [1, 2]).generate(SamplingConfig(**options), seed=3))
     for n in (1, 4, len(free)):
@@ -124,7 +126,7 @@ def test_forced_text_comes_first_in_every_sample_and_counts_as_generated() -> No
         assert len(steps) == 5
 
 
-def test_a_forced_stop_string_or_end_of_text_ends_a_text_as_a_sampled_one() -> None:
+def test_forced_stop_strings_and_ends_of_text_end_a_text_like_sampled_ones() -> None:
     model = model_of("llama")
     options: dict[str, Any] = {"tokenizer": TOKENIZER, "max_new_tokens": 9}
     stopped = list(minigpt.generate(model, "to", force=" be or", stop=("be",), **options))
@@ -149,12 +151,12 @@ class Letters(BytesTokenizer):
     """A vocabulary without accents."""
 
     def unencodable(self, text: str) -> set[str]:
-        """Return what is not ASCII."""
+        """Return the characters that are not ASCII."""
         return {character for character in text if not character.isascii()}
 
 
 @pytest.mark.parametrize("option", ["force", "against"])
-def test_texts_that_the_vocabulary_lacks_are_refused_by_their_option(option: str) -> None:
+def test_texts_missing_in_the_vocabulary_are_refused_with_their_option(option: str) -> None:
     with pytest.raises(ConfigError, match=f"no token for 'ü' in the text of --{option}, 'grün'"):
         minigpt.trace(
             model_of("llama"), "to", tokenizer=Letters(), measure="logit", **{option: "grün"}
@@ -162,7 +164,7 @@ def test_texts_that_the_vocabulary_lacks_are_refused_by_their_option(option: str
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_candidates_are_the_best_of_the_models_own_distribution(layout: str) -> None:
+def test_candidates_are_the_most_probable_tokens_before_sampling_options(layout: str) -> None:
     model = model_of(layout)
     sampling = {"temperature": 3.0, "top_k": 2, "repetition_penalty": 1.5}
     trace = traced(model, candidates=4, prompt_rows=True, max_new_tokens=5, **sampling)
@@ -178,12 +180,12 @@ def test_candidates_are_the_best_of_the_models_own_distribution(layout: str) -> 
         ]
 
 
-def test_more_candidates_than_tokens_are_all_tokens() -> None:
+def test_asking_for_more_candidates_than_tokens_gives_all_tokens() -> None:
     (step,) = traced(model_of("llama"), candidates=10**6, max_new_tokens=1).steps
     assert len(step.candidates) == 257
 
 
-def test_given_tokens_and_candidates_are_read_as_they_were_written(tmp_path: Path) -> None:
+def test_given_tokens_and_candidates_survive_the_trace_file(tmp_path: Path) -> None:
     trace = small_trace(candidates=2, prompt_rows=True, n_verified=1, has_heads=True)
     path = tmp_path / "trace.jsonl"
     lines = [to_json_line(event) for event in (trace.header, *trace.steps, trace.footer)]
@@ -193,7 +195,7 @@ def test_given_tokens_and_candidates_are_read_as_they_were_written(tmp_path: Pat
     assert read.tokens == trace.tokens
 
 
-def test_a_file_without_candidates_is_read(tmp_path: Path) -> None:
+def test_a_trace_file_without_candidates_is_read(tmp_path: Path) -> None:
     trace = small_trace()
     path = tmp_path / "trace.jsonl"
     lines = [json.loads(to_json_line(e)) for e in (trace.header, *trace.steps, trace.footer)]

@@ -1,4 +1,4 @@
-"""Gradient x input and integrated gradients of the token's logit, beside Captum's."""
+"""Gradient x input and integrated gradients of the token's logit, compared with Captum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,8 +20,8 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 
 @pytest.fixture
 def attribution() -> Any:
-    """The package captum.attr, imported where it is used: it takes a second."""
-    return pytest.importorskip("captum.attr", reason="captum is not installed")
+    """Import captum.attr only where it is used, because it takes a second."""
+    return pytest.importorskip("captum.attr", reason="needs captum")
 
 
 def measured(model: LanguageModel, tokens: Tensor, **config: Any) -> Measured:
@@ -34,7 +34,7 @@ def measured(model: LanguageModel, tokens: Tensor, **config: Any) -> Measured:
 
 
 def from_embeddings(model: LanguageModel, n: int, against: int | None) -> Callable[..., Tensor]:
-    """The model as a function of its embeddings (B, S, C), for Captum."""
+    """Return the model as a function of its embeddings (B, S, C), for Captum."""
 
     def logit(x_BSC: Tensor) -> Tensor:
         hook = model.embedding.register_forward_hook(lambda *call: x_BSC)
@@ -66,7 +66,7 @@ def test_integrated_gradients_equal_captum(layout: str, attribution: Any) -> Non
     oracle = attribution.IntegratedGradients(from_embeddings(model, 9, None))
     expected = oracle.attribute(x_BSC, baseline, n_steps=20, method="gausslegendre")
     row = measured(model, tokens, measure="integrated", n_steps=20)
-    # Gradients are large near the baseline, where the stream is small.
+    # Gradients are large near the baseline, where the residual stream is small.
     torch.testing.assert_close(row.rows, expected.sum(dim=2)[0].float(), rtol=1e-3, atol=1e-3)
     logit = from_embeddings(model, 9, None)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_integrated_gradients_equal_captum(layout: str, attribution: Any) -> Non
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
-def test_integrated_gradients_are_complete_with_enough_steps(layout: str) -> None:
+def test_integrated_gradients_satisfy_completeness_with_enough_steps(layout: str) -> None:
     model, tokens = small_model(layout), random_tokens(1, 9)
     errors = []
     for n_steps in (2, 400):
@@ -88,7 +88,7 @@ def test_integrated_gradients_are_complete_with_enough_steps(layout: str) -> Non
     assert errors[1] < errors[0]
 
 
-def test_many_steps_in_batches_equal_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_integration_steps_in_batches_equal_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt.tracing.analysis.measures import integrated
 
     model, tokens = small_model(), random_tokens(1, 9)
@@ -124,7 +124,7 @@ def test_an_lstm_with_attention_has_gradients_too(attribution: Any) -> None:
     torch.testing.assert_close(row, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_parameters_gather_no_gradient() -> None:
+def test_parameters_accumulate_no_gradient() -> None:
     model: GPT = small_model()
     measured(model, random_tokens(1, 5), measure="gradient")
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""The page holds what the trace holds, and no text of it becomes HTML."""
+"""The page contains the data of the trace, and no text of it becomes HTML."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ from minigpt.tracing.wrapping import one_line
 
 
 class Page(HTMLParser):
-    """The elements, attributes and texts of a page."""
+    """Parses the elements, attributes and texts of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Page(HTMLParser):
 
 
 def unpacked(data: dict[str, Any]) -> dict[str, list[int]]:
-    """The packed arrays, unpacked by a plain loop."""
+    """Return the packed arrays, unpacked by a plain loop."""
     text = zlib.decompress(base64.b64decode(data["packed"]["deflated"]))
     arrays, start = {}, 0
     for name, width, length in data["packed"]["arrays"]:
@@ -80,13 +80,13 @@ def shares_of(codes: list[int], largest: int) -> np.ndarray:
     return (np.array(codes) / largest) ** 2
 
 
-def test_whole_rows_survive_packing() -> None:
+def test_complete_rows_survive_packing() -> None:
     trace = made_trace()
     arrays = unpacked(Page(to_html(trace)).data)
     for i, measure in enumerate(BOTH):
         expected = np.concatenate([step.rows[i].weights_S for step in trace.steps])
         shares = shares_of(arrays[f"{measure}.rows"], 65535)
-        # Half a code, where the square's slope is at most 2 / 65535 a code.
+        # Half a code, where the square has a slope of at most 2 / 65535 per code.
         np.testing.assert_allclose(shares, expected, rtol=0, atol=1.6e-5)
 
 
@@ -111,7 +111,7 @@ def test_rows_of_heads_survive_packing() -> None:
             positions = np.array(taken("positions", n_heads * 5)).reshape(*shape, 5)
             weights = shares_of(taken("weights", n_heads * 5), 255).reshape(*shape, 5)
             assert (positions[..., :n_kept] == heads.positions).all()
-            # Half a code of 255.
+            # Half a code of 1/255.
             np.testing.assert_allclose(weights[..., :n_kept], heads.weights, atol=0.004)
             assert (weights[..., n_kept:] == 0).all()
             for name, expected in (
@@ -136,7 +136,7 @@ def test_small_shares_have_finer_steps_than_one_255th() -> None:
 
 
 def test_two_hundred_tokens_of_144_heads_by_both_measures_take_less_than_2_mb() -> None:
-    """Random positions compress worse than those of a model."""
+    """Random positions compress worse than those of a real model."""
     page = to_html(made_trace(64, 200, n_layer=12, n_head=12, n_sources=8))
     assert len(page.encode()) < 2_000_000
 
@@ -189,7 +189,7 @@ def test_each_effect_is_paired_with_its_control() -> None:
                 assert effect["control"] is None
 
 
-def test_the_page_and_the_terminal_end_with_the_same_sentences() -> None:
+def test_the_page_and_the_terminal_have_the_same_closing_sentences() -> None:
     trace = made_trace()
     assert trace.footer.cause is not None
     text = Page(to_html(trace)).data["closing"]
@@ -197,13 +197,13 @@ def test_the_page_and_the_terminal_end_with_the_same_sentences() -> None:
     assert text[1:] == [cause_in_words(trace.footer.cause)]
 
 
-def test_without_knockouts_the_page_claims_no_cause() -> None:
+def test_without_knockouts_the_page_makes_no_causal_claim() -> None:
     text = " ".join(Page(to_html(made_trace(has_effects=False))).data["closing"])
     assert "Attention shows where a head looked, not why a token was generated" in text
     assert "says nothing about cause" in text
 
 
-def test_the_policy_allows_only_the_script_and_style_of_the_page() -> None:
+def test_the_content_security_policy_allows_only_the_pages_script_and_style() -> None:
     page = Page(to_html(small_trace(has_heads=True)))
 
     def sha256(text: str) -> str:
@@ -214,14 +214,14 @@ def test_the_policy_allows_only_the_script_and_style_of_the_page() -> None:
     assert directives["script-src"] == f"'sha256-{sha256(page.texts['script'])}'"
     assert directives["style-src"] == f"'sha256-{sha256(page.texts['style'])}'"
     assert directives["base-uri"] == directives["form-action"] == "'none'"
-    # The policy comes before everything that it governs.
+    # The policy must precede everything that it applies to.
     names = [name for name, _ in page.elements]
     assert names[:4] == ["html", "head", "meta", "meta"]
 
 
 def test_the_page_has_no_external_references() -> None:
     page = to_html(made_trace())
-    page = page.replace('"http://www.w3.org/2000/svg"', "")  # a name, never fetched
+    page = page.replace('"http://www.w3.org/2000/svg"', "")  # an XML namespace, never fetched
     assert not re.search(r"\w+://|url\(|@import|\bsrc=|\bhref=", page)
     assert not re.search(r"\b(fetch|import|XMLHttpRequest|WebSocket|EventSource|Worker)\b\(", page)
 
@@ -235,7 +235,7 @@ def test_the_script_never_parses_text_as_html_or_code() -> None:
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_no_text_becomes_an_element(text: str) -> None:
+def test_no_text_of_a_trace_becomes_an_html_element(text: str) -> None:
     plain = Page(to_html(made_trace(3, 3)))
     page = Page(to_html(made_trace(3, 3, texts=[text], model=text, dtype=text, kernel=text)))
     assert page.elements == plain.elements
@@ -255,7 +255,7 @@ def test_embedded_json_cannot_end_its_script_element() -> None:
         assert not set("<>&") & set(embedded)
 
 
-def test_a_page_of_logits_says_what_they_do_not_say_and_names_no_attention() -> None:
+def test_a_page_of_logits_explains_their_limits_and_does_not_mention_attention() -> None:
     weights = small_trace()
     header = replace(weights.header, measures=("logit",), n_verified=2)
     steps = [
@@ -285,7 +285,7 @@ def test_a_page_of_logits_says_what_they_do_not_say_and_names_no_attention() -> 
         ("gradient", None, ""),
     ],
 )
-def test_the_facts_of_a_page_say_how_the_heads_became_one_row(
+def test_a_page_states_how_heads_are_reduced_to_one_row(
     measure: str, name: str | None, words: str
 ) -> None:
     facts = dict(facts_about(made_trace(measures=(measure,))))
@@ -294,7 +294,7 @@ def test_the_facts_of_a_page_say_how_the_heads_became_one_row(
     assert name is None or words in facts[name]
 
 
-def test_the_page_of_knockouts_does_not_ask_for_knockouts() -> None:
+def test_a_page_with_knockouts_does_not_suggest_knockouts() -> None:
     trace = made_trace()
     for n_verified in (0, 2, "all"):
         shown = replace(trace, header=replace(trace.header, n_verified=n_verified))

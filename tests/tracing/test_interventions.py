@@ -1,4 +1,4 @@
-"""Ablation and patching of heads, against zeroed weights and plain loops."""
+"""Ablation and patching of heads and layers, compared with zeroed weights and plain loops."""
 
 import copy
 from typing import Any
@@ -35,7 +35,7 @@ def traced(model: GPT, prompt: str = PROMPT, **options: Any) -> Trace:
 
 
 def assert_predicted_by(trace: Trace, log_p: torch.Tensor) -> None:
-    """Compare each token's probability with those of a full forward (T, V)."""
+    """Check each token's probability against those of a full forward (T, V)."""
     for step in trace.steps:
         expected = log_p[step.token.position - 1, step.token.id].item()
         assert step.log_probability == pytest.approx(expected, abs=1e-3)
@@ -47,7 +47,7 @@ def ids_of(trace: Trace) -> torch.Tensor:
 
 @torch.no_grad()
 def plain(model: GPT, tokens: torch.Tensor, put: Any = None) -> tuple[torch.Tensor, list[Any]]:
-    """Return log-probabilities and head outputs (T, H, D); ``put`` changes those of a layer."""
+    """Return log-probabilities and head outputs (T, H, D); ``put`` edits those of a layer."""
     outputs, hooks = [], []
 
     def hook(layer: int) -> Any:
@@ -88,7 +88,7 @@ def test_an_ablated_head_equals_zeroed_columns_of_the_output_projection(layout: 
 
 
 @pytest.mark.parametrize("layout", MODELS)
-def test_a_mean_ablated_head_has_its_mean_over_the_prompt_everywhere(layout: str) -> None:
+def test_a_mean_ablated_head_outputs_its_prompt_mean_everywhere(layout: str) -> None:
     model = model_of(layout)
     trace = traced(model, ablate="0.1-2,1.0", ablate_mean=True)
     _, outputs = plain(model, torch.tensor([list(PROMPT.encode())]))
@@ -102,7 +102,7 @@ def test_a_mean_ablated_head_has_its_mean_over_the_prompt_everywhere(layout: str
 
 @pytest.mark.parametrize("position", [None, 0, 3, "all"])
 @pytest.mark.parametrize("layout", MODELS)
-def test_a_patched_run_equals_a_plain_one_with_hooks(layout: str, position: Any) -> None:
+def test_a_patched_run_equals_a_plain_forward_with_hooks(layout: str, position: Any) -> None:
     model = model_of(layout)
     trace = traced(model, patch_from=OTHER, patch="0.1,1.*", patch_position=position)
     _, outputs = plain(model, torch.tensor([list(OTHER.encode())]))
@@ -122,7 +122,7 @@ def test_a_patched_run_equals_a_plain_one_with_hooks(layout: str, position: Any)
 def log_p_with_streams(
     model: GPT, tokens: torch.Tensor, streams: dict[int, torch.Tensor], places: list[int]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Run block after block, and replace the stream after some of them; return all streams too."""
+    """Run block after block, patch the stream after some of them, and return all streams, too."""
     n = tokens.shape[1]
     x, rotary = model.embed(tokens), None
     if model.config.family == "gpt2":
@@ -191,7 +191,7 @@ def test_an_intervention_names_what_it_patches(patch: str, says: str) -> None:
     ("tokens", "says"),
     [([1] * 25, "the prompt has 25 tokens, the model sees 24"), ([257], "the token id 257")],
 )
-def test_a_prompt_that_an_intervention_cannot_run_is_refused(tokens: list[int], says: str) -> None:
+def test_a_patch_prompt_that_the_model_cannot_run_is_refused(tokens: list[int], says: str) -> None:
     model = model_of("llama")
     plans = [{"ablate": "0.0", "ablate_mean": True}]
     plans += [{"patch_from": "x", "patch": patch} for patch in ("0.0", "0")]
@@ -200,7 +200,7 @@ def test_a_prompt_that_an_intervention_cannot_run_is_refused(tokens: list[int], 
             intervene(model, InterventionConfig(**plan), tokens, lambda _: tokens)
 
 
-def test_in_python_a_patch_may_come_from_token_ids() -> None:
+def test_in_python_the_patch_prompt_may_be_token_ids() -> None:
     model, ids = model_of("llama"), list(OTHER.encode())
     one, other = (traced(model, patch_from=p, patch="1.*") for p in (OTHER, ids))
     assert [(s.token, s.log_probability) for s in one.steps] == [
@@ -211,7 +211,7 @@ def test_in_python_a_patch_may_come_from_token_ids() -> None:
         traced(model, patch_from=[1, 2, 3, 4, 5, 6, 7, 257], patch="1.*")
 
 
-def test_patching_a_run_with_itself_changes_nothing() -> None:
+def test_patching_a_run_from_the_same_prompt_changes_nothing() -> None:
     model = model_of("llama")
     same = traced(model, patch_from=PROMPT, patch="*.*", patch_position="all")
     assert [s.token for s in same.steps] == [s.token for s in traced(model).steps]
@@ -227,7 +227,7 @@ def test_patching_a_run_with_itself_changes_nothing() -> None:
     ],
     ids=str,
 )
-def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> None:
+def test_tracing_a_changed_model_changes_nothing(options: dict[str, Any]) -> None:
     model = model_of("llama-grouped")
     trace = traced(model, n_verified=2, lens=True, measure="both", roles=False, **options)
     items = list(
@@ -262,7 +262,7 @@ def test_watching_a_changed_model_changes_nothing(options: dict[str, Any]) -> No
         ),
     ],
 )
-def test_interventions_that_do_not_exist_are_refused(options: dict[str, Any], says: str) -> None:
+def test_invalid_interventions_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
         traced(model_of("llama"), **options)
 
@@ -288,7 +288,7 @@ def test_integrated_gradients_are_those_of_the_changed_model(options: dict[str, 
 
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("layout", MODELS)
-def test_logits_without_heads_are_attributed_as_with_zero_columns_and_a_bias(
+def test_logit_attribution_of_ablated_heads_equals_zeroed_columns_and_a_bias(
     layout: str, mean: bool
 ) -> None:
     model = model_of(layout)
@@ -319,7 +319,7 @@ def test_logits_without_heads_are_attributed_as_with_zero_columns_and_a_bias(
 @pytest.mark.parametrize("position", [3, "all"])
 @pytest.mark.parametrize("layout", MODELS)
 @torch.no_grad()
-def test_logits_of_a_patched_model_are_accounted_for_at_every_token(
+def test_logit_attribution_of_a_patched_model_is_complete_at_every_token(
     layout: str, position: Any, patch: str
 ) -> None:
     model = model_of(layout)
@@ -348,11 +348,11 @@ def test_logits_of_a_patched_model_are_accounted_for_at_every_token(
         if not is_patched:
             continue
         assert row.heads is not None
-        by_head = row.heads.sink + row.heads.weights.sum(axis=-1)  # all positions, as K allows
+        by_head = row.heads.sink + row.heads.weights.sum(axis=-1)  # all positions are stored
         gone = {"0.1,1.*": [(0, 1), *((1, h) for h in range(4))], "0,1.2": [(1, 2)]}
         for layer, head in gone.get(patch, []):
             assert by_head[layer, head] == 0
-        if patch == "1":  # the whole stream is that of the other prompt
+        if patch == "1":  # the entire stream is that of the other prompt
             assert not np.any(row.weights_S)
             assert row.parts["intervention"] + row.parts["bias"] == pytest.approx(
                 row.whole, abs=1e-3

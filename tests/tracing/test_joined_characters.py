@@ -1,4 +1,4 @@
-"""Every view shows a character that tokens split as one, and a reader sees which token is which."""
+"""Views show a character that is split among tokens as one, and mark its later tokens."""
 
 import re
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ BYTES = [bytes([byte]) for byte in TEXT.encode()]  # 13 tokens
 
 @pytest.fixture(scope="module")
 def trace() -> Trace:
-    """A token for each byte, twice the text; the prompt ends inside a character."""
+    """Return a trace of the text twice, one token per byte; the prompt ends inside a character."""
     made = small_trace("x" * 14, max_new_tokens=12, context_length=30)
     return with_tokens(made, BYTES)
 
 
 def shown_live(trace: Trace, capsys: pytest.CaptureFixture[str]) -> tuple[str, list[int]]:
-    """What stdout has in the end, and how many lines of steps it has after each event."""
+    """Return the final stdout, and its number of step lines after each event."""
     counts: list[int] = []
     out = ""
 
@@ -69,7 +69,7 @@ def test_the_text_view_shades_a_character_by_the_sum_of_its_tokens(trace: Trace)
     lines = [text_of(line) for line in text.show(trace, ViewOptions(width=200, position=last))]
     shown = next(line for line in lines if TEXT in line)
     assert TEXT + TEXT in shown
-    # The second 今 is tokens 13 to 15; the sink's character and the last one have other looks.
+    # The second 今 is tokens 13 to 15; the sink's and the last character are styled differently.
     sums = [float(row.weights_S[a:b].sum()) for a, b in ((3, 6), (6, 9), (9, 13), (13, 16))]
     sums += [float(row.weights_S[a:b].sum()) for a, b in ((16, 19), (19, 22))]
     blocks = lines[lines.index(shown) + 1]
@@ -78,7 +78,7 @@ def test_the_text_view_shades_a_character_by_the_sum_of_its_tokens(trace: Trace)
     assert blocks.rstrip().endswith("^^")
 
 
-def test_the_list_of_the_prompt_has_whole_characters(trace: Trace) -> None:
+def test_the_list_of_prompt_tokens_has_complete_characters(trace: Trace) -> None:
     header = replace(trace.header, prompt=trace.header.prompt[:13])
     shown = "".join(map(text_of, header_lines(header, 80)[2:]))
     for position, name in enumerate(
@@ -97,7 +97,7 @@ def test_a_line_waits_until_its_character_is_complete(
         assert f" {name} " in out
 
 
-def test_an_interrupted_trace_shows_the_bytes_of_half_a_character(
+def test_an_interrupted_trace_shows_the_bytes_of_an_incomplete_character(
     trace: Trace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cut = replace(trace, steps=trace.steps[:4])
@@ -107,7 +107,7 @@ def test_an_interrupted_trace_shows_the_bytes_of_half_a_character(
     assert r" \x97 " in out
 
 
-def test_labels_of_a_strip_continue_a_character_with_a_mark() -> None:
+def test_later_tokens_of_a_character_are_labelled_with_a_mark() -> None:
     made = made_trace(3, 3)
     picture = pictures.show(with_tokens(made, BYTES[:3]), ViewOptions(picture="strip")).decode()
     assert picture.count(">今<") == 2

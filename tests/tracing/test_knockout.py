@@ -1,4 +1,4 @@
-"""A knockout equals a forward pass in which the last query lacks a position."""
+"""A knockout equals a forward pass that hides a position from the last query."""
 
 import math
 
@@ -28,7 +28,7 @@ def log_p(model: GPT, tokens: Tensor) -> float:
 
 
 def cached(model: GPT, tokens: Tensor) -> KVCache:
-    """A cache with spare capacity, NaN where it is not filled."""
+    """Return a cache with spare capacity, which is filled with NaN."""
     cache = KVCache(model.config, dtype=model.dtype)
     cache.keys_LBGSD.fill_(math.nan)
     cache.values_LBGSD.fill_(math.nan)
@@ -49,15 +49,15 @@ def expected_changes(model: GPT, tokens: Tensor, kind: Knockout) -> list[float]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("knockout_step")
-def test_a_change_equals_that_of_a_full_forward_whose_last_query_lacks_the_source(
+def test_knockout_effects_equal_a_full_forward_without_the_source(
     layout: str, kind: Knockout
 ) -> None:
     model, tokens = small_model(layout), random_tokens(1, 11)
     expected = expected_changes(model, tokens, kind)
-    assert max(map(abs, expected)) > 0.02, "some changes are large"
+    assert max(map(abs, expected)) > 0.02, "some changes must be large"
     cache = cached(model, tokens)
     changes = knock_out(model, cache, int(tokens[0, -1]), TARGET, range(11), kind)
-    # float32 logits of up to 50, in another order of sums.
+    # float32 logits of up to 50, summed in another order.
     assert changes == pytest.approx(expected, abs=1e-4)
 
 
@@ -77,14 +77,12 @@ def test_int8_and_bfloat16_models_agree_within_rounding(kind: Knockout) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("n_tokens", [6, 11])
-def test_a_change_has_the_frequencies_that_the_text_had_with_long_rope(
-    n_tokens: int, kind: Knockout
-) -> None:
+def test_knockouts_use_the_longrope_frequencies_of_the_text(n_tokens: int, kind: Knockout) -> None:
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "attention_factor": 1.5}
     scaling = factors | {"rope_type": "longrope", "original_max_position_embeddings": 7}
     model = any_model("olmo2", rope_scaling=scaling)
     tokens = random_tokens(1, 11)
-    cache = cached(model, tokens)  # of a text with the long factors
+    cache = cached(model, tokens)  # the text is long enough for the long factors
     expected = expected_changes(model, tokens[:, :n_tokens], kind)
     hidden = [(position,) for position in range(n_tokens)]
     query = Query(n_tokens - 1, int(tokens[0, n_tokens - 1]), TARGET, hidden)
@@ -112,9 +110,7 @@ HEADS = ("0.1-2,1.*", "1.3", "0.0,1.0", "0.*")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.usefixtures("knockout_step")
-def test_a_knockout_in_some_heads_equals_a_full_forward_where_only_these_lack_the_source(
-    layout: str, kind: Knockout
-) -> None:
+def test_knockout_effects_in_some_heads_equal_a_full_forward(layout: str, kind: Knockout) -> None:
     model, tokens = small_model(layout), random_tokens(1, 11)
     cache, query = cached(model, tokens), int(tokens[0, -1])
     whole = log_p(model, tokens)
@@ -130,7 +126,7 @@ def test_a_knockout_in_some_heads_equals_a_full_forward_where_only_these_lack_th
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_decode_step_and_the_plain_forward_agree_for_queries_of_several_tokens(
+def test_decode_step_and_plain_forward_agree_on_knockouts_of_several_queries(
     layout: str, kind: Knockout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tokens = small_model(layout), random_tokens(1, 14)
@@ -160,7 +156,7 @@ def test_the_decode_step_and_the_plain_forward_agree_for_queries_of_several_toke
 
 
 @pytest.mark.usefixtures("knockout_step")
-def test_hiding_every_position_leaves_no_context_and_no_nan() -> None:
+def test_hiding_every_position_gives_an_empty_context_without_nan() -> None:
     model, tokens = small_model("llama-grouped"), random_tokens(1, 6)
     cache, whole = cached(model, tokens), log_p(model, tokens)
     with last_query_without(range(6), "value"):
@@ -171,7 +167,7 @@ def test_hiding_every_position_leaves_no_context_and_no_nan() -> None:
         assert change == pytest.approx(expected, abs=1e-4)
 
 
-def test_batches_are_bounded_and_each_has_a_row_that_hides_nothing(
+def test_knockout_batches_are_bounded_and_include_an_unchanged_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, tokens = small_model(), random_tokens(1, 20)
@@ -215,11 +211,11 @@ def test_knockouts_of_a_long_cache_are_split_into_batches(monkeypatch: pytest.Mo
     ("weights", "sources", "controls"),
     [
         ([0.4, 0.1, 0.3, 0.0, 0.2], [2, 4], [1, 3]),
-        ([0.4, 0.2, 0.3, 0.1, 0.0], [2, 1], [3, 4]),  # the nearest of 1 is taken
-        ([0.4, 0.1, 0.1, 0.3, 0.1], [3], [2]),  # the earlier of two
-        ([0.5, 0.25, 0.25], [1], [None]),  # no less weight
-        ([0.5, 0.3, 0.2], [1, 2], [None, None]),  # none but the sink is left
-        ([0.0, 0.6, 0.4], [1], [2]),  # never the sink
+        ([0.4, 0.2, 0.3, 0.1, 0.0], [2, 1], [3, 4]),  # the control nearest to 1 is already used
+        ([0.4, 0.1, 0.1, 0.3, 0.1], [3], [2]),  # the earlier of two at equal distance
+        ([0.5, 0.25, 0.25], [1], [None]),  # no weaker position
+        ([0.5, 0.3, 0.2], [1, 2], [None, None]),  # only the sink is left
+        ([0.0, 0.6, 0.4], [1], [2]),  # the sink is never a control
     ],
 )
 def test_a_control_is_the_nearest_weaker_position(
@@ -230,7 +226,7 @@ def test_a_control_is_the_nearest_weaker_position(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attention", ["additive", "concat", "general", "dot"])
-def test_a_knockout_in_every_head_of_another_score_equals_one_without_a_choice_of_heads(
+def test_selecting_every_head_for_a_knockout_equals_selecting_none(
     attention: str, kind: Knockout
 ) -> None:
     model, tokens = small_model("llama-grouped", attention=attention), random_tokens(1, 11)

@@ -1,4 +1,4 @@
-"""A trace holds the effects of its sources, and the knockouts change nothing else in it."""
+"""Traces contain knockout effects of their sources, and knockouts change nothing else."""
 
 from typing import Any
 
@@ -44,21 +44,21 @@ def steps_of(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", ["float32", "bfloat16", "int8", "graph"])
+@pytest.mark.parametrize("decoding", ["float32", "bfloat16", "int8", "graph"])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped"])
 def test_knockouts_change_no_token_and_no_bit_of_the_trace(
-    layout: str, way: str, kind: Knockout, monkeypatch: pytest.MonkeyPatch
+    layout: str, decoding: str, kind: Knockout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run(n_verified: int) -> list[TraceStep]:
         model = small_model(layout, vocab_size=257)
-        if way == "bfloat16":
+        if decoding == "bfloat16":
             model.bfloat16()
-        elif way == "int8":
+        elif decoding == "int8":
             quantize_int8(model)
         return steps_of(
             model,
             list(b"to be or"),
-            compiles=way == "graph",
+            compiles=decoding == "graph",
             n_verified=n_verified,
             knockout=kind,
             roles=n_verified > 0,
@@ -77,7 +77,7 @@ def test_knockouts_change_no_token_and_no_bit_of_the_trace(
 
 
 @pytest.mark.parametrize("n_sources", [0, 2])
-def test_a_trace_knocks_out_the_strongest_sources_even_if_it_shows_fewer(n_sources: int) -> None:
+def test_the_strongest_sources_are_knocked_out_even_if_fewer_are_shown(n_sources: int) -> None:
     model = small_model("qwen3", vocab_size=257)
     prompt = list(b"to be or")
     steps, footer = steps_of(model, prompt, n_verified=3, n_sources=n_sources, sink=2)
@@ -109,7 +109,7 @@ def test_a_trace_knocks_out_the_strongest_sources_even_if_it_shows_fewer(n_sourc
 
 @pytest.mark.parametrize("heads", [None, "1.1,0.2-3"])
 @pytest.mark.usefixtures("knockout_step")
-def test_verify_all_gives_the_effect_of_every_position(heads: str | None) -> None:
+def test_verifying_all_gives_the_effect_of_every_position(heads: str | None) -> None:
     model, prompt = small_model("llama-grouped", vocab_size=257), list(b"to be or")
     steps, footer = steps_of(model, prompt, n_verified="all", verify_heads=heads, n_sources=3)
     chosen = heads and select_heads(2, 4, heads=heads).heads_by_layer
@@ -137,7 +137,7 @@ def test_verify_all_gives_the_effect_of_every_position(heads: str | None) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("knockout_step")
-def test_the_sources_and_the_sink_alone_equal_a_full_forward_without_all_else(
+def test_the_prediction_from_the_sources_alone_equals_a_full_forward(
     kind: Knockout,
 ) -> None:
     model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or")
@@ -159,7 +159,7 @@ def test_the_sources_and_the_sink_alone_equal_a_full_forward_without_all_else(
 
 
 @pytest.mark.usefixtures("knockout_step")
-def test_sources_and_a_sink_that_are_all_positions_are_not_shown_alone() -> None:
+def test_no_prediction_from_the_sources_alone_if_they_are_all_positions() -> None:
     model = small_model("llama", vocab_size=257)
     steps, _ = steps_of(model, list(b"to b"), n_verified=3)
     assert [step.kept is None for step in steps[:3]] == [True, False, False]
@@ -192,11 +192,13 @@ def test_a_single_token_has_no_source_to_knock_out() -> None:
     steps, footer = steps_of(model, [97], n_tokens=1, n_verified=3)
     assert (steps[0].effects, footer.cause) == ((), None)
     steps, _ = steps_of(model, [97, 98], n_tokens=1, n_verified=3)
-    assert [e.source.token.position for e in steps[0].effects] == [1], "the query's own"
+    assert [e.source.token.position for e in steps[0].effects] == [1], (
+        "the position of the query itself"
+    )
 
 
 @pytest.mark.parametrize("n_tokens", [0, 3])
-def test_positions_are_knocked_out_of_the_queries_of_the_prompt_too(n_tokens: int) -> None:
+def test_queries_of_the_prompt_get_knockouts_too(n_tokens: int) -> None:
     model, prompt = small_model("llama-grouped", vocab_size=257), list(b"to be or")
     steps, footer = steps_of(model, prompt, n_tokens=n_tokens, n_verified="all", prompt_rows=True)
     assert (len(steps), footer.n_tokens) == (len(prompt) - 1 + n_tokens, n_tokens)

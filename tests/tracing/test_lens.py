@@ -30,7 +30,7 @@ def traced(model: GPT, **options: Any) -> Trace:
 
 @torch.no_grad()
 def plain_lens(model: GPT, tokens: torch.Tensor, cap: float | None = None) -> torch.Tensor:
-    """Log-probabilities (L, T, V) after each layer, by hooks on a full forward."""
+    """Return log-probabilities (L, T, V) after each layer, by hooks on a full forward."""
     states: list[torch.Tensor] = []
     hooks = [
         block.register_forward_hook(lambda _, inputs, output: states.append(output))
@@ -46,7 +46,7 @@ def plain_lens(model: GPT, tokens: torch.Tensor, cap: float | None = None) -> to
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES, SOFTCAP])
-def test_the_lens_is_that_of_a_plain_loop_over_layers(layout: str) -> None:
+def test_the_logit_lens_equals_a_plain_loop_over_layers(layout: str) -> None:
     n_layer = {"n_layer" if layout in LAYOUTS else "num_hidden_layers": 3}
     model = any_model(layout, vocab_size=257, **n_layer)
     trace = traced(model, lens=True, prompt_rows=True, temperature=1.0)
@@ -67,7 +67,7 @@ def test_the_lens_is_that_of_a_plain_loop_over_layers(layout: str) -> None:
         assert step.lens.layer == from_layer
 
 
-def test_the_lens_changes_nothing() -> None:
+def test_the_logit_lens_changes_no_token_and_no_probability() -> None:
     model = small_model("qwen3", vocab_size=257)
     plain, watched = traced(model), traced(model, lens=True)
     assert [(s.token, s.log_probability) for s in plain.steps] == [
@@ -75,7 +75,7 @@ def test_the_lens_changes_nothing() -> None:
     ]
 
 
-def test_the_lens_is_read_and_shown_as_it_was_written(tmp_path: Path) -> None:
+def test_the_logit_lens_survives_the_trace_file(tmp_path: Path) -> None:
     trace = small_trace(lens=True, prompt_rows=True)
     path = tmp_path / "trace.jsonl"
     lines = [to_json_line(event) for event in (trace.header, *trace.steps, trace.footer)]
@@ -88,6 +88,6 @@ def test_the_lens_is_read_and_shown_as_it_was_written(tmp_path: Path) -> None:
         assert all(sum(len(text) for text, _ in line) <= width for line in shown)
 
 
-def test_a_trace_without_a_lens_names_the_option() -> None:
+def test_showing_a_missing_lens_names_the_option() -> None:
     with pytest.raises(ConfigError, match=r"Trace again with --lens"):
         lens.show(small_trace())

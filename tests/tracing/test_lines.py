@@ -21,14 +21,14 @@ BOTH: tuple[Measure, ...] = ("weight", "norm")
 def step_with(
     data: bytes, sources: Sequence[bytes], measures: tuple[Measure, ...], **changes: Any
 ) -> TraceStep:
-    """A step with a row for each measure; all have the same shares."""
+    """Return a step with a row for each measure, all with the same shares."""
     step = step_of(data, sources, **changes)
     rows = [row_of(step.row.sources, step.token.position, measure=m) for m in measures]
     return replace(step, rows=tuple(rows))
 
 
 def effects_of(step: TraceStep, n_verified: int) -> tuple[Effect, ...]:
-    """Effects of the first sources, -0.10, -1.20, ...; the first one has no control."""
+    """Return effects of the first sources, -0.10, -1.20, ...; the first one has no control."""
     sources = step.row.sources[:n_verified]
     changes = [-0.1 - 1.1 * i for i in range(len(sources))]
     found = [Effect(source, change) for source, change in zip(sources, changes, strict=True)]
@@ -66,7 +66,7 @@ def test_no_line_is_wider_than_the_terminal(
             assert cells(text_of(line)) <= width
 
 
-def test_more_width_shows_more_sources() -> None:
+def test_wider_terminals_show_more_sources() -> None:
     def n_sources(width: int, vocab_size: int) -> int:
         return TraceLayout(width, vocab_size=vocab_size, n_positions=1000).n_sources
 
@@ -99,7 +99,7 @@ def test_a_line_shows_the_numbers_of_its_step() -> None:
         assert text.split()[0] == str(step.index + 1)
         shown = [int(n) for n in re.findall(r"(?<![<\d])(\d+)%", text)]
         n_below_one = text.count("<1%")
-        # probability, sink, sources, rest: each rounded to a whole percent
+        # probability, sink, sources and rest, each rounded to a whole percent
         assert len(shown) + n_below_one == 3 + len(step.row.sources)
         total = sum(shown) - (round(step.probability * 100) if step.probability >= 0.005 else 0)
         assert abs(total - 100) <= (2 + len(step.row.sources)) / 2 + n_below_one
@@ -153,7 +153,7 @@ def test_each_effect_is_shown_below_with_its_control(width: int, n_verified: int
     assert text_of(lines[0]).split()[:3] == ["ln", "p", "without"]
 
 
-def test_changes_of_any_size_take_five_cells() -> None:
+def test_effects_of_any_size_take_five_cells() -> None:
     layout = TraceLayout(80, vocab_size=50_257, n_positions=1000)
     for change, shown in ((-0.004, "+0.00"), (-9.99, "-9.99"), (-10, "-10.0"), (-123.4, " -123")):
         step = step_of(b"x", [b"s"])
@@ -165,7 +165,7 @@ def test_changes_of_any_size_take_five_cells() -> None:
 @pytest.mark.parametrize(
     "measures", [("weight",), ("norm",), ("weight", "norm"), ("logit",), ("gradient",)]
 )
-def test_the_title_of_the_sources_names_their_token(
+def test_the_column_title_of_the_sources_mentions_the_token(
     width: int, measures: tuple[Measure, ...]
 ) -> None:
     layout = make_layout(width, vocab_size=4096, n_positions=200, measures=measures)
@@ -190,7 +190,7 @@ def test_bars_and_percentages_show_the_share() -> None:
     assert {len(bar(i / 1000)) for i in range(1001)} == {3}
 
 
-def test_heat_rises_with_the_share() -> None:
+def test_colour_intensity_rises_with_the_share() -> None:
     heats = [heat(i / 100) for i in range(101)]
     assert heats == sorted(heats)
     assert set(heats) == {f"heat{i}" for i in range(5)}
@@ -213,7 +213,7 @@ def test_fit_pads_or_truncates_to_a_width_in_cells(text: str, width: int, expect
     assert cells(expected) == width
 
 
-def test_bars_of_signed_sources_are_relative_to_the_largest_of_the_row() -> None:
+def test_signed_bars_are_relative_to_the_largest_source_of_the_row() -> None:
     trace = small_trace(measure="logit", n_sources=2)
     layout = make_layout(140, vocab_size=257, n_positions=24, n_sources=2, measures=("logit",))
     for step in trace.steps:

@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each head brought from each position to the token's logit."""
+"""Direct logit attribution: contributions of heads and positions to the token's logit."""
 
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,14 @@ def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None
 
 
 def plain_loop(model: GPT, tokens: Tensor, w_C: Tensor) -> Tensor:
-    """The oracle: (L, H, S), one head, position and product at a time.
+    """Return the attribution (L, H, S), one head, position and product at a time (the oracle).
 
-    The final norm is linear with its scale held constant: a part of the stream, centred by a
-    LayerNorm, divided by the size of the whole stream.
+    With its scale held constant, the final norm is linear: a part of the stream, centred by a
+    LayerNorm, divided by the scale of the entire stream.
     """
     states: list[Tensor] = []
     hook = model.final_norm.register_forward_pre_hook(lambda _, x: states.append(x[0][0, -1]))
-    branches: list[Tensor] = []  # what the heads of each layer add, before a norm after them
+    branches: list[Tensor] = []  # attention output of each layer, before a norm that follows it
     hooks = [
         block.attention_post_norm.register_forward_pre_hook(
             lambda _, x: branches.append(x[0][0, -1])
@@ -104,11 +104,13 @@ def test_rows_and_parts_sum_to_the_logit_of_the_token(model: str) -> None:
         total = measured.rows.sum() + sum(measured.parts.values())
         torch.testing.assert_close(total, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(measured.whole, expected, rtol=0, atol=1e-4)
-        assert abs(float(measured.parts["rounding"])) < 1e-4  # nothing hides there
+        assert (
+            abs(float(measured.parts["rounding"])) < 1e-4
+        )  # no contribution is hidden in rounding
 
 
 @torch.no_grad()
-def test_a_softcapped_logit_is_explained_before_its_cap() -> None:
+def test_a_softcapped_logit_is_attributed_before_its_cap() -> None:
     model, tokens = any_model("gemma2-softcap"), random_tokens(1, 9)
     whole = logit_of(model, tokens, 5).whole
     assert whole is not None
@@ -118,7 +120,7 @@ def test_a_softcapped_logit_is_explained_before_its_cap() -> None:
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *FAMILIES])
 @torch.no_grad()
-def test_decode_steps_attribute_as_a_full_forward(layout: str) -> None:
+def test_attribution_in_decode_steps_equals_a_full_forward(layout: str) -> None:
     model, tokens = any_model(layout), random_tokens(1, 12)
     recorder = MeasureRecorder(model, measures=("logit",))
     decoder = Decoder(model, tokens[0, :8].tolist(), recorder)
@@ -131,7 +133,7 @@ def test_decode_steps_attribute_as_a_full_forward(layout: str) -> None:
 
 
 @torch.no_grad()
-def test_int8_weights_are_attributed_with_what_they_round_to() -> None:
+def test_int8_weights_are_attributed_with_their_dequantized_values() -> None:
     for layout in ("gpt2-tied", "llama"):
         model, tokens = small_model(layout), random_tokens(1, 9)
         quantize_int8(model)
@@ -152,14 +154,14 @@ def test_the_source_of_a_copied_token_has_the_largest_attribution() -> None:
             with torch.no_grad():
                 model(tokens[None, :end], cache, recorder)
                 measured = recorder.measured("logit", tokens[:end].tolist(), int(tokens[end]))
-            # The token itself, where it was first: an induction head copies from there.
+            # An induction head copies from the token's first occurrence.
             n_found += int(measured.rows.sum(dim=(0, 1)).argmax()) == end - n_repeated
     assert n_found == 16
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama-grouped", "olmo2"])
 @torch.no_grad()
-def test_a_heads_mean_effect_is_that_of_its_rows_over_the_copy(
+def test_the_logit_effect_of_a_head_is_the_mean_of_its_rows_over_the_copy(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(roles, "_N_TOKENS", 24)
@@ -175,7 +177,7 @@ def test_a_heads_mean_effect_is_that_of_its_rows_over_the_copy(
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_heads_that_were_not_chosen_are_a_part_of_the_whole() -> None:
+def test_heads_that_are_not_selected_are_a_separate_part_of_the_total() -> None:
     every, one = small_trace(measure="logit"), small_trace(measure="logit", heads="1.2")
     for a, b in zip(every.steps, one.steps, strict=True):
         assert "other_heads" not in a.row.parts
@@ -187,7 +189,7 @@ def test_heads_that_were_not_chosen_are_a_part_of_the_whole() -> None:
 
 @pytest.mark.parametrize("layout", ["llama", "llama-grouped"])
 @torch.no_grad()
-def test_rows_and_parts_equal_those_of_the_states_of_transformers(
+def test_attribution_equals_one_from_hidden_states_of_transformers(
     layout: str, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -248,7 +250,7 @@ def test_a_contrast_in_python_is_the_difference_of_two_logits() -> None:
 
 
 class Spaced:
-    """A tokenizer that, as SentencePiece, puts a space before a text that starts."""
+    """A tokenizer that adds a space before the start of a text, like SentencePiece."""
 
     def encode(self, text: str, *, is_start: bool = True, special: bool = False) -> list[int]:
         """Return bytes, or 3 for a special token."""
@@ -261,7 +263,7 @@ class Spaced:
         return {c for c in text if not c.isascii()}
 
     def token_bytes(self, token: int) -> bytes:
-        """Return a byte."""
+        """Return the byte of a token."""
         return bytes([token])
 
 
@@ -290,14 +292,14 @@ def test_an_alternative_continues_a_text_and_may_be_a_special_token() -> None:
     ],
     ids=str,
 )
-def test_options_without_a_meaning_for_a_measure_are_refused(
+def test_options_that_do_not_apply_to_a_measure_are_refused(
     config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         small_trace(**config)
 
 
-def test_models_whose_logits_are_not_linear_in_a_residual_stream_are_refused_by_name() -> None:
+def test_models_without_linear_logits_are_refused_by_name() -> None:
     shape: dict[str, Any] = {"vocab_size": 61, "context_length": 24, "n_layer": 1, "n_head": 1}
     lstm = LSTM(ModelConfig(arch="lstm-attention", d_model=8, **shape)).eval()
     with pytest.raises(ConfigError, match=r"\(LSTM\).*no residual stream"):
@@ -311,7 +313,7 @@ def test_models_whose_logits_are_not_linear_in_a_residual_stream_are_refused_by_
         MeasureRecorder(Scaled(small_model().config), measures=("logit",))
 
 
-def test_sampling_is_the_same_with_every_measure() -> None:
+def test_sampling_does_not_depend_on_the_measure() -> None:
     plain = small_trace()
     for measure in ("logit", "gradient", "integrated"):
         watched = small_trace(measure=measure, has_heads=True)

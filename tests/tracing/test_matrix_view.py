@@ -1,4 +1,4 @@
-"""The map of tokens and positions shows the rows, in colours and in characters."""
+"""The map of tokens and positions shows the rows in colours or density characters."""
 
 import re
 from dataclasses import replace
@@ -33,7 +33,7 @@ def rows_of(trace: Trace) -> list[NDArray[np.float32]]:
 
 
 def scale_of(lines: list[Line]) -> float:
-    """The number at the upper end of the legend."""
+    """Return the number at the upper end of the legend."""
     (text,) = [text for text in map(text_of, lines) if text.startswith("0% ")]
     found = re.search(r"([\d.]+)%( or more)?$", text)
     assert found is not None
@@ -41,12 +41,12 @@ def scale_of(lines: list[Line]) -> float:
 
 
 def map_lines(lines: list[Line]) -> list[Line]:
-    """The lines with cells, which begin with a position."""
+    """Return the lines with cells, which start with a position."""
     return [line for line in lines if line and line[0][1] == "token"]
 
 
 def shares(line: Line) -> list[float]:
-    """The shares that a line of coloured cells shows, one per position."""
+    """Return the shares shown by a line of coloured cells, one per position."""
     return [SHARES[style] for text, style in line[1:]]
 
 
@@ -63,7 +63,7 @@ def test_colours_rise_in_lightness_and_are_distinct() -> None:
     assert "".join(density(i / 9) for i in range(10)) == DENSITY
 
 
-def test_colours_are_those_of_viridis_in_matplotlib() -> None:
+def test_colours_equal_the_viridis_map_of_matplotlib() -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     from matplotlib import colormaps
 
@@ -79,7 +79,7 @@ def test_coloured_cells_show_the_rows(trace: Trace) -> None:
     assert len(drawn) == len(trace.steps)
     for line, row in zip(drawn, rows_of(trace), strict=True):
         assert {text for text, _ in line[1:]} == {"██"}
-        # half a step of the ramp, and the rounding of the scale
+        # half a step of the colormap, plus rounding of the scale
         np.testing.assert_allclose(shares(line), np.minimum(row / scale, 1), atol=0.01)
 
 
@@ -100,14 +100,14 @@ def test_half_blocks_show_two_rows_per_line(trace: Trace) -> None:
         np.testing.assert_allclose(below, np.minimum(lower / scale, 1), atol=0.01)
 
 
-def test_characters_show_the_same_shares_as_colours(trace: Trace) -> None:
+def test_density_characters_show_the_same_shares_as_colours(trace: Trace) -> None:
     plain = map_lines(show(trace, ViewOptions(width=100, has_colour=False)))
     coloured = map_lines(show(trace, ViewOptions(width=100)))
     for dense, line in zip(plain, coloured, strict=True):
         text = dense[1][0]
         assert text.isascii()
         assert text.endswith("|")
-        assert text[:-1:2] == text[1:-1:2], "a cell is two characters wide"
+        assert text[:-1:2] == text[1:-1:2], "a cell must be two characters wide"
         levels = [DENSITY.index(character) / 9 for character in text[:-1:2]]
         assert len(levels) == len(shares(line))
         assert np.abs(np.subtract(levels, shares(line))).max() < 1 / 18 + 0.01
@@ -175,12 +175,12 @@ def test_columns_are_labelled_above_and_numbered_below(trace: Trace) -> None:
         if name is not None:
             assert "".join(text[place] for text in names).strip() == name
     lower = list(map(text_of, show(named, ViewOptions(width=50, height=29))))
-    assert lower[1].startswith("1"), "with few lines, there are no column labels"
+    assert lower[1].startswith("1"), "with few lines, column labels must be omitted"
     ticks = next(text for text in texts[first:] if text.split()[:2] == ["0", "5"])
     assert [ticks.index(str(n)) - indent for n in (0, 5, 10, 15, 20)] == [0, 5, 10, 15, 20]
 
 
-def test_the_colour_scale_leaves_out_the_sink(trace: Trace) -> None:
+def test_the_colour_scale_ignores_the_sink(trace: Trace) -> None:
     steps = []
     for step in trace.steps:
         weights = np.full_like(step.row.weights_S, 0.01)
@@ -194,7 +194,7 @@ def test_the_colour_scale_leaves_out_the_sink(trace: Trace) -> None:
     assert shares(top)[3] == shares(top)[5] == 1
     assert "sink: position 3" in "".join(map(text_of, lines))
     norm = scale_of(show(other, ViewOptions(width=100, measure="norm")))
-    # position 3 is the sink by the header, so the scale leaves it out
+    # the header says that position 3 is the sink, so the scale ignores it
     largest = max(np.delete(step.rows[1].weights_S, 3).max() for step in other.steps)
     assert norm == pytest.approx(largest, abs=6e-4)
 
@@ -210,13 +210,13 @@ def signed_trace() -> Trace:
 
 
 def level_of(style: str) -> float:
-    """The number from -1 to 1 of a colour between orange, nearly white and blue."""
+    """Return the number from -1 to 1 of a colour from orange over near white to blue."""
     red, green, blue = bytes.fromhex(style.removeprefix("#"))
     end, sign = ((0x21, 0x66, 0xAC), 1) if blue >= red else ((0xB3, 0x58, 0x06), -1)
     parts = [
         (0xF7 - have) / (0xF7 - whole) for have, whole in zip((red, green, blue), end, strict=True)
     ]
-    assert max(parts) - min(parts) < 0.02, "on the line between two colours"
+    assert max(parts) - min(parts) < 0.02, "a colour must be interpolated between two colours"
     return sign * float(np.mean(parts))
 
 
@@ -259,7 +259,7 @@ def test_signed_cells_without_colours_have_a_minus_before_the_density(signed_tra
         assert text == expected
 
 
-def test_the_caption_counts_tokens_of_the_prompt_as_no_generated_ones() -> None:
+def test_the_caption_does_not_count_prompt_tokens_as_generated() -> None:
     for more, says in (({}, "rows: generated tokens;"), ({"prompt_rows": True}, "rows: tokens;")):
         text = " ".join(map(text_of, show(small_trace(max_new_tokens=2, **more))))
         assert says in text

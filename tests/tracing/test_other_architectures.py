@@ -1,4 +1,4 @@
-"""Traces of every score, and of an LSTM with attention, pass the checks of a GPT."""
+"""Traces of every score and of an LSTM with attention pass the same checks as a GPT's."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def test_tracing_changes_nothing_and_rows_match_the_head_outputs(variant: dict[s
 @pytest.mark.parametrize("name", ["lstm-attention", "lstm-attention, dot"])
 @torch.no_grad()
 def test_knocking_out_a_state_of_an_lstm_equals_a_full_pass_without_it(name: str) -> None:
-    """Its attention is its last layer: what other queries saw of the source changes nothing."""
+    """Attention is the last layer, so hiding the state from the last query alone suffices."""
     model = model_of(VARIANTS[name])
     result = traced(model, n_verified=3)
     for step in result.steps:
@@ -84,7 +84,7 @@ def test_roles_are_found_with_every_score() -> None:
         assert head_effects(model).shape == shape
 
 
-def test_what_an_lstm_cannot_do_is_refused_in_one_line() -> None:
+def test_analyses_that_an_lstm_does_not_support_are_refused_in_one_line() -> None:
     with pytest.raises(ConfigError, match="arch lstm has no attention to show"):
         traced(model_of({"arch": "lstm", "n_head": 1}))
     with pytest.raises(ConfigError, match="arch lstm has no attention to show"):

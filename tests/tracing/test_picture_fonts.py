@@ -1,4 +1,4 @@
-"""Pictures use installed fonts for scripts that their own font lacks, and say what none has."""
+"""Pictures use installed fonts for other scripts, and report characters without a font."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ JAPANESE, ARABIC, EMOJI, RARE = "今日は", "مرحبا", "🧿", "\U00012000"
 
 
 def make_font(path: Path, text: str) -> None:
-    """Write a font in which each character of a text is a square."""
+    """Write a font that draws each character of a text as a square."""
     builder = pytest.importorskip("fontTools.fontBuilder", reason="comes with matplotlib")
     pens = pytest.importorskip("fontTools.pens.ttGlyphPen", reason="comes with matplotlib")
     pen = pens.TTGlyphPen(None)
@@ -43,7 +43,7 @@ def make_font(path: Path, text: str) -> None:
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The family of an installed font that has Japanese and an emoji."""
+    """Install a font with Japanese and an emoji; return its family."""
     from matplotlib.font_manager import fontManager
 
     path = tmp_path_factory.mktemp("fonts") / "squares.ttf"
@@ -60,11 +60,11 @@ def traced(*texts: str) -> Trace:
     return with_tokens(small_trace("x" * 6, max_new_tokens=4), [t.encode() for t in texts])
 
 
-def test_fonts_of_a_text_are_installed_ones_that_have_it(squares: str) -> None:
+def test_installed_fonts_are_found_for_the_characters_of_a_text(squares: str) -> None:
     families, missing = pictures.fonts_for(f"a{JAPANESE}{ARABIC}{EMOJI}")
     assert families[0] == "DejaVu Sans Mono"
     assert missing == ""
-    # A font of the machine may have some of them, and come first.
+    # A font of the machine may have some of them and be found first.
     assert len(families) > 1
     assert pictures.fonts_for("plain") == (("DejaVu Sans Mono",), "")
 
@@ -82,7 +82,7 @@ def test_every_script_is_drawn_and_not_escaped(picture: str, format: str, square
     for text in (JAPANESE, ARABIC, EMOJI):
         assert text in shown
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib's warning of a missing glyph
+        warnings.simplefilter("error")  # matplotlib warns of missing glyphs
         figure.savefig(Path("/dev/null"), format=format)
     data = pictures.show(trace, options)
     if format == "svg":
@@ -91,14 +91,14 @@ def test_every_script_is_drawn_and_not_escaped(picture: str, format: str, square
 
 
 @pytest.mark.parametrize("text", ["مر", "שם", "⋯ن", "␣ش"])
-def test_a_number_stands_between_its_cell_and_a_name_that_runs_to_the_left(text: str) -> None:
+def test_row_numbers_stay_next_to_cells_with_right_to_left_names(text: str) -> None:
     from matplotlib.text import Text
 
     figure = pictures.matrix_figure(traced(text), ViewOptions(picture="matrix", format="png"))
     figure.canvas.draw()
     axes = figure.axes[0]
     shown = [one for one in axes.findobj(Text) if one.get_text()]
-    # In one text, Unicode's bidirectional algorithm puts the number on the other side.
+    # In a single text, Unicode's bidirectional algorithm would put the number on the other side.
     assert not [one for one in shown if text in one.get_text() and one.get_text() != text]
     names = [one.get_window_extent() for one in shown if one.get_text() == text]
     assert len(names) == 4 + 9  # rows and columns
@@ -113,12 +113,12 @@ def test_a_number_stands_between_its_cell_and_a_name_that_runs_to_the_left(text:
         assert name.y1 < number.y0 < number.y1 < axes.bbox.y0
 
 
-def test_a_png_escapes_what_no_font_has_and_one_line_says_so(
+def test_a_png_escapes_characters_without_a_font_and_reports_them_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pictures.fonts_for.cache_clear()
     if pictures.fonts_for(RARE)[1] != RARE:
-        pytest.skip("a font of this machine has cuneiform")
+        pytest.skip("needs a machine without a cuneiform font")
     trace = traced(RARE, "a")
     assert pictures.missing_characters(trace) == RARE
     targets = Targets(png=tmp_path / "p.png", svg=tmp_path / "p.svg")
@@ -132,7 +132,7 @@ def test_a_png_escapes_what_no_font_has_and_one_line_says_so(
     assert RARE.encode() in (tmp_path / "p.svg").read_bytes()
 
 
-def test_a_font_that_cannot_be_read_is_passed_over(squares: str, tmp_path: Path) -> None:
+def test_an_unreadable_font_is_skipped(squares: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad.ttf"
     bad.write_bytes(b"no font")
     assert pictures._characters(str(bad)) == frozenset()

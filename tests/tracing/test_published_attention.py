@@ -17,7 +17,7 @@ from minigpt.model.scores import causal_softmax, scaled_dot_score
 from minigpt.tracing.head_lists import reduce_rows, select_heads
 from minigpt.tracing.recorder import RowRecorder
 
-# The published numbers are float32 too, of another torch on another machine.
+# The published numbers are float32, computed with another torch on another machine.
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -59,7 +59,7 @@ def test_attention_of_the_first_layer_equals_the_published_one(
 def test_blocks_and_logits_equal_the_published_ones(
     model: GPT, published: Callable[[str], Tensor]
 ) -> None:
-    """The file has the attention of the first layer alone; later ones show in what they add."""
+    """The file has only the attention of the first layer; outputs check the later ones."""
     outputs: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_hook(lambda module, inputs, output: outputs.append(output))

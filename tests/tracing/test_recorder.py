@@ -1,4 +1,4 @@
-"""Watching changes nothing, and every weight shown is the model's own."""
+"""Recording changes nothing, and recorded weights are those of the model."""
 
 from dataclasses import replace
 from typing import Any
@@ -64,9 +64,9 @@ def test_recording_changes_no_token(layout: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_rows_sum_to_one_and_see_nothing_after_the_query(layout: str) -> None:
+def test_rows_sum_to_one_and_are_causal(layout: str) -> None:
     weights = full_weights(small_model(layout), random_tokens(2, 24))
-    # float32 softmax over at most 24 keys.
+    # float32 softmax over at most 24 keys
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(2, 2, 4, 24), rtol=0, atol=1e-6)
     assert (weights.triu(1) == 0).all()
     assert (weights >= 0).all()
@@ -74,12 +74,12 @@ def test_rows_sum_to_one_and_see_nothing_after_the_query(layout: str) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    [(torch.float32, 1e-5), (torch.bfloat16, 0.02)],  # the kernel's own rounding
+    [(torch.float32, 1e-5), (torch.bfloat16, 0.02)],  # rounding of the kernel
     ids=str,
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_row_times_the_values_is_the_heads_output(
+def test_a_row_times_the_values_equals_the_head_output(
     layout: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     model = small_model(layout).to(dtype)
@@ -104,7 +104,7 @@ def test_a_row_times_the_values_is_the_heads_output(
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_a_decode_row_is_the_last_row_of_a_full_forward(layout: str) -> None:
+def test_the_row_of_a_decode_step_equals_the_last_row_of_a_full_forward(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 24)
     recorder = RowRecorder(model)
@@ -118,8 +118,8 @@ def test_a_decode_row_is_the_last_row_of_a_full_forward(layout: str) -> None:
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_row_of_a_generated_token_is_of_the_query_that_predicted_it() -> None:
-    """Position t - 1: the token is not among its own keys."""
+def test_the_row_of_a_token_is_that_of_the_query_that_predicted_it() -> None:
+    """The query is at position t - 1: the token is not among its own keys."""
     model = small_model("qwen3")
     prompt = random_tokens(5).tolist()
     recorder = RowRecorder(model)
@@ -148,12 +148,12 @@ SELECTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("is_max", [False, True])
 @pytest.mark.parametrize("chosen", SELECTIONS, ids=str)
 @torch.no_grad()
-def test_the_reduction_is_over_the_chosen_heads(chosen: dict[str, str], is_max: bool) -> None:
+def test_rows_are_reduced_over_the_selected_heads(chosen: dict[str, str], is_max: bool) -> None:
     model = small_model("llama-grouped")
     selection = select_heads(2, 4, **chosen)
     tokens = random_tokens(1, 13)
     recorder = RowRecorder(model)
-    model(random_tokens(1, 20, seed=9), recorder=recorder)  # an earlier pass leaves no trace
+    model(random_tokens(1, 20, seed=9), recorder=recorder)  # an earlier pass must have no effect
     model(tokens, recorder=recorder)
     rows = [
         row[head, -1]
@@ -171,7 +171,7 @@ def test_the_reduction_is_over_the_chosen_heads(chosen: dict[str, str], is_max: 
 
 
 def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
-    """The oracle: (L, H, S, C), what each head adds to the stream for each source."""
+    """Return (L, H, S, C), what each head adds to the stream for each source (the oracle)."""
     kept = KeptAttention()
     model(tokens, recorder=kept)
     vectors = []
@@ -189,7 +189,7 @@ def added_vectors(model: GPT, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_norms_are_the_lengths_of_the_heads_output_vectors(layout: str) -> None:
+def test_norms_are_the_lengths_of_the_head_output_vectors(layout: str) -> None:
     model = small_model(layout)
     tokens = random_tokens(1, 20)
     recorder = MeasureRecorder(model, measures=("norm",))
@@ -198,7 +198,7 @@ def test_norms_are_the_lengths_of_the_heads_output_vectors(layout: str) -> None:
         model(part, cache, recorder)
         expected = added_vectors(model, tokens[:, : cache.length]).norm(dim=-1)
         torch.testing.assert_close(recorder.rows_LHS("norm"), expected, rtol=1e-4, atol=1e-5)
-    cache.truncate(3)  # what comes instead is measured again
+    cache.truncate(3)  # replaced positions must be measured again
     other = random_tokens(1, 4, seed=11)
     model(other, cache, recorder)
     seen = torch.cat((tokens[:, :3], other), dim=1)
@@ -208,7 +208,7 @@ def test_norms_are_the_lengths_of_the_heads_output_vectors(layout: str) -> None:
 
 @torch.no_grad()
 def test_head_output_vectors_sum_to_the_attention_output() -> None:
-    """The vectors behind the norms, over all heads and sources, are the layer's own output."""
+    """Summed over heads and sources, the vectors behind the norms give the layer's output."""
     model = small_model("llama-grouped")
     tokens = random_tokens(1, 11)
     outputs: list[Tensor] = []
@@ -251,7 +251,7 @@ def test_a_row_that_differs_from_the_kernel_has_a_product_error() -> None:
 
 
 @torch.no_grad()
-def test_a_recorder_of_a_batch_keeps_the_first_sequence() -> None:
+def test_a_recorder_of_a_batch_records_the_first_sequence() -> None:
     model = small_model()
     tokens = random_tokens(3, 10)
     recorder = RowRecorder(model)

@@ -1,4 +1,4 @@
-"""The residual stream that recorders may ask for, from every way to decode."""
+"""The residual stream recorded on request by every decode step."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ FORWARDS = {"plain": PlainForward, "eager": EagerForward, "graph": CompiledForwa
 
 
 def streams(model: GPT, tokens: Tensor) -> Tensor:
-    """The oracle: (N, B, C), from hooks on the modules of a forward pass without a cache."""
+    """Return (N, B, C) from hooks on a forward pass without a cache (the oracle)."""
     states: list[Tensor] = []
 
     def keep(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -47,14 +47,14 @@ def uncompiled(step: GraphStep, **_: Any) -> compiled.Run:
 
 
 @pytest.fixture(params=FORWARDS)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def forward_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "graph":
         monkeypatch.setattr(compiled, "load_step", uncompiled)
     return request.param
 
 
 def check(layout: str, make: Any, *, is_exact: bool) -> None:
-    """The stream is that of a full forward, and asking for it changes no logits."""
+    """Check that the stream is that of a full forward and that recording changes no logits."""
     model, kept = small_model(layout), KeptAttention(needs_residual=True)
     tokens = random_tokens(1, 12)
     parts = tokens.split([7, 1, 1, 1, 1, 1], dim=1)
@@ -66,30 +66,32 @@ def check(layout: str, make: Any, *, is_exact: bool) -> None:
         torch.testing.assert_close(kept.last.residual_NBC, expected, rtol=1e-4, atol=1e-4)
         if is_exact:
             assert torch.equal(logits, plain.feed(part))
-        else:  # another graph, which a compiler may sum in another order
+        else:  # another graph, in which sums may have another order
             torch.testing.assert_close(logits, plain.feed(part), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_residual_stream_is_that_of_a_full_forward(layout: str, way: str) -> None:
-    check(layout, FORWARDS[way], is_exact=True)
+def test_the_recorded_residual_stream_equals_that_of_a_full_forward(
+    layout: str, forward_name: str
+) -> None:
+    check(layout, FORWARDS[forward_name], is_exact=True)
 
 
-@pytest.mark.slow  # half a minute a graph
+@pytest.mark.slow  # half a minute per graph
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
 @torch.no_grad()
 def test_a_compiled_graph_gives_the_same_residual_stream(
     layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not shutil.which(os.environ.get("CXX", "g++")):
-        pytest.skip("there is no C++ compiler")
+        pytest.skip("needs a C++ compiler")
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     check(layout, CompiledForward, is_exact=False)
 
 
 @torch.no_grad()
-def test_a_recorder_that_does_not_ask_gets_no_residual_stream() -> None:
+def test_the_residual_stream_is_recorded_only_on_request() -> None:
     model = small_model()
     for make in (PlainForward, EagerForward):
         kept = KeptAttention()

@@ -1,4 +1,4 @@
-"""Scores of planted heads are known, and a learned induction head is found."""
+"""Role scores of synthetic heads are exact, and a learned induction head is found."""
 
 import math
 
@@ -30,8 +30,8 @@ from minigpt.tracing.tracer import trace
 N_REPEATED = 16
 
 
-def planted(place: dict[str, int], share: float = 1.0) -> Tensor:
-    """A head (1, 1, 2 T, 2 T) that attends some tokens back; the rest is on the own position."""
+def synthetic_head(place: dict[str, int], share: float = 1.0) -> Tensor:
+    """Return a head (1, 1, 2 T, 2 T) that attends to an earlier token; the rest is on itself."""
     weights = torch.zeros(2 * N_REPEATED, 2 * N_REPEATED)
     for query in range(2 * N_REPEATED):
         target = place.get("at", query - place.get("back", 0))
@@ -52,11 +52,11 @@ IDEAL = {
 @pytest.mark.parametrize("role", IDEAL)
 def test_an_ideal_head_scores_one_and_gets_its_tag(role: str) -> None:
     place, tag = IDEAL[role]
-    scores = dict(zip(ROLE_SCORES, role_scores(planted(place))[0].tolist(), strict=True))
+    scores = dict(zip(ROLE_SCORES, role_scores(synthetic_head(place))[0].tolist(), strict=True))
     assert scores[role] == pytest.approx(1)
     assert role_tag(**scores) == tag
     others = {name for name in ROLE_SCORES if name != role and scores[name] > 0.1}
-    # The previous token is local too; the first query sees only itself and the sink.
+    # The previous token is local, too; the first query sees only itself and the sink.
     assert others == ({"local"} if role == "previous" else set())
 
 
@@ -64,7 +64,9 @@ def test_an_ideal_head_scores_one_and_gets_its_tag(role: str) -> None:
 def test_scores_are_proportional_to_the_attention(share: float) -> None:
     for role in ("previous", "duplicate", "induction", "sink"):
         place, tag = IDEAL[role]
-        scores = dict(zip(ROLE_SCORES, role_scores(planted(place, share))[0].tolist(), strict=True))
+        scores = dict(
+            zip(ROLE_SCORES, role_scores(synthetic_head(place, share))[0].tolist(), strict=True)
+        )
         assert scores[role] == pytest.approx(share)
         assert role_tag(**scores) == (tag if share > 0.5 else "local")
 
@@ -82,7 +84,7 @@ def test_the_tag_is_the_most_specific_role_above_its_threshold() -> None:
     assert tag(sink=0.49, local=0.49, previous=0.39) == ""
 
 
-def test_each_sequence_is_different_tokens_followed_by_a_copy() -> None:
+def test_each_sequence_is_distinct_tokens_followed_by_a_copy() -> None:
     for changes in ({}, {"vocab_size": 5}, {"context_length": 9}):
         model = small_model(**changes)
         tokens = repeated_sequences(model, seed=1)
@@ -126,7 +128,7 @@ def test_a_model_too_small_for_a_repeated_sequence_is_refused(changes: dict[str,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_the_effect_of_a_head_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
+def test_the_ablation_cost_of_a_head_equals_zeroed_columns(layout: str) -> None:
     model = small_model(layout)
     tokens = repeated_sequences(model, seed=5)
     T, d_head = tokens.shape[1] // 2, model.config.d_head
@@ -182,8 +184,8 @@ def test_the_induction_head_of_a_copying_model_is_found(copier: GPT) -> None:
 def test_ablating_the_induction_head_costs_the_most(copier: GPT) -> None:
     effects = head_effects(copier)[:, 0]
     assert effects.argmax() == INDUCTION
-    assert effects[INDUCTION] > math.log(CONTEXT // 2), "no better than guessing"
-    assert effects[PREVIOUS] > math.log(CONTEXT // 2), "without it, induction finds nothing"
+    assert effects[INDUCTION] > math.log(CONTEXT // 2), "the loss must be that of guessing or worse"
+    assert effects[PREVIOUS] > math.log(CONTEXT // 2), "induction needs the previous-token head"
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
@@ -211,23 +213,23 @@ def test_a_copied_token_needs_its_source_and_not_the_controls(copier: GPT, kind:
             assert isinstance(step, TraceStep)
             assert step.token.id == sequence[i]
             source, control = step.effects
-            assert source.source.token.position == i - 12, "the token's earlier appearance"
+            assert source.source.token.position == i - 12, "the earlier occurrence of the token"
             sources.append(source.change)
             controls.append(control.change)
     assert np.mean(sources) < -10 * np.mean(np.abs(controls))
-    assert max(sources) < -0.5, "every one of them"
+    assert max(sources) < -0.5, "every source must matter"
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_without_heads_equals_zeroed_columns_of_the_output_projection(layout: str) -> None:
-    model, planted = small_model(layout), small_model(layout)
+def test_a_model_without_heads_equals_zeroed_columns(layout: str) -> None:
+    model, synthetic_head = small_model(layout), small_model(layout)
     tokens, d_head = random_tokens(2, 9), model.config.d_head
     for layer, head in [(0, 1), (1, 0), (1, 3)]:
-        weight = planted.blocks[layer].attention.output.weight
+        weight = synthetic_head.blocks[layer].attention.output.weight
         weight[:, head * d_head : (head + 1) * d_head] = 0
     before = model(tokens)
     with without_heads(model, 0, [1]), without_heads(model, 1, [0, 3]):
-        torch.testing.assert_close(model(tokens), planted(tokens))
+        torch.testing.assert_close(model(tokens), synthetic_head(tokens))
         assert not torch.allclose(model(tokens), before)
     assert torch.equal(model(tokens), before)

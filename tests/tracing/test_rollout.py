@@ -11,10 +11,10 @@ from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.head_lists import select_heads
 
 
-def test_two_layers_equal_a_rollout_by_hand() -> None:
+def test_the_rollout_of_two_layers_equals_a_calculation_by_hand() -> None:
     weights = torch.tensor([[1, 0, 0], [0.5, 0.5, 0], [0.2, 0.3, 0.5]])
     expected = torch.tensor([[1, 0, 0], [0.4375, 0.5625, 0], [0.2125, 0.225, 0.5625]])
-    for sizes in ([3], [1, 1, 1], [2, 1]):  # at once, and as tokens come
+    for sizes in ([3], [1, 1, 1], [2, 1]):  # at once, and incrementally
         rollout, end, rows = Rollout(select_heads(2, 1), 3), 0, []
         for n_new in sizes:
             end += n_new

@@ -27,7 +27,7 @@ def facts_of(
     ("n", "sink"), [(1, 0), (2, 0), (2, 1), (1, 1), (2, 4), (5, 3), (24, 0), (24, 3), (1000, 0)]
 )
 @pytest.mark.parametrize("n_sources", [0, 1, 4, 2000])
-def test_the_summaries_equal_those_of_a_plain_loop(n: int, n_sources: int, sink: int) -> None:
+def test_row_summaries_equal_those_of_a_plain_loop(n: int, n_sources: int, sink: int) -> None:
     rows = some_rows(3, n)
     facts = facts_of(rows, sink=sink, n_sources=n_sources)
     for i, row in enumerate(rows.tolist()):
@@ -69,7 +69,7 @@ def test_the_entropy_of_a_row_of_maxima_is_that_of_the_normalized_row() -> None:
     assert facts["distance"][0] == pytest.approx(1.5)
 
 
-def test_a_reader_reads_rows_of_any_length() -> None:
+def test_a_reader_accepts_rows_of_any_length() -> None:
     reader = RowReader(sink=0, n_prompt=3, n_sources=2)
     for n in (4, 5, 30, 7, 100):
         rows = some_rows(2, n)

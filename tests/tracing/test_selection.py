@@ -65,7 +65,7 @@ def test_an_invalid_or_empty_selection_is_refused(options: dict[str, str], messa
     assert "\x1b" not in str(caught.value)
 
 
-def test_messages_name_the_option_that_was_given() -> None:
+def test_error_messages_name_the_option_that_was_given() -> None:
     options = ("--verify-layers", "--verify-heads")
     for given, message in (
         ({"layers": "7"}, "--verify-layers 7 is out of range: the model has layers 0 to 6."),
@@ -78,7 +78,7 @@ def test_messages_name_the_option_that_was_given() -> None:
         assert message in str(caught.value)
 
 
-def test_a_selection_as_text_parses_to_itself() -> None:
+def test_the_text_of_a_selection_parses_to_the_same_selection() -> None:
     source = random.Random(0)
     every = list(itertools.product(range(4), range(5)))
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""The sink is the position that gets the most attention from later positions."""
+"""The sink is the position that receives the most attention from later positions."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 def rows_that_attend_to(position: int, n: int) -> torch.Tensor:
-    """Causal weights (2, n, n) of two heads that attend to one position once it is in view."""
+    """Return causal weights (2, n, n) of two heads that attend to one position once visible."""
     scores = torch.zeros(2, n, n)
     scores[:, :, position] = 16
     return scores.masked_fill(torch.ones(n, n).triu(1).bool(), -torch.inf).softmax(dim=-1)
@@ -18,7 +18,7 @@ def rows_that_attend_to(position: int, n: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("n_new", [1, 30, 100])
 @pytest.mark.parametrize("position", [0, 1, 7, 49])
-def test_the_position_that_all_attend_to_is_found(position: int, n_new: int) -> None:
+def test_the_sink_is_the_position_that_all_attend_to(position: int, n_new: int) -> None:
     finder = SinkFinder(100)
     weights = rows_that_attend_to(position, 100)
     for layer in range(2):
@@ -28,14 +28,14 @@ def test_the_position_that_all_attend_to_is_found(position: int, n_new: int) -> 
     assert finder.sink() == position
 
 
-def test_attention_of_a_token_to_itself_does_not_count() -> None:
+def test_attention_of_a_token_to_itself_is_ignored_for_the_sink() -> None:
     finder = SinkFinder(10)
     finder.add(0, torch.eye(10)[None])
     finder.add(1, rows_that_attend_to(2, 10))
     assert finder.sink() == 2
 
 
-def test_later_tokens_do_not_count() -> None:
+def test_tokens_after_the_prompt_do_not_move_the_sink() -> None:
     finder = SinkFinder(8)
     finder.add(0, rows_that_attend_to(1, 8))
     finder.add(0, 1000 * rows_that_attend_to(3, 9)[:, -1:])

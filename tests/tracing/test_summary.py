@@ -1,4 +1,4 @@
-"""What stands above and below the lines of a trace."""
+"""The header and footer around the lines of a trace."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ from minigpt.tracing.summary import footer_lines, header_lines, legend
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_header_and_footer_fit_the_width(width: int) -> None:
+def test_header_and_footer_fit_the_terminal(width: int) -> None:
     for heads in (None, "0.1", "0.1,3.2,5.0,7.*,9.3,11.1,11.2,11.3,11.5,11.7"):
         for prompt in (HOSTILE * 2, HOSTILE[11:12], [b"x"] * width, [b"x"]):
             header = header_of(
@@ -65,7 +65,7 @@ def test_the_header_shows_options_that_are_not_the_default() -> None:
     )  # fmt: skip
     said = words_of(header_lines(header, 80))
     assert "weight, rollout of the mean of 3 heads (0.*,1.1)" in said
-    assert "roles sink 0.0 1.1 prompt" in said, "the roles of the heads that were not chosen"
+    assert "roles sink 0.0 1.1 prompt" in said, "roles must include heads that are not selected"
 
 
 def test_the_footer_counts_positions_where_every_position_is_knocked_out() -> None:
@@ -159,7 +159,7 @@ def test_the_columns_are_explained_once_above_them(width: int, measure: Measure)
         ("integrated", None, "other: logit of the baseline, error; sum"),
     ],
 )
-def test_the_legend_says_what_other_is_made_of(
+def test_the_legend_lists_the_parts_of_other(
     measure: Measure, heads: str | None, says: str
 ) -> None:
     layout = make_layout(80, vocab_size=4096, n_positions=200, measures=(measure,))
@@ -169,7 +169,7 @@ def test_the_legend_says_what_other_is_made_of(
     assert says in words_of(legend(layout, header))
 
 
-def test_a_check_that_failed_is_shown_with_its_number() -> None:
+def test_a_failed_check_is_shown_with_its_value() -> None:
     footer = TraceFooter(9, "length", 1.0, 0.5, 4e-3)
     text = words_of(footer_lines(footer, header_of(), 80))
     assert "check failed: every row sums to 100% only within 5e-01" in text
@@ -181,7 +181,7 @@ def test_a_check_that_failed_is_shown_with_its_number() -> None:
 
 
 @pytest.mark.parametrize("measure", MEASURES)
-def test_the_footer_says_what_the_measure_does_not(measure: Measure) -> None:
+def test_the_footer_states_the_limits_of_the_measure(measure: Measure) -> None:
     caveats = [facts_of(one).caveat for one in MEASURES]
     text = words_of(
         footer_lines(TraceFooter(9, "length", 1.0, 0.0), header_of(measures=(measure,)))
@@ -199,7 +199,7 @@ def test_the_footer_says_what_the_measure_does_not(measure: Measure) -> None:
         (0, 4, None, "4 tokens of the prompt; interrupted."),
     ],
 )
-def test_the_footer_counts_tokens_of_a_given_text_apart(
+def test_the_footer_counts_tokens_of_a_given_text_separately(
     n_new: int, n_rows: int, finish: Any, says: str
 ) -> None:
     header = header_of(sampling=SamplingConfig(max_new_tokens=n_new))

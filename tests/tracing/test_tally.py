@@ -1,4 +1,4 @@
-"""Effects summed over a trace: rank correlations as Spearman's, means of sources and controls."""
+"""Effects summed over a trace: Spearman's rank correlation, means of sources and controls."""
 
 import math
 
@@ -11,13 +11,13 @@ from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import Effect
 
 
-def test_the_rank_correlation_is_spearmans() -> None:
+def test_the_rank_correlation_is_that_of_spearman() -> None:
     assert rank_correlation([1, 2, 3, 4], [1, 8, 27, 64]) == pytest.approx(1)
     assert rank_correlation([1, 2, 3, 4], [9, 7, 3, -5]) == pytest.approx(-1)
     # Without ties 1 - 6 sum d^2 / (n (n^2 - 1)), Spearman 1904.
     x, y = [86, 97, 99, 100, 101, 103, 106, 110, 112, 113], [2, 20, 28, 27, 50, 29, 7, 17, 6, 12]
     assert rank_correlation(x, y) == pytest.approx(1 - 6 * 194 / (10 * 99))
-    # Ties share the mean of their ranks: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
+    # Ties get the mean of their ranks: 1, 2.5, 2.5, 4 against 1, 2, 3, 4.
     assert rank_correlation([1, 5, 5, 9], [1, 2, 3, 4]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     for nothing_to_rank in (([], []), ([1, 2], [1, 2]), ([1, 1, 1], [1, 2, 3])):
         assert rank_correlation(*nothing_to_rank) is None

@@ -1,4 +1,4 @@
-"""The shaded text shows the row of one token as blocks and percentages."""
+"""The shaded text shows the row of one token with blocks and percentages."""
 
 import re
 from dataclasses import replace
@@ -22,7 +22,7 @@ def trace() -> Trace:
 
 
 def parts(lines: list[Line]) -> tuple[list[str], list[str], str]:
-    """The title of a view, its text with blocks, and everything below."""
+    """Return the title of a view, its text with blocks, and the lines below."""
     texts = [text_of(line) for line in lines]
     first, second = [i for i, text in enumerate(texts) if not text]
     return texts[:first], texts[first + 1 : second], " ".join(texts[second + 1 :])
@@ -45,7 +45,7 @@ def test_the_text_is_complete_and_in_order(trace: Trace) -> None:
         assert written == "".join(readable(token.data) for token in other.tokens)
         numbers = [int(line[:2]) for line in page if line[:2].strip()]
         assert numbers == sorted(numbers)
-        assert numbers[0] == (0 if tokens[0] else 1), "an empty token starts no line"
+        assert numbers[0] == (0 if tokens[0] else 1), "an empty token must not start a line"
 
 
 def test_words_are_not_broken(trace: Trace) -> None:
@@ -86,7 +86,7 @@ def test_shades_rise_with_the_shares_up_to_the_chosen_token(trace: Trace) -> Non
     lines = show(letters, ViewOptions(position=17))
     (page,) = [line for line in lines if text_of(line).startswith(" 0 a")]
     styles = [style for _, style in page[1:]]
-    assert styles[0] == "plain", "the sink is not shaded"
+    assert styles[0] == "plain", "the sink must not be shaded"
     assert styles[17] == "chosen"
     assert set(styles[18:]) == {"dim"}
     weights = letters.steps[5].row.weights_S
@@ -117,7 +117,7 @@ def test_positions_and_measures_without_rows_are_refused(trace: Trace) -> None:
 
 @pytest.mark.parametrize("position", [None, 13])
 @pytest.mark.parametrize("against", [None, "b"])
-def test_signed_rows_are_shaded_by_magnitude_and_orange_where_they_lowered_the_token(
+def test_signed_rows_are_shaded_by_magnitude_and_orange_if_negative(
     position: int | None, against: str | None
 ) -> None:
     trace = small_trace(measure="logit", against=against, max_new_tokens=12)
@@ -158,14 +158,14 @@ def test_sources_of_small_logits_are_listed_too() -> None:
     assert listed[1] >= 5
 
 
-def test_small_logits_of_the_legend_have_no_negative_zero() -> None:
+def test_the_legend_shows_no_negative_zero() -> None:
     trace = small_trace(measure="logit")
     steps = [replace(s, rows=(replace(s.row, sink=-0.001, prompt=-0.004),)) for s in trace.steps]
     legend = " ".join(text_of(line) for line in show(replace(trace, steps=tuple(steps))))
     assert "sink (position 0) +0.00; prompt +0.00" in legend
 
 
-def test_without_colours_the_legend_names_none() -> None:
+def test_without_colours_the_legend_mentions_no_colours() -> None:
     trace = small_trace(measure="logit")
     for has_colour in (True, False):
         legend = parts(show(trace, ViewOptions(has_colour=has_colour)))[2]
@@ -173,7 +173,7 @@ def test_without_colours_the_legend_names_none() -> None:
         assert ("sign in the list" in legend) != has_colour
 
 
-def test_a_candidate_that_is_a_comma_is_told_from_a_separator() -> None:
+def test_a_comma_candidate_is_distinct_from_a_separator() -> None:
     trace = small_trace(candidates=2)
     best = (Candidate(1, b",", -0.5), Candidate(2, b" a", -1.5))
     steps = tuple(replace(step, candidates=best) for step in trace.steps)

@@ -41,7 +41,7 @@ def weights_of(model: LanguageModel, ids: list[int]) -> NDArray[np.float32]:
         return full_weights(model, torch.tensor([ids]))[:, 0].numpy()
 
 
-def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
+def test_minigpt_trace_collects_the_events_of_the_tracer(folder: Path) -> None:
     options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6, "seed": 3}
     ours = minigpt.trace(str(folder), PROMPT, measure="both", heads="0.1", n_verified=1, **options)
     header, *steps, _ = trace(
@@ -57,7 +57,7 @@ def test_minigpt_trace_returns_what_the_tracer_yields(folder: Path) -> None:
     assert [s.token for s in ours.steps] == [s.token for s in steps]  # type: ignore[union-attr]
     assert [s.row.measure for s in ours.steps] == ["weight"] * 6
     for our, step in zip(ours.steps, steps, strict=True):
-        # The weights lie elsewhere in memory, and so a product may sum in another order.
+        # Other memory alignment of the weights may change the order of sums.
         assert [e.change for e in our.effects] == pytest.approx(
             [e.change for e in step.effects],  # type: ignore[union-attr]
             abs=1e-5,
@@ -75,7 +75,7 @@ def test_a_loaded_model_is_traced_from_text_or_ids() -> None:
     assert minigpt.trace(model, PROMPT, has_heads=False, **options).steps[0].row.heads is None
 
 
-def test_a_notebook_shows_the_page_in_a_frame(folder: Path) -> None:
+def test_a_notebook_shows_the_page_in_an_iframe(folder: Path) -> None:
     shown = minigpt.trace(str(folder), '<b>"&', max_new_tokens=3, seed=1)
     assert isinstance(shown, Trace)
     frame = shown._repr_html_()

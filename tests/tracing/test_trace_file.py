@@ -1,4 +1,4 @@
-"""The trace as JSON lines, written and read."""
+"""Writing and reading traces as JSON lines."""
 
 import base64
 import json
@@ -82,7 +82,7 @@ def test_a_trace_is_a_header_steps_and_a_footer() -> None:
         for row, ours in zip(step["rows"], event.rows, strict=True):
             weights = [source["weight"] for source in row["sources"]]
             assert weights == [round(source.weight, 6) for source in ours.sources]
-            # Six digits each.
+            # Numbers are written with six digits.
             assert row["sink"] + sum(weights) + row["rest"] == pytest.approx(1, abs=5e-6)
             whole = np.frombuffer(base64.b64decode(row["weights"]), "<f4")
             assert whole.tolist() == ours.weights_S.tolist()
@@ -91,7 +91,7 @@ def test_a_trace_is_a_header_steps_and_a_footer() -> None:
     assert footer["worst_product_error"] < 1e-5
 
 
-def test_the_bytes_of_any_token_are_exact() -> None:
+def test_the_bytes_of_any_token_are_stored_exactly() -> None:
     value = parsed(to_json_line(step_of(b"x", HOSTILE)))
     for data, source in zip(HOSTILE, value["rows"][0]["sources"], strict=True):
         assert base64.b64decode(source["bytes"], validate=True) == data
@@ -123,7 +123,7 @@ def written(path: Path, *traces: Trace) -> Path:
 
 
 def assert_close(value: Any, expected: Any) -> None:
-    """Equal, except for numbers computed from rounded ones."""
+    """Check equality, with a tolerance for numbers computed from rounded ones."""
     if isinstance(expected, dict):
         assert value.keys() == expected.keys()
         for key in expected:
@@ -147,7 +147,7 @@ def assert_close(value: Any, expected: Any) -> None:
     ],
     ids=str,
 )
-def test_a_trace_is_read_as_it_was_written(config: dict[str, Any], tmp_path: Path) -> None:
+def test_a_written_trace_is_read_back_unchanged(config: dict[str, Any], tmp_path: Path) -> None:
     first, second = small_trace(**config), small_trace(seed=5, **config)
     read = read_traces(written(tmp_path / "t.jsonl", first, second))
     assert [trace.header for trace in read] == [first.header, second.header]
@@ -172,7 +172,7 @@ def test_a_trace_is_read_as_it_was_written(config: dict[str, Any], tmp_path: Pat
     sink_rule=st.sampled_from(["first", "given", "detected"]),
 )
 @settings(max_examples=50, deadline=None)
-def test_a_trace_that_is_read_and_written_again_has_the_same_bytes(**facts: Any) -> None:
+def test_rewriting_a_trace_file_gives_the_same_bytes(**facts: Any) -> None:
     made = made_trace(**facts)
     with TemporaryDirectory() as folder:
         path = written(Path(folder) / "t.jsonl", made)
@@ -182,7 +182,7 @@ def test_a_trace_that_is_read_and_written_again_has_the_same_bytes(**facts: Any)
     assert (read.header, read.tokens) == (made.header, made.tokens)
 
 
-def test_a_trace_of_a_killed_run_is_read_up_to_the_last_complete_line(tmp_path: Path) -> None:
+def test_a_truncated_trace_is_read_up_to_the_last_complete_line(tmp_path: Path) -> None:
     trace = small_trace()
     path = written(tmp_path / "t.jsonl", trace)
     lines = path.read_text().splitlines(keepends=True)

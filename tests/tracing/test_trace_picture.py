@@ -1,4 +1,4 @@
-"""Pictures of a trace show the rows as colours, and tokens as nothing but text."""
+"""Pictures of a trace show rows as colours and tokens as plain text."""
 
 import runpy
 import sys
@@ -37,7 +37,7 @@ def trace() -> Trace:
 
 
 def texts_of(svg: bytes) -> list[str]:
-    """The texts of an SVG, after a check that nothing in it can run and nothing is loaded."""
+    """Return the texts of an SVG after checking that it contains no scripts or references."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         assert element.tag in {
@@ -63,8 +63,8 @@ def test_an_svg_has_tokens_as_text_and_no_scripts(trace: Trace, picture: Picture
         for token in other.tokens[:-1]:
             shown = visible(token.data)
             assert shown[:6] in texts, shown
-            assert shown in texts or "…" in texts, "a shortened token ends in an ellipsis"
-    assert pictures.show(other, options) == svg, "the same trace gives the same bytes"
+            assert shown in texts or "…" in texts, "a shortened token must end in an ellipsis"
+    assert pictures.show(other, options) == svg, "the same trace must give the same bytes"
 
 
 @pytest.mark.parametrize("picture", PICTURES)
@@ -78,7 +78,7 @@ def test_the_title_names_the_model_and_the_measure_escaped(trace: Trace, picture
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_a_narrow_picture_has_its_whole_seed(picture: Picture) -> None:
+def test_a_narrow_picture_shows_the_complete_seed(picture: Picture) -> None:
     trace = small_trace(max_new_tokens=1)
     other = replace(trace, header=replace(trace.header, seed=4294967295))
     small = replace(other, steps=other.steps[:1])
@@ -110,7 +110,7 @@ def test_a_png_has_each_weight_as_its_colour(trace: Trace, measure: Measure) -> 
 
 
 @pytest.mark.parametrize("position", [None, 15])
-def test_boxes_of_the_strip_show_the_row_as_colours_and_percentages(
+def test_strip_boxes_show_the_row_as_colours_and_percentages(
     trace: Trace, position: int | None
 ) -> None:
     from matplotlib import colormaps
@@ -147,7 +147,7 @@ def test_boxes_of_the_strip_show_the_row_as_colours_and_percentages(
     assert widths.index(max(widths)) == chosen
 
 
-def test_boxes_stay_inside_the_figure_and_do_not_overlap(trace: Trace) -> None:
+def test_strip_boxes_stay_inside_the_figure_and_do_not_overlap(trace: Trace) -> None:
     figure = pictures.strip_figure(with_tokens(trace, HOSTILE))
     corners = [patch.get_bbox().get_points() for patch in figure.axes[0].patches]
     width, height = figure.get_size_inches()
@@ -170,7 +170,7 @@ def test_characters_missing_in_every_font_are_escaped(
     pictures.fonts_for.cache_clear()
 
 
-def test_labels_of_a_long_trace_do_not_touch() -> None:
+def test_labels_of_a_long_trace_do_not_overlap() -> None:
     figure = pictures.matrix_figure(small_trace(context_length=200, max_new_tokens=180))
     figure.draw_without_rendering()
     for axis, side in ((figure.axes[0].xaxis, 0), (figure.axes[0].yaxis, 1)):
@@ -190,7 +190,7 @@ def test_every_format_is_drawn_without_a_warning(
     assert pictures.show(with_tokens(trace, HOSTILE[9:]), options).startswith(start)
 
 
-def test_settings_of_the_user_change_nothing(trace: Trace) -> None:
+def test_matplotlib_settings_of_the_user_do_not_change_pictures(trace: Trace) -> None:
     from matplotlib import rc_context
 
     options = ViewOptions(picture="strip")
@@ -204,7 +204,7 @@ def test_a_position_without_a_row_is_refused(trace: Trace) -> None:
         pictures.show(trace, ViewOptions(picture="strip", position=3))
 
 
-def test_paths_of_no_picture_are_refused(
+def test_paths_without_a_picture_format_are_refused(
     trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=r"end in \.svg, \.png or \.pdf: it is '.*gif'"):
@@ -223,7 +223,7 @@ def test_paths_of_no_picture_are_refused(
         require_matplotlib(tmp_path / "map.svg")
 
 
-def test_signed_rows_are_drawn_in_colours_and_numbers_with_a_sign() -> None:
+def test_signed_rows_are_drawn_with_diverging_colours_and_signed_numbers() -> None:
     from matplotlib import colormaps
     from matplotlib.collections import QuadMesh
     from matplotlib.patches import Rectangle
@@ -256,12 +256,12 @@ def test_signed_rows_are_drawn_in_colours_and_numbers_with_a_sign() -> None:
     assert "logit against b in logits" in " ".join(texts_of(pictures.show(trace)))
 
 
-def test_a_row_of_the_prompt_is_no_generated_token() -> None:
+def test_rows_of_the_prompt_are_not_labelled_as_generated() -> None:
     axes = pictures.matrix_figure(small_trace(max_new_tokens=2, prompt_rows=True)).axes[0]
     assert axes.get_ylabel() == "token"
 
 
-def test_pictures_of_the_documentation_have_a_row_per_token() -> None:
+def test_pictures_in_the_documentation_have_a_row_per_token() -> None:
     streamed = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["streamed"]
     trace = small_trace(max_new_tokens=5)
     lines = ["".join(text for text, _ in line) for line in streamed(trace)]

@@ -41,12 +41,12 @@ def test_the_schema_is_valid_and_names_the_version_of_the_writer() -> None:
     ],
     ids=str,
 )
-def test_every_line_is_valid(config: dict[str, Any]) -> None:
+def test_every_line_of_a_trace_matches_the_schema(config: dict[str, Any]) -> None:
     for line in lines_of(small_trace("aé\x1b", **config)):
         VALIDATOR.validate(line)
 
 
-def test_effects_roles_and_a_check_are_valid() -> None:
+def test_effects_roles_and_checks_match_the_schema() -> None:
     trace = small_trace(max_new_tokens=1)
     (step,) = trace.steps
     source = step.row.sources[0]
@@ -64,7 +64,7 @@ def test_effects_roles_and_a_check_are_valid() -> None:
     ("line", "name"),
     [(0, "schema"), (0, "sink"), (1, "rows"), (1, "position"), (2, "finish_reason")],
 )
-def test_a_line_with_a_missing_or_unknown_field_is_invalid(line: int, name: str) -> None:
+def test_a_line_with_a_missing_or_unknown_field_violates_the_schema(line: int, name: str) -> None:
     value = lines_of(small_trace(max_new_tokens=1))[line]
     assert VALIDATOR.is_valid(value)
     assert not VALIDATOR.is_valid(value | {"surprise": 1})

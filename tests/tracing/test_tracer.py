@@ -1,4 +1,4 @@
-"""Tracing yields the tokens of a generation, with their attention."""
+"""Tracing yields the tokens of a generation with their attention."""
 
 import math
 from typing import Any
@@ -103,7 +103,7 @@ def test_sink_sources_and_rest_of_a_row_sum_to_1() -> None:
             assert len(shares) == min(n_sources, step.token.position - 1)
             assert row.sink + sum(shares) + row.rest == pytest.approx(1, abs=1e-6)
             if len(shares) == step.token.position - 1:
-                assert row.rest == 0  # exactly: nothing is left out, so no "<1%"
+                assert row.rest == 0  # exactly 0 without hidden sources, so that "<1%" is not shown
             assert row.prompt + row.generated == pytest.approx(1, abs=1e-6)
             assert shares == sorted(shares, reverse=True)
         assert footer.worst_row_sum_error is not None
@@ -111,7 +111,7 @@ def test_sink_sources_and_rest_of_a_row_sum_to_1() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_plain_trace_and_the_analysis_give_the_same_rows(layout: str) -> None:
+def test_the_core_tracer_and_the_analysis_ring_give_the_same_rows(layout: str) -> None:
     plain, analysed = (
         traced(model_of(layout), SamplingConfig(max_new_tokens=6), has_heads=has_heads)
         for has_heads in (False, True)
@@ -196,7 +196,7 @@ def test_the_probability_is_before_any_sampling_option() -> None:
 def test_the_end_of_text_token_ends_a_trace() -> None:
     model = model_of("gpt2")
     with torch.no_grad():
-        model.unembedding.weight[256] = model.final_norm.bias * 100  # <|endoftext|>, always
+        model.unembedding.weight[256] = model.final_norm.bias * 100  # always predict <|endoftext|>
         model.final_norm.weight.zero_()
     _, steps, footer = traced(model, SamplingConfig(max_new_tokens=4))
     assert [step.token.id for step in steps] == [256]
@@ -225,7 +225,7 @@ def test_any_of_several_end_of_text_tokens_ends_a_trace() -> None:
     assert events[-1].finish == "end_of_text"
 
 
-def test_the_cache_is_as_long_as_the_trace_not_the_context(
+def test_the_cache_has_the_length_of_the_trace_not_of_the_context(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     capacities = []

@@ -1,4 +1,4 @@
-"""Tracing changes nothing: random prompts with all features of a trace, and without."""
+"""Tracing changes nothing: random prompts with and without all features of a trace."""
 
 from itertools import cycle
 
@@ -30,7 +30,7 @@ def watched(
 @pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tracing_random_prompts_changes_no_bit_of_any_log_probability(dtype: torch.dtype) -> None:
-    """A log-probability depends on all logits, so equal bits imply equal logits."""
+    """A log-probability depends on all logits, so its bits detect any change."""
     models = [small_model(layout, vocab_size=257).to(dtype) for layout in LAYOUTS]
     configs = cycle([EVERYTHING, LOGIT, ROLLOUT, GRADIENTS])
     for seed, (model, config) in enumerate(zip(models * 5, configs, strict=False)):

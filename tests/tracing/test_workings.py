@@ -1,4 +1,4 @@
-"""Queries, keys and values of explained heads give the weights and outputs of the model."""
+"""Recorded queries, keys and values of explained heads give the model's weights and outputs."""
 
 import json
 from pathlib import Path
@@ -47,13 +47,13 @@ def test_weights_recomputed_from_queries_and_keys_are_those_of_the_trace(layout:
                 for key in working.keys_TD[: query + 1]
             ]
             powers = np.exp(np.array(scores) - max(scores))
-            # A fused kernel computed the keys of the prompt, in another order of sums.
+            # A fused kernel computed the keys of the prompt with sums in another order.
             np.testing.assert_allclose(powers / powers.sum(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", ["to be or not", "to be or not to be, ok?!"])
-def test_workings_survive_the_file(tmp_path: Path, prompt: str) -> None:
-    """Also where the context is full, so that the model never reads the last token."""
+def test_explained_heads_survive_the_trace_file(tmp_path: Path, prompt: str) -> None:
+    """Includes a full context, in which the model never reads the last token."""
     made = small_trace(prompt, explain="1.2", has_heads=True, context_length=24)
     n_read = min(24, len(made.tokens))
     assert made.footer.workings[0].keys_TD.shape == (n_read, made.header.d_head)
@@ -65,7 +65,7 @@ def test_workings_survive_the_file(tmp_path: Path, prompt: str) -> None:
     assert (one.layer, one.head, one.scale, one.window) == (1, 2, other.scale, other.window)
     np.testing.assert_array_equal(one.queries_TD, other.queries_TD)
     np.testing.assert_array_equal(one.values_TD, other.values_TD)
-    # A file of an older version has none.
+    # Files of older versions have no explained heads.
     lines = path.read_text().splitlines()
     footer = json.loads(lines[-1])
     workings = footer.pop("workings")
@@ -81,11 +81,11 @@ def test_workings_survive_the_file(tmp_path: Path, prompt: str) -> None:
 @pytest.mark.parametrize(
     ("heads", "message"), [("2.0", "--explain 2.0 .* layers 0 to 1"), ("x", "layer.head")]
 )
-def test_heads_to_explain_must_exist(heads: str, message: str) -> None:
+def test_explaining_a_nonexistent_head_is_refused(heads: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_trace(explain=heads)
 
 
-def test_a_softcapped_score_is_named_as_what_cannot_be_explained() -> None:
+def test_explaining_a_softcapped_score_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="not: it has a SoftcappedScore"):
         explained_heads(any_model(SOFTCAP, attn_logit_softcapping=5.0), "0.0")
