@@ -1,4 +1,4 @@
-"""Fixtures of the tests of model folders and run folders."""
+"""Fixtures for the tests of model folders and run folders."""
 
 import os
 from collections.abc import Callable
@@ -26,14 +26,14 @@ def make() -> Callable[[int, str], GPT]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The model folder of an untied GPT-2 of bytes."""
+    """Return the model folder of an untied byte-level GPT-2."""
     write_model(tmp_path, make_model(257, "gpt2-untied"), BytesTokenizer())
     return tmp_path
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
-    """Two steps, of which the second is the better; and no fsync waits, as no power is cut here."""
+    """Return a run of two steps, the second one better. fsync is skipped to save time."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
     run = RunFolder(tmp_path / "runs" / "tales")
     with run.lock():

@@ -1,4 +1,4 @@
-"""A server on this machine that answers as huggingface.co does."""
+"""A local server that imitates huggingface.co."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 @dataclass
 class Hub:
-    """A server with repositories: name and revision -> files of the commit."""
+    """A server with repositories, which maps name and revision to the files of a commit."""
 
     repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
@@ -21,7 +21,7 @@ class Hub:
     url: str = ""
 
     def files(self, name: str, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Return the commit and its files."""
+        """Return the commit and its files, or None."""
         for known, files in self.repositories[name].items():
             commit = hashlib.sha1(f"{name}@{known}".encode()).hexdigest()
             if revision in (known, commit):
@@ -29,7 +29,7 @@ class Hub:
         return None
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        """Return status, headers and body, as huggingface.co's are documented and seen."""
+        """Return status, headers and body as huggingface.co would."""
         match = re.fullmatch(
             r"/(?:api/models/)?([^/]+/[^/]+)/(revision|tree|resolve)/([^/]+)/?(.*)", path
         )

@@ -1,4 +1,4 @@
-"""A small config of each family that has a class of its own."""
+"""A small config of each model family with its own class."""
 
 from typing import Any
 

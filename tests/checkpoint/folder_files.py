@@ -1,4 +1,4 @@
-"""Changes of the files of a model folder, for tests."""
+"""Functions that change the files of a model folder."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def change_config(folder: Path, **changes: Any) -> None:
 
 
 def shard(folder: Path, place: Callable[[str], str]) -> None:
-    """Move each tensor of a folder to the file that ``place`` returns."""
+    """Shard the weights: move each tensor to the file that ``place`` returns."""
     tensors = weights(folder)
     shards: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():

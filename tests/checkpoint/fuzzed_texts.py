@@ -1,4 +1,4 @@
-"""Texts that tokenizers disagree on: unicode, digits, white space, emoji, code."""
+"""Texts on which tokenizers tend to differ: Unicode, digits, white space, emoji, code."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ CHARACTERS = (
 
 
 def fuzzed_texts(n: int, words: tuple[str, ...] = ()) -> list[str]:
-    """Return some texts, n of them drawn from characters, code and words."""
+    """Return fixed texts and n random ones of characters, code and words."""
     draw = random.Random(3)
     usual = ("'ll", "'VE", " 's", "12345", "  \n ", "the ", "aaaa", "  7", "e\u0301")
     words = (*CHARACTERS, *SAMPLE.split(), *usual, *(words * 20))

@@ -1,4 +1,4 @@
-"""Small models to write as GGUF files, and what gguf.GGUFReader reads of those."""
+"""Small models to export as GGUF, and reading of GGUF files with gguf.GGUFReader."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from minigpt.config import ModelConfig
 from minigpt.model.language_model import model_class
 from minigpt.text.tokenizer import Tokenizer
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")
+gguf = pytest.importorskip("gguf", reason="needs the package gguf to read GGUF files")
 
 
 def folder_of(path: Path, tokenizer: Tokenizer | None = None, **shape: Any) -> Path:

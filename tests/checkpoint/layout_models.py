@@ -1,4 +1,4 @@
-"""Small models of every layout, with no weight left at a value that would hide a mistake."""
+"""Small models of every layout, with random weights so that no initial value hides a bug."""
 
 from small_models import randomized
 
@@ -139,4 +139,4 @@ FOREIGN = {
     },
     "mistral-window": _SHAPE | {"model_type": "mistral", "sliding_window": 100},
 }
-"""config.json without vocab_size, of models that GGUF files hold too."""
+"""config.json without vocab_size, of other model families that GGUF supports."""

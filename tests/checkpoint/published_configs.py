@@ -1,6 +1,6 @@
-"""config.json of published models, less the fields that no reader needs."""
+"""config.json of published models, without fields that no reader needs."""
 
-# As OpenAI's gpt2 and Qwen's Qwen3-0.6B publish them, less the fields that no reader needs.
+# Published with OpenAI's gpt2 and Qwen's Qwen3-0.6B.
 GPT2 = {
     "activation_function": "gelu_new",
     "architectures": ["GPT2LMHeadModel"],
@@ -40,7 +40,7 @@ QWEN3 = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
-# As Llama 3.1 8B, SmolLM2-135M, Qwen2.5-0.5B and Mistral 7B v0.1 are published.
+# Published with Llama 3.1 8B, SmolLM2-135M, Qwen2.5-0.5B and Mistral 7B v0.1.
 ROPE = {
     "factor": 8.0,
     "high_freq_factor": 4.0,

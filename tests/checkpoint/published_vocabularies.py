@@ -1,7 +1,7 @@
-"""tokenizer.json as GPT-2, Llama, Qwen3, SmolLM, Mistral, BERT and T5 have it, in miniature.
+"""Miniatures of the tokenizer.json of GPT-2, Llama, Qwen3, SmolLM, Mistral, BERT and T5.
 
 Each has the normalizer, pre_tokenizer, post_processor and decoder of the real file, and a small
-vocabulary that the tokenizers library trained.
+vocabulary trained by the tokenizers library.
 """
 
 import functools
@@ -38,7 +38,7 @@ WORDS = (
     "<s>",
     " <mask>",
 )
-"""Texts that these vocabularies treat in ways of their own."""
+"""Texts that these vocabularies treat differently."""
 
 
 def byte_level(*, use_regex: bool = True, trim_offsets: bool = True) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def special(id_: int, content: str, *, is_special: bool = True) -> dict[str, Any
 
 
 def trained(pre_tokenizer: dict[str, Any], **parts: Any) -> dict[str, Any]:
-    """Learn a vocabulary and return the whole file; keys of parts replace its own."""
+    """Train a vocabulary and return its tokenizer.json; ``parts`` replaces top-level keys."""
     empty = {"type": "BPE", "vocab": {}, "merges": []}
     data = {"version": "1.0", "pre_tokenizer": pre_tokenizer, "model": empty} | {
         key: value for key, value in parts.items() if key == "normalizer"
@@ -109,7 +109,7 @@ def smollm(*, individual_digits: bool = True) -> dict[str, Any]:
 
 
 def every_pair(data: dict[str, Any]) -> dict[str, Any]:
-    """Give each token all its pairs, as files that were converted from ranks have them."""
+    """List all pairs of each token as merges, as in files converted from ranks."""
     vocab, merges = data["model"]["vocab"], []
     for token in vocab:
         splits = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -122,7 +122,7 @@ def every_pair(data: dict[str, Any]) -> dict[str, Any]:
 def llama3() -> dict[str, Any]:
     data = trained(split(CONTRACTIONS + NUMBERS["llama3"] + REST))
     vocab = data["model"]["vocab"]
-    # Some tokens of the real one are never merged, and only found because of ignore_merges.
+    # Some tokens of the real vocabulary are found only because of ignore_merges.
     vocab |= {"qzqz": len(vocab), "Ġvuz": len(vocab) + 1}
     data = every_pair(data)
     begin = len(vocab)
@@ -162,7 +162,7 @@ def gpt4() -> dict[str, Any]:
 
 
 def unordered() -> dict[str, Any]:
-    """Ids without order, as a vocabulary sorted by frequency has them, and a dead token."""
+    """Return a vocabulary with ids in another order than its merges, and an unreachable token."""
     data = gpt2()
     vocab = data["model"]["vocab"] | {"neverĠmerged": 0}
     ids = random.Random(5).sample(range(750), len(vocab))
@@ -171,7 +171,7 @@ def unordered() -> dict[str, Any]:
 
 
 def metaspace(**parts: Any) -> dict[str, Any]:
-    """SentencePiece's layout: special tokens, bytes, what is merged, characters."""
+    """Return SentencePiece's layout: special tokens, bytes, merged tokens, characters."""
     data = trained({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"})
     known = [token for token in data["model"]["vocab"] if all(c in CHARACTERS for c in token)]
     merged = [token for token in known if len(token) > 1]
@@ -213,7 +213,7 @@ def mistral() -> dict[str, Any]:
 
 
 def bert() -> dict[str, Any]:
-    """WordPiece over lower-case words, with accents stripped."""
+    """Return a WordPiece vocabulary of lower-case words with stripped accents."""
     words = ["[UNK]", *"abcdefghijklmnopqrstuvwxyz0123456789.,'<>|", "the", "cat", "hat"]
     pieces = [*words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz0123456789"), "##ing", "##s"]
     return {
@@ -240,7 +240,7 @@ def bert() -> dict[str, Any]:
 
 
 def unigram() -> dict[str, Any]:
-    """SentencePiece's other model, with NFKC."""
+    """Return a Unigram vocabulary with NFKC normalization."""
     pieces = ["<unk>", "▁", "▁the", "s", "▁c", "at", *"abcdefghijklmnoprtuvwxyz0123456789", "é"]
     scheme = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     vocab = [[piece, -float(n + 1)] for n, piece in enumerate(pieces)]
@@ -256,17 +256,17 @@ def unigram() -> dict[str, Any]:
 
 
 def gemma() -> dict[str, Any]:
-    """SentencePiece's bytes and visible spaces without one before the text, as Gemma has them."""
+    """Return Gemma's layout: byte fallback and visible spaces, but none before the text."""
     by_space = {"pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     data = metaspace(normalizer=REPLACE, pre_tokenizer={"type": "Split"} | by_space)
-    data["decoder"]["decoders"].pop()  # nothing is stripped
+    data["decoder"]["decoders"].pop()  # no stripping of leading spaces
     newlines = special(len(data["model"]["vocab"]), "\n\n", is_special=False)
     data["added_tokens"] += [newlines]
     return data
 
 
 def neox() -> dict[str, Any]:
-    """GPT-2's layout with tokens for runs of spaces, found after normalization to NFC."""
+    """Return GPT-2's layout with tokens for runs of spaces, after NFC normalization."""
     runs = [special(701 + n, " " * n, is_special=False) | {"normalized": True} for n in (2, 3, 4)]
     offsets = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     return trained(
@@ -278,7 +278,7 @@ def neox() -> dict[str, Any]:
 
 
 def phi3() -> dict[str, Any]:
-    """Llama 2's layout with special tokens that take the white space after them."""
+    """Return Llama 2's layout with special tokens that absorb the white space after them."""
     data = llama2()
     n = len(data["model"]["vocab"])
     data["added_tokens"] += [special(n, "<|assistant|>") | {"rstrip": True}]
@@ -287,7 +287,7 @@ def phi3() -> dict[str, Any]:
 
 
 def prefixed() -> dict[str, Any]:
-    """GPT-2's layout with a space before each text, as RoBERTa and OPT have it."""
+    """Return GPT-2's layout with a space before each text, as in RoBERTa and OPT."""
     data = trained(byte_level(), added_tokens=[special(700, "<mask>") | {"lstrip": True}])
     data["added_tokens"][0]["special"] = False
     data["pre_tokenizer"]["add_prefix_space"] = True
@@ -301,5 +301,5 @@ Oracle = tuple[dict[str, Any], Any]
 def published(make: Callable[[], dict[str, Any]]) -> Oracle:
     data = make()
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
-    theirs.encode_special_tokens = True  # as our encode: the text of a special token is text
+    theirs.encode_special_tokens = True  # as in our encode: special tokens in a text are plain text
     return data, theirs

@@ -1,4 +1,4 @@
-"""Write and read steps of a run folder."""
+"""Writing and checking steps of a run folder."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def write_step(run: RunFolder, step: int, text: str = "weights", **facts: Any) -
 
 
 def assert_holds(run: RunFolder, *steps: int) -> None:
-    """The latest checkpoint is one of steps, whole to the last byte; nothing else lies about."""
+    """Check that the latest checkpoint is one of ``steps``, complete, without leftover files."""
     latest = run.latest()
     assert latest is not None
     assert latest.step in steps

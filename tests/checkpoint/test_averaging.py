@@ -14,7 +14,7 @@ from minigpt.errors import CheckpointError
 @pytest.mark.integration
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_weight_is_the_mean_of_the_models_weights(
+def test_averaged_weights_equal_a_plain_mean(
     layout: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     models = []

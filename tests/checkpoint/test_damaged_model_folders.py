@@ -1,4 +1,4 @@
-"""Damaged model folders, and writes that fail: an error names what is wrong."""
+"""Damaged model folders and failing writes give errors that name the cause."""
 
 import json
 import os
@@ -66,7 +66,7 @@ def pickle_shard(folder: Path) -> None:
 
 
 def claim_huge_tensors(folder: Path) -> None:
-    """A header of a petabyte, in a file of a few bytes."""
+    """Write a header that claims a petabyte in a file of a few bytes."""
     entry = {"dtype": "F32", "shape": [2**24, 2**24], "data_offsets": [0, 2**50]}
     header = json.dumps({"transformer.wte.weight": entry}).encode()
     data = len(header).to_bytes(8, "little") + header + bytes(4)
@@ -166,11 +166,11 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 @pytest.fixture
 def little_memory() -> Iterator[None]:
     """Limit further allocations to 256 MiB."""
-    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
     limits = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if os.path.exists("/proc") else 0
     if not pages:
-        pytest.skip("reads its memory from /proc")
+        pytest.skip("needs /proc to read memory use")
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + 2**28, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -178,7 +178,7 @@ def little_memory() -> Iterator[None]:
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("says", DAMAGES)
-def test_damaged_folder_is_a_one_line_error(folder: Path, says: str) -> None:
+def test_a_damaged_model_folder_is_a_one_line_error(folder: Path, says: str) -> None:
     DAMAGES[says](folder)
     with pytest.raises(CheckpointError, match=says) as caught:
         read_model(folder)
@@ -210,7 +210,7 @@ def test_an_error_about_config_json_names_its_folder(
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_config_with_wrong_sizes_allocates_little_memory(
+def test_a_config_with_wrong_sizes_allocates_little_memory(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     write_model(tmp_path, make(50, "llama-grouped"), None)
@@ -219,7 +219,7 @@ def test_config_with_wrong_sizes_allocates_little_memory(
         read_model(tmp_path)
 
 
-def test_tokenizer_larger_than_the_model_is_refused(
+def test_a_tokenizer_larger_than_the_model_is_refused(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     write_model(tmp_path, make(256, "llama-tied"), train_bpe(["the owl and the nest " * 9], 262))
@@ -229,7 +229,7 @@ def test_tokenizer_larger_than_the_model_is_refused(
 
 @contextmanager
 def file_size_limit(n_bytes: int) -> Iterator[None]:
-    resource = pytest.importorskip("resource", reason="needs the limits of a POSIX system")
+    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, limits[1]))
     try:
@@ -239,7 +239,7 @@ def file_size_limit(n_bytes: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("n_bytes", [100, 20_000])  # stops config.json, then the weights
-def test_failed_write_is_a_resource_error(
+def test_a_failed_write_is_a_resource_error(
     make: Callable[[int, str], GPT], tmp_path: Path, n_bytes: int
 ) -> None:
     with (

@@ -1,4 +1,4 @@
-"""config.json and tensor names of GPT-2, Llama and Qwen3, both ways."""
+"""Conversion of config.json and tensor names of GPT-2, Llama and Qwen3 in both directions."""
 
 import json
 from collections.abc import Callable
@@ -81,17 +81,17 @@ def test_published_configs_are_read() -> None:
     )
 
 
-def test_sliding_window_of_at_least_the_context_is_accepted() -> None:
+def test_a_sliding_window_as_long_as_the_context_is_accepted() -> None:
     full = model_config_from_hf(MISTRAL)
     assert model_config_from_hf(MISTRAL | {"sliding_window": 32768}) == full
     short = model_config_from_hf(MISTRAL | {"max_position_embeddings": 4096})
     absent = {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
-    # transformers takes 4096 where the field is absent.
+    # transformers assumes 4096 if the field is missing.
     assert model_config_from_hf(absent | {"max_position_embeddings": 4096}) == short
     assert model_config_from_hf(absent).hf_fields == ("sliding_window=4096",)
 
 
-def test_sliding_windows_are_read_by_layer() -> None:
+def test_sliding_windows_are_read_for_each_layer() -> None:
     def fields(**change: Any) -> tuple[str, ...]:
         return model_config_from_hf(QWEN2 | {"num_hidden_layers": 3} | change).hf_fields
 
@@ -105,7 +105,7 @@ def test_sliding_windows_are_read_by_layer() -> None:
     assert fields(**some, layer_types=["full_attention"] * 3) == ()
 
 
-def test_layer_types_of_a_family_that_does_not_read_them_must_say_what_is_computed() -> None:
+def test_layer_types_must_match_the_attention_of_a_family_that_ignores_them() -> None:
     for config, kind in ((LLAMA3, "full"), (MISTRAL | {"sliding_window": 9}, "sliding")):
         types = [f"{kind}_attention"] * config["num_hidden_layers"]
         assert model_config_from_hf(config | {"layer_types": types}) == model_config_from_hf(config)
@@ -122,7 +122,7 @@ def test_layer_types_of_a_family_that_does_not_read_them_must_say_what_is_comput
         {"rope_parameters": {"rope_theta": 123.0}, "rope_theta": 9.0},
     ],
 )
-def test_rope_theta_is_read_from_the_fields_of_any_transformers_version(
+def test_rope_theta_is_read_from_configs_of_any_transformers_version(
     rope: dict[str, Any],
 ) -> None:
     assert model_config_from_hf(QWEN3 | rope).rope_theta == 123.0
@@ -146,13 +146,13 @@ HARMLESS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("config", "change"), HARMLESS)
-def test_field_that_changes_no_logits_is_ignored(
+def test_config_fields_that_change_no_logits_are_ignored(
     config: dict[str, Any], change: dict[str, Any]
 ) -> None:
     assert model_config_from_hf(config | change) == model_config_from_hf(config)
 
 
-def test_config_survives_the_round_trip(model: GPT) -> None:
+def test_a_config_survives_the_round_trip(model: GPT) -> None:
     assert model_config_from_hf(model_config_to_hf(model.config, None)) == model.config
 
 
@@ -226,7 +226,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "change", "says"), UNSUPPORTED)
-def test_unsupported_field_is_refused_by_name(
+def test_an_unsupported_config_field_is_refused_by_name(
     config: dict[str, Any], change: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
@@ -239,7 +239,7 @@ def test_gpt2_tensors_are_split_and_transposed(make: Callable[[int, str], GPT]) 
     ours = model.state_dict()
     theirs = tensors_to_hf(model.config, ours)
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
-    # Conv1D of Hugging Face: x @ weight + bias, and then query, key and value side by side.
+    # Hugging Face's Conv1D: x @ weight + bias, with query, key and value concatenated.
     weight, bias = (theirs[f"transformer.h.1.attn.c_attn.{name}"] for name in ("weight", "bias"))
     query, key, value = (x @ weight + bias).split(16, dim=1)
     attention = model.blocks[1].attention
@@ -257,7 +257,9 @@ def test_tensors_survive_the_round_trip_bit_for_bit(model: GPT) -> None:
         assert torch.equal(again[name], tensor)
 
 
-def test_missing_prefix_and_old_buffers_are_handled(make: Callable[[int, str], GPT]) -> None:
+def test_a_missing_name_prefix_and_old_buffers_are_accepted(
+    make: Callable[[int, str], GPT],
+) -> None:
     config = make(50, "gpt2-tied").config
     found = ["wte.weight", "h.0.attn.bias", "h.0.attn.masked_bias", "h.0.attn.c_attn.bias"]
     assert canonical_names(config, found) == {

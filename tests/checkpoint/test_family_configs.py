@@ -1,4 +1,4 @@
-"""Configs as published have the published number of parameters; unknown fields are refused."""
+"""Published configs have the published number of parameters; unknown fields are refused."""
 
 import json
 from dataclasses import replace
@@ -65,7 +65,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("kind", "change", "says"), REFUSED)
-def test_field_that_a_family_does_not_compute_is_refused_by_name(
+def test_a_config_field_unsupported_by_its_family_is_refused_by_name(
     kind: str, change: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(CheckpointError, match=says) as caught:
@@ -73,7 +73,7 @@ def test_field_that_a_family_does_not_compute_is_refused_by_name(
     assert len(str(caught.value)) < 300
 
 
-def test_new_model_that_its_family_could_not_read_again_is_refused() -> None:
+def test_a_new_model_that_its_family_cannot_represent_is_refused() -> None:
     shape = {"vocab_size": 61, "context_length": 24, "n_layer": 3, "n_head": 4, "d_model": 32}
     new = ModelConfig(**shape, model_type="gemma2", activation="gelu_tanh")
     read = canonical(new)
@@ -287,7 +287,7 @@ PUBLISHED: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("n_parameters", "config"), PUBLISHED)
-def test_published_config_has_the_published_number_of_parameters(
+def test_a_published_config_has_the_published_number_of_parameters(
     n_parameters: int, config: dict[str, Any]
 ) -> None:
     assert parameter_count(read_config_json(config)) == n_parameters

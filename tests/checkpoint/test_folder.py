@@ -1,4 +1,4 @@
-"""Run folders: no kill, full disk or second run loses a checkpoint."""
+"""Run folders lose no checkpoint to a kill, a full disk or a second run."""
 
 import errno
 import os
@@ -20,8 +20,8 @@ from minigpt.checkpoint.tools.pruning import prunable, prune
 from minigpt.errors import LockedError, ResourceError
 
 
-class Boundaries:
-    """Interferes with the n-th file operation of a block under a folder."""
+class FileOperations:
+    """Injects a failure at the n-th file operation under a folder."""
 
     def __init__(self) -> None:
         self.folder: str | None = None
@@ -51,15 +51,17 @@ class Boundaries:
 
 
 @pytest.fixture(scope="module")
-def boundaries() -> Boundaries:
-    return Boundaries()
+def operations() -> FileOperations:
+    return FileOperations()
 
 
-def test_full_disk_at_any_write_loses_no_checkpoint(run: RunFolder, boundaries: Boundaries) -> None:
+def test_a_full_disk_at_any_write_loses_no_checkpoint(
+    run: RunFolder, operations: FileOperations
+) -> None:
     for n in range(100):
         failure = ""
         try:
-            with boundaries.failing_from(n, run.path, errno.ENOSPC):
+            with operations.failing_from(n, run.path, errno.ENOSPC):
                 write_step(run, 3)
         except ResourceError as error:
             failure = str(error)
@@ -72,7 +74,7 @@ def test_full_disk_at_any_write_loses_no_checkpoint(run: RunFolder, boundaries: 
     assert_holds(run, 3)
 
 
-def test_failed_fsync_at_any_point_loses_no_checkpoint(
+def test_a_failed_fsync_at_any_point_loses_no_checkpoint(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for n in range(100):
@@ -139,7 +141,7 @@ for n in range(1, 300):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_kill_at_any_moment_loses_no_checkpoint(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, timeout=60)
     runs = [RunFolder(path) for path in sorted(tmp_path.iterdir(), key=lambda path: int(path.name))]
     assert 40 < len(runs) < 299
@@ -155,7 +157,7 @@ def test_kill_at_any_moment_loses_no_checkpoint(tmp_path: Path) -> None:
             assert_holds(run, 2, 3)
             latest = run.latest()
             assert latest is not None
-            assert latest.step >= newest  # a later death never has less
+            assert latest.step >= newest  # a later kill never has fewer steps
             newest = latest.step
             for step in run.steps():
                 verify(run.step_folder(step), hashes=True)
@@ -172,7 +174,7 @@ with RunFolder(Path(sys.argv[1])).lock():
 """
 
 
-def test_second_writer_is_refused_until_the_first_is_dead(run: RunFolder) -> None:
+def test_a_second_writer_is_refused_while_the_first_is_alive(run: RunFolder) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, run.path], stdout=subprocess.PIPE)
     assert holder.stdout is not None
     with holder:
@@ -189,7 +191,7 @@ def test_lock_is_not_shared_within_a_process(run: RunFolder) -> None:
         pass
 
 
-def test_exception_removes_the_unfinished_step(run: RunFolder) -> None:
+def test_an_exception_removes_the_unfinished_step(run: RunFolder) -> None:
     def write_and_interrupt() -> None:
         with run.writing_step(3) as folder:
             (folder / "config.json").write_text("{}")
@@ -201,7 +203,7 @@ def test_exception_removes_the_unfinished_step(run: RunFolder) -> None:
     assert_holds(run, 2)
 
 
-def test_step_is_not_visible_before_it_is_complete(run: RunFolder) -> None:
+def test_a_step_is_not_visible_before_it_is_complete(run: RunFolder) -> None:
     with run.writing_step(3) as folder:
         (folder / "config.json").write_text("{}")
         assert run.steps() == [1, 2]
@@ -209,31 +211,31 @@ def test_step_is_not_visible_before_it_is_complete(run: RunFolder) -> None:
     assert run.steps() == [1, 2, 3]
 
 
-def test_permission_is_a_resource_error(
-    run: RunFolder, boundaries: Boundaries
-) -> None:  # root may write anywhere, so the refusal is injected
+def test_permission_denied_is_a_resource_error(
+    run: RunFolder, operations: FileOperations
+) -> None:  # root can write anywhere, so the error is injected
     with (
         pytest.raises(ResourceError, match=r"Permission denied\. Check the owner"),
-        boundaries.failing_from(0, run.path, errno.EACCES),
+        operations.failing_from(0, run.path, errno.EACCES),
     ):
         write_step(run, 3)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "file/run"])
-def test_impossible_run_name_is_a_one_line_error(tmp_path: Path, name: str) -> None:
+def test_an_impossible_run_name_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="Choose another name"):
         RunFolder(tmp_path / name).lock().__enter__()
 
 
-def test_pointer_has_only_the_facts_of_its_own_step(run: RunFolder) -> None:
+def test_a_pointer_contains_only_data_of_its_own_step(run: RunFolder) -> None:
     run.point("best", 1, val_loss=1.25)
     best, latest = run.best(), run.latest()
     assert best is not None
     assert latest is not None
     assert (best.step, best.facts) == (1, {"val_loss": 1.25})
     assert (latest.step, latest.facts) == (2, {"val_loss": 1.5})
-    with run.writing_step(3) as folder:  # and killed before point()
+    with run.writing_step(3) as folder:  # as if killed before point()
         (folder / "config.json").write_text("{}")
     latest = run.latest()
     assert latest is not None
@@ -241,7 +243,7 @@ def test_pointer_has_only_the_facts_of_its_own_step(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[1]", '{"step": "1"}', '{"step": 99}', "\0\xff"])
-def test_damaged_pointer_falls_back_to_the_latest_step(run: RunFolder, text: str) -> None:
+def test_a_damaged_pointer_falls_back_to_the_latest_step(run: RunFolder, text: str) -> None:
     for name in ("best", "latest"):
         (run.path / f"{name}.json").write_text(text, encoding="latin-1")
     latest = run.latest()

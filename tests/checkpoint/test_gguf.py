@@ -1,4 +1,4 @@
-"""Tensors of a GGUF file are those of the model, as gguf.GGUFReader reads them.
+"""The tensors of a GGUF file, read by gguf.GGUFReader, equal those of the model.
 
 tests/checkpoint/test_llama_cpp.py compares with llama.cpp itself.
 """
@@ -21,7 +21,7 @@ from minigpt.checkpoint.tools.gguf import export_gguf
 from minigpt.model.language_model import model_class
 from minigpt.text.tokenizer import BytesTokenizer
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")
+gguf = pytest.importorskip("gguf", reason="needs the package gguf to read GGUF files")
 
 EXPORTED = {
     "gpt2-tied": LAYOUTS["gpt2-tied"],
@@ -58,7 +58,7 @@ OUTSIDE = {
     "lm_head": "output",
 }
 
-"""Names of tensors: Hugging Face's -> GGUF's, as their specifications list them."""
+"""Tensor names of Hugging Face -> GGUF, from the GGUF specification."""
 
 
 def gguf_name(name: str) -> str:
@@ -71,7 +71,7 @@ def gguf_name(name: str) -> str:
 
 
 def expected_tensor(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """Transpose a Conv1D, and pair neighbours in the queries and keys of the llama architecture."""
+    """Transpose a Conv1D, and interleave query and key channels for the llama architecture."""
     if ".c_" in name and tensor.dim() == 2:
         return tensor.t().contiguous()
     if config["model_type"] in ("llama", "mistral") and ("q_proj" in name or "k_proj" in name):
@@ -88,7 +88,7 @@ def expected_tensor(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> 
 
 @pytest.mark.parametrize("type_", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize("layout", EXPORTED)
-def test_tensors_equal_those_of_the_folder_within_their_type(
+def test_gguf_tensors_equal_the_model_within_the_precision_of_their_type(
     layout: str, type_: str, tmp_path: Path
 ) -> None:
     folder = folder_of(tmp_path / "model", BytesTokenizer(), **EXPORTED[layout])
@@ -123,7 +123,7 @@ def test_scaled_rope_is_written_as_divisors_of_the_frequencies(tmp_path: Path) -
     folder = folder_of(tmp_path / "model", BytesTokenizer(), d_head=32, **scaling)
     export_gguf(folder, tmp_path / "m.gguf", "f16")
     factors = read(tmp_path / "m.gguf")[1]["rope_freqs.weight"].data
-    for i, factor in enumerate(factors):  # as Llama 3.1's reference implementation
+    for i, factor in enumerate(factors):  # as in Llama 3.1's reference implementation
         wavelength = 2 * math.pi * 500_000.0 ** (2 * i / 32)
         if wavelength < 64 / 4.0:
             expected = 1.0
@@ -136,7 +136,7 @@ def test_scaled_rope_is_written_as_divisors_of_the_frequencies(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("type_", ["f32", "q8_0"])
-def test_export_holds_one_tensor_at_a_time(type_: str, tmp_path: Path) -> None:
+def test_gguf_export_loads_one_tensor_at_a_time(type_: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", BytesTokenizer(), n_layer=20, d_mlp=640)
     stored = load_file(folder / "model.safetensors")
     with LiveBytes() as live:
@@ -146,8 +146,8 @@ def test_export_holds_one_tensor_at_a_time(type_: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("layout", FOREIGN)
-def test_every_tensor_of_a_foreign_family_has_a_place(layout: str, tmp_path: Path) -> None:
-    """tests/checkpoint/test_llama_cpp.py compares the logits of these."""
+def test_every_tensor_of_another_family_has_a_gguf_name(layout: str, tmp_path: Path) -> None:
+    """Their logits are compared in tests/checkpoint/test_llama_cpp.py."""
     config = model_config_from_hf(FOREIGN[layout] | {"vocab_size": 257})
     model = model_class(config)(config)
     model.init_weights(torch.Generator().manual_seed(7))
@@ -170,7 +170,7 @@ def test_every_tensor_of_a_foreign_family_has_a_place(layout: str, tmp_path: Pat
         assert torch.equal(written[64 + 16 : 64 + 24], value_of_head_2)
 
 
-def test_large_matrices_are_converted_some_rows_at_a_time(
+def test_large_matrices_are_converted_in_chunks_of_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(tmp_path / "model", BytesTokenizer())

@@ -1,4 +1,4 @@
-"""A GGUF file names the shape, the vocabulary and the chat template of its model."""
+"""GGUF metadata: shape, vocabulary and chat template of the model."""
 
 import json
 import os
@@ -16,10 +16,10 @@ from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer, Tokenizer
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")
+gguf = pytest.importorskip("gguf", reason="needs the package gguf to read GGUF files")
 
 
-def test_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
+def test_gguf_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
     shape = {"n_kv_head": 2, "rope_theta": 500.0, "d_head": 24, "norm_eps": 1e-4}
     folder = folder_of(tmp_path / "tales" / "step-000500", BytesTokenizer(), **shape)
     export_gguf(folder, tmp_path / "m.gguf", "q8_0")
@@ -53,10 +53,10 @@ def test_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
     ("name", "written"),
     [("My-Phi-3-mini", "My-phi 3-mini"), ("phi3", "phi 3"), ("phi4", "phi4")],
 )
-def test_a_model_named_phi3_without_the_tokens_of_phi3_gets_another_name(
+def test_a_model_named_phi3_without_its_special_tokens_is_renamed(
     name: str, written: str, tmp_path: Path
 ) -> None:
-    """llama.cpp looks for those tokens in every model of that name, and fails without them."""
+    """llama.cpp requires those tokens in every model with that name."""
     exported = export_gguf(folder_of(tmp_path / name, BytesTokenizer()), tmp_path / "m", "f32")
     assert read(tmp_path / "m")[0]["general.name"] == written
     assert any("expects the tokens of Phi-3" in note for note in exported.notes) == (
@@ -65,7 +65,7 @@ def test_a_model_named_phi3_without_the_tokens_of_phi3_gets_another_name(
 
 
 def vocabulary(path: Path, tokenizer: Tokenizer | None, **shape: Any) -> dict[str, Any]:
-    """Return the metadata of a vocabulary, without the prefix of its names."""
+    """Return the metadata of a vocabulary, without the name prefix."""
     folder_of(path, tokenizer, **shape)
     export_gguf(path, path / "m.gguf", "f32")
     prefix = "tokenizer.ggml."
@@ -73,7 +73,7 @@ def vocabulary(path: Path, tokenizer: Tokenizer | None, **shape: Any) -> dict[st
     return {n.removeprefix(prefix): part for n, part in facts.items() if prefix in n}
 
 
-def test_vocabulary_of_bytes_has_a_merge_that_never_applies(tmp_path: Path) -> None:
+def test_a_byte_vocabulary_is_written_with_a_merge_that_never_applies(tmp_path: Path) -> None:
     facts = vocabulary(tmp_path / "model", BytesTokenizer(), vocab_size=260)
     assert (facts["model"], facts["pre"]) == ("gpt2", "gpt-2")
     assert facts["tokens"][97:100] == ["a", "b", "c"]
@@ -88,7 +88,7 @@ def test_vocabulary_of_bytes_has_a_merge_that_never_applies(tmp_path: Path) -> N
     )
 
 
-def test_trained_vocabulary_has_its_merges_and_the_pattern_of_llama_3(tmp_path: Path) -> None:
+def test_a_trained_vocabulary_has_its_merges_and_the_pattern_of_llama_3(tmp_path: Path) -> None:
     facts = vocabulary(tmp_path / "model", train_bpe([SAMPLE], 400))
     written = json.loads((tmp_path / "model" / "tokenizer.json").read_text())["model"]
     assert facts["pre"] == "llama-bpe"
@@ -96,7 +96,7 @@ def test_trained_vocabulary_has_its_merges_and_the_pattern_of_llama_3(tmp_path: 
     assert facts["tokens"] == list(written["vocab"])
 
 
-def test_split_names_are_those_of_the_vocabulary(tmp_path: Path) -> None:
+def test_the_pre_tokenizer_name_matches_the_vocabulary(tmp_path: Path) -> None:
     names = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen3": "qwen2"}
     names |= {"gpt4": "dbrx", "unordered": "gpt-2"}
     for kind, name in names.items():
@@ -113,7 +113,7 @@ def published_llama3() -> dict[str, Any]:
     return json.loads(json.dumps(data).replace("<|eot_id|>", "<|endoftext|>"))
 
 
-def test_sentencepiece_vocabulary_has_scores_bytes_and_a_space_prefix(tmp_path: Path) -> None:
+def test_a_sentencepiece_vocabulary_has_scores_bytes_and_a_space_prefix(tmp_path: Path) -> None:
     data, _ = vocabularies.published(vocabularies.llama2)
     facts = vocabulary(tmp_path / "model", tokenizer_from_json(data, "x", end_of_text_ids=(2,)))
     assert (facts["model"], facts["add_space_prefix"]) == ("llama", True)
@@ -141,14 +141,14 @@ def test_chat_template_and_special_ids_come_from_the_folder(tmp_path: Path) -> N
         return read(tmp_path / "m.gguf")[0]
 
     found = facts()
-    roles = ("eos", "eot", "padding")  # two end a text; that of the tokenizer comes first
+    roles = ("eos", "eot", "padding")  # two tokens end a text; the tokenizer's comes first
     assert [found[f"tokenizer.ggml.{role}_token_id"] for role in roles] == [257, 259, 258]
     assert found["tokenizer.chat_template"].endswith("of the config")
     (folder / "chat_template.jinja").write_text("{{ 'of the file' }}")
     assert facts()["tokenizer.chat_template"] == "{{ 'of the file' }}"
 
 
-def test_model_without_vocabulary_is_written_without_one(tmp_path: Path) -> None:
+def test_a_model_without_vocabulary_is_exported_without_one(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", None, vocab_size=7)
     exported = export_gguf(folder, tmp_path / "m.gguf", "f32")
     assert "no vocabulary" in exported.notes[0]
@@ -157,7 +157,7 @@ def test_model_without_vocabulary_is_written_without_one(tmp_path: Path) -> None
     assert facts["llama.vocab_size"] == 7
 
 
-def test_names_and_templates_that_are_not_utf_8_are_written_as_replaced(tmp_path: Path) -> None:
+def test_invalid_utf8_in_names_and_templates_is_replaced(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / os.fsdecode(b"tales\xff"), BytesTokenizer())
     config = json.loads((folder / "tokenizer_config.json").read_text())
     templates = [{"name": "default", "template": "a\ud800"}, {"name": "tool", "template": "b"}]

@@ -1,4 +1,4 @@
-"""What llama.cpp would compute or encode otherwise is not written as GGUF."""
+"""Models that llama.cpp would compute or encode differently are not exported as GGUF."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from minigpt.errors import CheckpointError, ConfigError, ResourceError
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer
 
-gguf = pytest.importorskip("gguf", reason="reads GGUF files with the package gguf")
+gguf = pytest.importorskip("gguf", reason="needs the package gguf to read GGUF files")
 
 REFUSED = {
     "additive": ({"attention": "additive"}, "models of the kind 'llama, additive'"),
@@ -70,7 +70,7 @@ REFUSED_FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", REFUSED_FOREIGN)
-def test_what_llama_cpp_computes_otherwise_in_a_foreign_family_is_refused(
+def test_features_that_llama_cpp_computes_differently_in_other_families_are_refused(
     kind: str, tmp_path: Path
 ) -> None:
     layout, change, message = REFUSED_FOREIGN[kind]
@@ -80,7 +80,7 @@ def test_what_llama_cpp_computes_otherwise_in_a_foreign_family_is_refused(
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_models_that_llama_cpp_computes_otherwise_are_refused(kind: str, tmp_path: Path) -> None:
+def test_models_that_llama_cpp_computes_differently_are_refused(kind: str, tmp_path: Path) -> None:
     shape, message = REFUSED[kind]
     folder = folder_of(tmp_path / "model", BytesTokenizer(), **shape)
     with pytest.raises(CheckpointError, match=f"export to GGUF does not support .*{message}"):
@@ -132,7 +132,7 @@ VOCABULARIES = {
 
 
 @pytest.mark.parametrize("kind", VOCABULARIES)
-def test_vocabularies_that_llama_cpp_encodes_otherwise_are_refused(
+def test_vocabularies_that_llama_cpp_encodes_differently_are_refused(
     kind: str, tmp_path: Path
 ) -> None:
     make, change, message = VOCABULARIES[kind]
@@ -142,7 +142,7 @@ def test_vocabularies_that_llama_cpp_encodes_otherwise_are_refused(
         export_gguf(folder, tmp_path / "m.gguf", "f32")
 
 
-def test_vocabulary_without_an_end_is_refused(tmp_path: Path) -> None:
+def test_a_vocabulary_without_an_end_of_text_is_refused(tmp_path: Path) -> None:
     ranks = {bytes([b]): b for b in range(256)}
     tokenizer = TiktokenTokenizer("endless", make_encoding("endless", BYTES_PATTERN, ranks, {}))
     folder = folder_of(tmp_path / "model", tokenizer)
@@ -150,7 +150,7 @@ def test_vocabulary_without_an_end_is_refused(tmp_path: Path) -> None:
         export_gguf(folder, tmp_path / "m.gguf", "f32")
 
 
-def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+def test_values_out_of_range_for_a_tensor_type_are_refused(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", BytesTokenizer())
     path = folder / "model.safetensors"
     tensors = load_file(path)
@@ -170,7 +170,7 @@ def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
 def test_an_unknown_feature_of_a_config_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A field that a later version adds changes the model unless it is known to be written."""
+    """An unknown field may change the model, so it must be refused until the export supports it."""
     from minigpt.checkpoint.tools import gguf_architectures as module
 
     config = ModelConfig(vocab_size=9, context_length=8, n_layer=1, n_head=1, d_model=8)
@@ -180,7 +180,7 @@ def test_an_unknown_feature_of_a_config_is_refused(
         module.architecture_of(replace(config, norm_eps=0.5))
 
 
-def test_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = folder_of(tmp_path / "model", BytesTokenizer())
     quantize = gguf.quantize
 
@@ -195,7 +195,7 @@ def test_full_disk_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_missing_package_is_named_with_its_extra(
+def test_a_missing_gguf_package_is_reported_with_the_extra_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)

@@ -1,4 +1,4 @@
-"""Downloads from a local server that imitates the hub; each client is a process."""
+"""Downloads from a local server that imitates the Hub; each client is a separate process."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of a model in one file, and of another in two with an index."""
+    """Return folders of a model in one file and of another one in two shards with an index."""
     places = {name: tmp_path_factory.mktemp(name) for name in ("one", "sharded")}
     for place, layout in zip(places.values(), ("qwen3", "gpt2-tied"), strict=True):
         write_model(place, make_model(257, layout), BytesTokenizer())
@@ -116,7 +116,7 @@ def hub(models: dict[str, Path]) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module", autouse=True)
 def installed() -> None:
-    pytest.importorskip("huggingface_hub", reason="the extra hub is not installed")
+    pytest.importorskip("huggingface_hub", reason="needs the extra hub")
 
 
 def environment(home: Path, url: str, **more: str) -> dict[str, str]:
@@ -146,12 +146,12 @@ def resolve(cwd: Path, env: dict[str, str], *specs: str) -> list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Downloads:
-    """Downloads of one process."""
+    """Downloads made by one process."""
 
     home: Path
-    """Folder of the hub's cache."""
+    """Folder of the Hub cache."""
     folders: dict[str, Path]
-    """Spec -> result."""
+    """Result of each model name."""
     asked: tuple[str, ...]
     """Paths that the server received."""
 
@@ -185,7 +185,7 @@ def test_only_the_files_of_the_model_are_downloaded(
     fetched = {path.partition("/resolve/")[2].partition("/")[2] for path in downloads.asked} - {""}
     assert fetched == {name for place in models.values() for name in files_of(place)}
     stored = [path.read_bytes() for path in (downloads.home / "hub").rglob("*") if path.is_file()]
-    assert sum(data == PICKLE for data in stored) == 2  # tiny/bad's: the blob and the link to it
+    assert sum(data == PICKLE for data in stored) == 2  # from tiny/bad: the blob and the link to it
 
 
 @pytest.mark.integration
@@ -199,7 +199,7 @@ def test_a_revision_is_a_branch_a_tag_or_a_commit(downloads: Downloads) -> None:
 
 
 @pytest.mark.integration
-def test_ctrl_c_ends_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
+def test_ctrl_c_stops_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.asked.clear()
     started = subprocess.Popen(
         [sys.executable, "-c", RESOLVER, "tiny/slow"],
@@ -214,11 +214,11 @@ def test_ctrl_c_ends_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
     started.send_signal(signal.SIGINT)
-    assert started.wait(30) == -signal.SIGINT  # the server waits twice as long
+    assert started.wait(30) == -signal.SIGINT  # the server would wait twice as long
     hub.goes_on.set()
 
 
-def test_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Downloads) -> None:
+def test_a_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Downloads) -> None:
     with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_model(downloads.folders["tiny/bad"])
     with pytest.raises(CheckpointError, match="does not map tensors to files of its folder"):
@@ -251,7 +251,7 @@ def test_each_failed_download_has_a_one_line_error(hub: Hub, tmp_path: Path) -> 
 def test_offline_uses_the_cache_and_a_missing_file_is_a_one_line_error(
     hub: Hub, downloads: Downloads, is_offline: bool
 ) -> None:
-    nowhere = "http://127.0.0.1:9"  # the port where nothing is ever served
+    nowhere = "http://127.0.0.1:9"  # a port without a server
     offline = {"HF_HUB_OFFLINE": "1"} if is_offline else {}
     env = environment(downloads.home, hub.url if is_offline else nowhere, **offline)
     hub.asked.clear()
@@ -267,7 +267,7 @@ def test_offline_uses_the_cache_and_a_missing_file_is_a_one_line_error(
     assert hub.asked == []
 
 
-def test_existing_path_is_not_looked_up_on_the_hub(
+def test_an_existing_path_is_not_looked_up_on_the_hub(
     hub: Hub, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tiny").mkdir()
@@ -276,7 +276,7 @@ def test_existing_path_is_not_looked_up_on_the_hub(
     hub.asked.clear()
     monkeypatch.chdir(tmp_path)
     for name in ("huggingface_hub", "huggingface_hub.utils"):
-        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+        monkeypatch.setitem(sys.modules, name, None)  # makes importing it fail
     assert resolve_model("tiny/story") == Path("tiny/story")
     for spec, says in {
         "tiny/sharded": "'tiny/sharded' holds no checkpoint",
@@ -324,12 +324,12 @@ def test_progress_is_shown_only_if_stderr_is_a_terminal(hub: Hub, tmp_path: Path
     )
     os.close(stderr)
     drawn = b""
-    with suppress(OSError):  # Linux's way to say that nobody writes any more
+    with suppress(OSError):  # Linux raises it once the other end is closed
         while block := os.read(terminal, 2**16):
             drawn += block
     os.close(terminal)
     assert b"100%" in drawn
-    assert b"words" not in drawn  # of the server's warning
+    assert b"words" not in drawn  # from the server's warning
     assert len(done.stdout.splitlines()) == 1
 
 

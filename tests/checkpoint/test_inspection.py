@@ -1,4 +1,4 @@
-"""Facts of a model folder, compared with published numbers, without reading weights."""
+"""Inspection of model folders without reading weights, compared with published numbers."""
 
 import json
 import os
@@ -71,7 +71,7 @@ def write_hollow_8b(folder: Path) -> None:
 
 
 class Headers:
-    """A safetensors file that gives names, shapes and dtypes only."""
+    """A safetensors file that provides only names, shapes and dtypes."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._file = safe_open(*args, **options)
@@ -93,7 +93,7 @@ class Headers:
 def test_a_model_larger_than_memory_is_described_from_its_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """8,030,261,248 parameters: meta-llama/Meta-Llama-3-8B; 128 KiB of cache a token in BF16."""
+    """meta-llama/Meta-Llama-3-8B: 8,030,261,248 parameters, 128 KiB of cache per token in BF16."""
     write_hollow_8b(tmp_path)
     monkeypatch.setattr(stored_tensors, "safe_open", Headers)
     facts = describe(tmp_path)
@@ -102,10 +102,12 @@ def test_a_model_larger_than_memory_is_described_from_its_headers(
     assert facts.bfloat16_cache_bytes_per_token == 128 * 1024
     assert len(facts.tensors) == 32 * 9 + 3
     assert facts.training_flops_per_token == 3 * facts.forward_flops_per_token
-    # Two FLOPs a weight that multiplies, and four per layer, width and half the context.
+    # Two FLOPs per multiplied weight, and four per layer, width and half the context.
     n_multiplied = 8_030_261_248 - 128256 * 4096
     assert facts.forward_flops_per_token == 2 * n_multiplied + 4 * 32 * 4096 * 8192 // 2
-    assert os.stat(tmp_path / "model.safetensors").st_blocks * 512 < 2**20, "a hole takes no room"
+    assert os.stat(tmp_path / "model.safetensors").st_blocks * 512 < 2**20, (
+        "a sparse file must not use disk space"
+    )
 
 
 def test_tensors_are_listed_in_the_order_of_the_model(model: GPT, tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_tensors_are_listed_in_the_order_of_the_model(model: GPT, tmp_path: Path
     assert is_tied or names[-1] == "lm_head.weight"
 
 
-def test_changed_byte_is_found_only_with_a_manifest(
+def test_a_changed_byte_is_detected_only_with_a_manifest(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     run = RunFolder(tmp_path / "run")
@@ -157,7 +159,7 @@ def test_headers_that_do_not_fit_the_config_are_refused(
     assert "has shape [17], not [16]" in str(check(tmp_path, is_step=False).problem)
 
 
-def test_unreadable_folder_is_a_problem_not_an_exception(
+def test_an_unreadable_folder_is_reported_as_a_problem(
     make: Callable[[int, str], GPT], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(path: Path) -> str:

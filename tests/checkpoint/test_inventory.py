@@ -1,4 +1,4 @@
-"""The inventory of a folder of checkpoints, compared with what was written."""
+"""The inventory of a checkpoints folder lists what was written."""
 
 import json
 import os
@@ -24,8 +24,8 @@ LOG = """
 
 
 @pytest.fixture(autouse=True)
-def fsync_that_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power is cut here
+def skip_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # saves time
 
 
 def write_run(path: Path, *steps: int, model_type: object = "qwen3") -> RunFolder:
@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> RunFolder:
     return run
 
 
-def test_each_step_has_its_losses_and_marks(run: RunFolder) -> None:
+def test_each_step_is_listed_with_its_losses_and_marks(run: RunFolder) -> None:
     entry = entry_of(run.path)
     assert (entry.name, entry.is_run) == ("tales", True)
     seen = [
@@ -63,7 +63,7 @@ def test_each_step_has_its_losses_and_marks(run: RunFolder) -> None:
     assert not any(c.damage for c in entry.checkpoints)
 
 
-def test_losses_come_from_the_pointers_if_there_is_no_log(run: RunFolder) -> None:
+def test_without_a_log_losses_come_from_the_pointers(run: RunFolder) -> None:
     (run.path / "metrics.jsonl").unlink()
     run.point("best", 2, val_loss=1.25, bits_per_byte=2.0)
     losses = {c.step: (c.val_loss, c.bits_per_byte) for c in entry_of(run.path).checkpoints}
@@ -84,14 +84,14 @@ def test_losses_come_from_the_pointers_if_there_is_no_log(run: RunFolder) -> Non
         '"val_loss" \x00\x1b\udcff',
     ],
 )
-def test_record_without_a_step_is_skipped(run: RunFolder, line: str) -> None:
+def test_a_log_record_without_a_step_is_skipped(run: RunFolder, line: str) -> None:
     text = LOG + line + "\n"
     (run.path / "metrics.jsonl").write_text(text, encoding="utf-8", errors="surrogateescape")
     (run.path / "best.json").write_text(line, encoding="utf-8", errors="surrogateescape")
     assert entry_of(run.path).checkpoints[0].val_loss == 1.75
 
 
-def test_size_counts_all_files_and_date_is_the_manifest_s(run: RunFolder) -> None:
+def test_the_size_counts_all_files_and_the_date_is_that_of_the_manifest(run: RunFolder) -> None:
     folder = run.step_folder(3)
     os.utime(folder / "manifest.json", (0, 1_700_000_000))
     step = entry_of(run.path).checkpoints[0]
@@ -105,23 +105,23 @@ def test_size_counts_all_files_and_date_is_the_manifest_s(run: RunFolder) -> Non
     assert step.written_at == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
 
 
-def test_damaged_step_is_marked_and_an_earlier_one_is_best_and_latest(run: RunFolder) -> None:
+def test_a_damaged_step_is_marked_and_is_neither_best_nor_latest(run: RunFolder) -> None:
     (run.step_folder(3) / "training_state" / "momentum").write_text("x")
     (run.step_folder(2) / "config.json").unlink()
     third, second, first = entry_of(run.path).checkpoints
     assert "1 bytes instead of 300" in str(third.damage)
     assert "config.json is missing" in str(second.damage)
     assert (first.damage, first.is_best, first.is_latest) == (None, True, True)
-    assert second.val_loss == 1.5  # the log still knows
+    assert second.val_loss == 1.5  # the log still has it
 
 
 @pytest.mark.parametrize("model_type", [None, 5, ["qwen3"], {}])
-def test_model_type_that_is_not_a_string_is_none(tmp_path: Path, model_type: object) -> None:
+def test_a_model_type_that_is_not_a_string_is_ignored(tmp_path: Path, model_type: object) -> None:
     run = write_run(tmp_path / "odd", 1, model_type=model_type)
     assert entry_of(run.path).checkpoints[0].layout is None
 
 
-def test_newest_run_comes_first_and_single_models_last(tmp_path: Path) -> None:
+def test_the_newest_run_is_listed_first_and_single_models_last(tmp_path: Path) -> None:
     for name, seconds in {"old": 10, "new": 30, "middle": 20}.items():
         folder = write_run(tmp_path / name, 5).step_folder(5)
         os.utime(folder / "manifest.json", (0, seconds))
@@ -139,12 +139,12 @@ def test_newest_run_comes_first_and_single_models_last(tmp_path: Path) -> None:
     assert (model.val_loss, model.is_best, model.damage) == (None, False, None)
 
 
-def test_model_with_invalid_json_config_is_damaged(tmp_path: Path) -> None:
+def test_a_model_with_an_invalid_config_is_listed_as_damaged(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     assert "is not JSON" in str(entry_of(tmp_path).checkpoints[0].damage)
 
 
-def test_inventory_accepts_a_folder_a_path_and_a_name(run: RunFolder, tmp_path: Path) -> None:
+def test_the_inventory_accepts_a_folder_a_path_or_a_name(run: RunFolder, tmp_path: Path) -> None:
     entry = entry_of(run.path)
     for spec in (str(tmp_path), str(run.path), "tales"):
         assert inventory_of(spec, tmp_path) == [entry]
@@ -165,7 +165,7 @@ def removing(path: Path, call: Callable[[Path], None]) -> Callable[[Path], None]
     return remove_and_call
 
 
-def test_step_pruned_meanwhile_is_left_out(
+def test_a_step_pruned_while_listing_is_omitted(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inventory, "verify", removing(run.step_folder(1), inventory.verify))
@@ -175,7 +175,7 @@ def test_step_pruned_meanwhile_is_left_out(
 
 
 @pytest.mark.parametrize("seconds", [-1e12, -5e9, 0.0, 253402300800.0, 1e15])
-def test_a_file_of_any_time_has_a_date_in_every_time_zone(seconds: float) -> None:
+def test_file_dates_work_for_any_time_in_every_time_zone(seconds: float) -> None:
     date = inventory._date(seconds)
     for hours in (-14, 14):
         assert f"{date.astimezone(timezone(timedelta(hours=hours))):%Y-%m-%d %H:%M}"

@@ -1,6 +1,6 @@
-"""llama.cpp gives texts our ids, and our greedy text, with the GGUF files that we write.
+"""llama.cpp gives our ids and our greedy text with the GGUF files that we export.
 
-Needs llama-cpp-python, which takes several minutes to build.
+Needs llama-cpp-python, which takes several minutes to compile.
 """
 
 import itertools
@@ -42,7 +42,7 @@ COMPUTED = {
     "qwen2": LAYOUTS["qwen2"],
     "qwen3": LAYOUTS["qwen3"],
 }
-"""Models that llama.cpp computes."""
+"""Models that llama.cpp supports."""
 
 
 def small_folder(folder: Path, tokenizer: Tokenizer | None, layout: str, n_rows: int = 0) -> Path:
@@ -60,7 +60,7 @@ def small_folder(folder: Path, tokenizer: Tokenizer | None, layout: str, n_rows:
 
 @pytest.fixture
 def exported(tmp_path: Path) -> Callable[..., Any]:
-    """Export a folder and open it with llama.cpp."""
+    """Return a function that exports a folder and opens it with llama.cpp."""
 
     def export(folder: Path, type_: str = "f32", **options: Any) -> Any:
         path = tmp_path / f"{folder.name}.gguf"
@@ -79,11 +79,11 @@ def logits_of(llama: Any, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", [*COMPUTED, *FOREIGN])
-def test_logits_and_greedy_ids_equal_ours(
+def test_logits_and_greedy_ids_of_llama_cpp_equal_ours(
     layout: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     folder = small_folder(tmp_path / layout, BytesTokenizer(), layout)
-    exact = {"type_k": 0, "type_v": 0}  # a cache in float32
+    exact = {"type_k": 0, "type_v": 0}  # float32 cache
     llama, model = exported(folder, **exact), read_model(folder).model
     ids = list(b"Once upon a time, there was")
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_logits_and_greedy_ids_equal_ours(
             logits = model(torch.tensor([ids]))[0]
             ids.append(int(logits[-1].argmax()))
     theirs = logits_of(llama, ids)
-    # llama.cpp's cache and its table of GELU are float16
+    # llama.cpp's cache and GELU table are float16
     torch.testing.assert_close(theirs[: len(logits)], logits, atol=0.03, rtol=0.01)
     greedy = ids[:27]
     llama.reset()
@@ -103,7 +103,7 @@ def test_logits_and_greedy_ids_equal_ours(
 
 
 def round_weights(model: torch.nn.Module) -> None:
-    """Round matrices as q8_0 does, and those whose rows are no multiple of 32 as f16."""
+    """Round matrices as q8_0, or as f16 if their rows are not multiples of 32."""
     gguf = pytest.importorskip("gguf")
     kind = gguf.GGMLQuantizationType.Q8_0
     for parameter in {*model.parameters()}:
@@ -115,7 +115,7 @@ def round_weights(model: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def test_q8_0_gives_the_logits_and_the_greedy_tokens_of_weights_rounded_to_8_bits(
+def test_q8_0_logits_and_greedy_tokens_equal_those_of_rounded_weights(
     shared: Path, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     folder = tmp_path / "stories"
@@ -129,8 +129,8 @@ def test_q8_0_gives_the_logits_and_the_greedy_tokens_of_weights_rounded_to_8_bit
         ids.append(int(loaded.model(torch.tensor([ids]))[0, -1].argmax()))
     theirs, ours = logits_of(llama, ids), loaded.model(torch.tensor([ids]))[0]
     difference = (theirs - ours).square().mean().sqrt()
-    assert difference < 0.02 * ours.std(), (difference, ours.std())  # activations have 8 bits too
-    # Tokens that are nearly as probable as each other may change places.
+    assert difference < 0.02 * ours.std(), (difference, ours.std())  # activations have 8 bits, too
+    # Tokens of nearly equal probability may be swapped.
     chosen = theirs[len(prompt) - 1 : -1].gather(1, torch.tensor(ids[len(prompt) :])[:, None])
     assert (chosen[:, 0] >= theirs[len(prompt) - 1 : -1].amax(1) - 0.1 * ours.std()).all()
 
@@ -142,9 +142,9 @@ OWN = {
     "gpt2": lambda: named_tokenizer("gpt2"),
     "cl100k_base": lambda: named_tokenizer("cl100k_base"),
 }
-"""Vocabularies that we make."""
+"""Our own vocabularies."""
 PUBLISHED = ("gpt2", "smollm", "llama3", "qwen3", "gpt4", "unordered", "llama2", "mistral")
-"""Vocabularies of others, in miniature."""
+"""Miniatures of published vocabularies."""
 
 
 def check_ids(llama: Any, tokenizer: Tokenizer, texts: list[str]) -> None:
@@ -157,7 +157,7 @@ def check_ids(llama: Any, tokenizer: Tokenizer, texts: list[str]) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_ids_of_fuzzed_texts_equal_ours(
+def test_llama_cpp_encodes_fuzzed_texts_to_our_ids(
     name: str,
     tmp_path: Path,
     exported: Callable[..., Any],
@@ -171,7 +171,7 @@ def test_ids_of_fuzzed_texts_equal_ours(
     folder = small_folder(tmp_path / name, tokenizer, "llama-grouped", tokenizer.vocab_size + 7)
     llama = exported(folder)
     texts = TEXTS
-    if name == "cl100k_base":  # the export says so
+    if name == "cl100k_base":  # the export warns of a difference
         texts = [text for text in texts if not re.search(r"[\r\n]\s*[^\S\r\n]\Z", text)]
     check_ids(llama, tokenizer, texts)
     end = tokenizer.end_of_text
@@ -180,7 +180,7 @@ def test_ids_of_fuzzed_texts_equal_ours(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_ids_of_other_vocabularies_equal_ours(
+def test_llama_cpp_encodes_with_other_vocabularies_to_our_ids(
     name: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     data, _ = vocabularies.published(getattr(vocabularies, name))
@@ -188,7 +188,7 @@ def test_ids_of_other_vocabularies_equal_ours(
     tokenizer = tokenizer_from_json(data, name, end_of_text_ids=(end,))
     llama = exported(small_folder(tmp_path / name, tokenizer, "llama-grouped"))
     texts = TEXTS
-    if name == "qwen3":  # the export says so
+    if name == "qwen3":  # the export warns of a difference
         texts = [text for text in texts if unicodedata.is_normalized("NFC", text)]
     if name == "mistral":
         texts = [text for text in texts if not text.startswith((" ", "\u2581"))]
@@ -199,7 +199,7 @@ def test_ids_of_other_vocabularies_equal_ours(
     assert llama.token_eos() == end
 
 
-def test_published_stories_equal_ours(
+def test_llama_cpp_generates_the_published_story(
     shared: Path, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     folder = tmp_path / "stories"
@@ -219,7 +219,7 @@ def test_published_stories_equal_ours(
     assert len(ours) > 100
 
 
-def test_model_without_vocabulary_sorts_as_published(
+def test_llama_cpp_runs_a_model_without_vocabulary(
     shared: Path, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     folder = tmp_path / "sort"
@@ -231,7 +231,7 @@ def test_model_without_vocabulary_sorts_as_published(
     torch.testing.assert_close(theirs, logits, atol=0.05, rtol=0.01)
 
 
-def test_chat_template_and_ends_are_seen_by_llama_cpp(
+def test_llama_cpp_uses_the_chat_template_and_the_end_tokens(
     tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
@@ -269,7 +269,7 @@ def test_chat_template_and_ends_are_seen_by_llama_cpp(
 
 @pytest.mark.parametrize("spec", ["bytes", "bpe"])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped", "qwen2", "qwen3"])
-def test_greedy_ids_of_a_prompt_equal_ours(
+def test_greedy_ids_of_llama_cpp_after_a_prompt_equal_ours(
     layout: str, spec: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
     folder = small_folder(tmp_path / "run", OWN[spec](), layout)

@@ -12,7 +12,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.errors import CheckpointError, MinigptWarning
 
 
-def test_manifest_lists_every_file_of_the_step(run: RunFolder) -> None:
+def test_the_manifest_lists_every_file_of_the_step(run: RunFolder) -> None:
     manifest = json.loads((run.step_folder(2) / "manifest.json").read_text())
     assert manifest["files"]["training_state/momentum"] == {
         "bytes": 7,
@@ -22,7 +22,7 @@ def test_manifest_lists_every_file_of_the_step(run: RunFolder) -> None:
     assert set(manifest["files"]) == {"config.json", "training_state/momentum"}
 
 
-def test_changed_byte_is_found_by_hash_only(run: RunFolder) -> None:
+def test_a_changed_byte_is_detected_only_by_its_hash(run: RunFolder) -> None:
     (run.step_folder(2) / "training_state" / "momentum").write_text("Weights")
     verify(run.step_folder(2))
     with pytest.raises(CheckpointError, match="SHA-256 differs"):
@@ -44,7 +44,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("says", DAMAGES)
-def test_damaged_step_is_skipped(run: RunFolder, says: str) -> None:
+def test_a_damaged_step_is_skipped(run: RunFolder, says: str) -> None:
     run.point("best", 2)
     DAMAGES[says](run.step_folder(2))
     with pytest.raises(CheckpointError, match=says):

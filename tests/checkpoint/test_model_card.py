@@ -51,20 +51,20 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """The tags of a page, and the text in each code element."""
+    """Parses the tags of a page, and the text in each code element."""
 
     def __init__(self, card: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.codes: list[str] = []
-        # Of the front matter the hub shows a table; what is left is what it renders.
+        # The Hub shows the front matter as a table and renders the rest.
         html = MarkdownIt("commonmark").enable("table").render(card.split("\n---\n", 1)[1])
         self.feed(html)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
         self.codes += [""] if tag == "code" else []
-        # The fences' languages are all the attributes that there are.
+        # The only attributes are the languages of code fences.
         assert {name for name, _ in attributes} <= {"class"}
 
     def handle_data(self, data: str) -> None:
@@ -73,14 +73,14 @@ class Page(HTMLParser):
 
 
 def metadata(card: str) -> dict[str, Any]:
-    hub = pytest.importorskip("huggingface_hub", reason="reads the card as the hub does")
+    hub = pytest.importorskip("huggingface_hub", reason="needs huggingface_hub to read the card")
     data: dict[str, Any] = hub.ModelCard(card).data.to_dict()
     yaml = pytest.importorskip("yaml")
     assert yaml.safe_load(re.split(r"(?m)^---$", card)[1]).keys() == data.keys()
     return data
 
 
-def test_huggingface_hub_reads_the_metadata() -> None:
+def test_huggingface_hub_reads_the_metadata_of_the_card() -> None:
     data = metadata(model_card(CONFIG, **FACTS))
     index = data.pop("model-index")
     assert data == {
@@ -98,7 +98,7 @@ def test_huggingface_hub_reads_the_metadata() -> None:
     assert results[0].dataset_name == "tales.txt, *.jsonl, standard input"
 
 
-def test_card_describes_the_model_and_its_training() -> None:
+def test_the_card_describes_the_model_and_its_training() -> None:
     card = model_card(CONFIG, **FACTS)
     model = GPT.without_weights(CONFIG.model)
     for says in (
@@ -115,7 +115,7 @@ def test_card_describes_the_model_and_its_training() -> None:
         f"It was made by:\n\n    {CONFIG.command}\n",
     ):
         assert says in card, says
-    assert card.count("/home/someone") == 1, "folders are in the command alone"
+    assert card.count("/home/someone") == 1, "paths must occur only in the command"
     built_in = model_card(replace(CONFIG, data=DataConfig(), command=""), **FACTS)
     assert "made by" not in built_in
     assert "- `short tales that come with minigpt`\n" in built_in
@@ -123,7 +123,7 @@ def test_card_describes_the_model_and_its_training() -> None:
     assert "- `English prose that comes with Python`\n" in older
 
 
-def test_long_list_of_corpora_is_shortened() -> None:
+def test_a_long_list_of_corpora_is_shortened() -> None:
     paths = tuple(f"part-{i}.txt" for i in range(1000))
     card = model_card(replace(CONFIG, data=DataConfig(paths=paths)), **FACTS)
     assert "- `part-19.txt`\n- `and 980 more`\n" in card
@@ -143,7 +143,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         (f"../Qwen/x@{COMMIT}", f"x@{COMMIT}", None),
     ],
 )
-def test_card_names_the_base_model(source: str, shown: str, base: str | None) -> None:
+def test_the_card_names_the_base_model(source: str, shown: str, base: str | None) -> None:
     config = replace(CONFIG, from_=source, training=replace(CONFIG.training, sequence_length=32))
     card = model_card(config, **FACTS)
     assert f"Start: the weights of `{shown}`\n" in card
@@ -167,7 +167,7 @@ def test_hostile_names_are_escaped_in_the_metadata_and_the_markdown(text: str) -
     assert not set(card) & set(map(chr, [*range(10), *range(11, 32), *range(127, 160), 0x202E]))
 
     page, plain_page = Page(card), Page(plain)
-    assert sorted(page.tags) == sorted([*plain_page.tags, "code"])  # that of from_
+    assert sorted(page.tags) == sorted([*plain_page.tags, "code"])  # the code element of from_
     assert page.codes[0].strip() == index["name"].strip()
     [command] = [code for code in page.codes if code.startswith("x ")]
     assert command.removeprefix("x ").strip() == index["name"].strip()
@@ -178,15 +178,15 @@ def test_hostile_names_are_escaped_in_the_metadata_and_the_markdown(text: str) -
 @pytest.mark.parametrize("layout", ["qwen3", "llama-grouped", "gpt2-tied", "qwen2"])
 def test_the_commands_on_the_card_work(layout: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports
-        pytest.importorskip("transformers", reason="the card shows how it opens the model")
+        warnings.simplefilter("ignore")  # raised by its imports
+        pytest.importorskip("transformers", reason="needs transformers, whose use the card shows")
     text = "Once upon a time, in 12345 and 12345, there was"
     tokenizer = train_bpe([text], 280)
     write_model(tmp_path, make_model(tokenizer.vocab_size, layout), tokenizer)
     config = read_model(tmp_path).model.config
     card = model_card(replace(CONFIG, model=config), **FACTS)
     [program] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    # The small model sees 32 tokens.
+    # The small model has a context of 32 tokens.
     program = program.replace('"FOLDER"', json.dumps(str(tmp_path))).replace("=40", "=9")
     out = io.StringIO()
     with contextlib.redirect_stdout(out), warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Model folders: round trips are exact, and published ones are read."""
+"""Model folders: exact round trips, and published models."""
 
 import json
 import subprocess
@@ -22,7 +22,9 @@ from minigpt.text.bpe import train_bpe
 TOKENS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [9, 9, 8, 1, 0, 2, 2]])
 
 
-def test_model_and_tokenizer_survive_the_round_trip_bit_for_bit(model: GPT, tmp_path: Path) -> None:
+def test_model_and_tokenizer_survive_saving_and_loading_bit_for_bit(
+    model: GPT, tmp_path: Path
+) -> None:
     tokenizer = train_bpe(["the cat and the hat"], 259)
     write_model(tmp_path, model, tokenizer)
     loaded = read_model(tmp_path)
@@ -60,7 +62,7 @@ def test_training_a_loaded_model_does_not_change_its_file(model: GPT, tmp_path: 
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_sharded_folder_is_read(model: GPT, tmp_path: Path) -> None:
+def test_a_folder_with_sharded_weights_is_read(model: GPT, tmp_path: Path) -> None:
     write_model(tmp_path, model, None)
     shard(tmp_path, lambda name: f"model-0000{len(name) % 3 + 1}-of-00003.safetensors")
     assert torch.equal(read_model(tmp_path).model(TOKENS), model(TOKENS))
@@ -78,10 +80,10 @@ def test_weights_of_every_dtype_are_converted(
             assert torch.equal(tensor, model.state_dict()[name].to(dtype).to(asked))
 
 
-def test_published_gpt2_layout_is_read(shared: Path) -> None:
+def test_a_published_model_in_the_gpt2_layout_is_read(shared: Path) -> None:
     folder = shared / "weights" / "gpt-nano-sort"
     model = read_model(folder).model
-    # What the model is for: after six letters, it writes them sorted.
+    # The model's task: after six letters, generate them sorted.
     tokens = torch.tensor([[2, 0, 1, 2, 1, 0]])
     with torch.no_grad():
         for _ in range(5):
@@ -89,7 +91,7 @@ def test_published_gpt2_layout_is_read(shared: Path) -> None:
         assert model(tokens)[0, 5:].argmax(-1).tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_published_llama_model_continues_its_text(shared: Path) -> None:
+def test_a_published_llama_model_generates_its_published_text(shared: Path) -> None:
     loaded = read_model(shared / "weights" / "stories260K")
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 260_032
     tokenizer = loaded.tokenizer
@@ -154,10 +156,12 @@ print((kib("VmHWM") - before) * 1024 / weights)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="needs /proc to read peak memory"
+)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_reading_takes_little_more_memory_than_the_weights(
+def test_loading_needs_little_more_memory_than_the_weights(
     tmp_path: Path, family: str, stored: torch.dtype
 ) -> None:
     for name, width, vocab_size in (("small", 32, 64), ("large", 512, 16_000)):
@@ -176,7 +180,7 @@ def test_reading_takes_little_more_memory_than_the_weights(
         assert 0.9 < float(result.stdout) < 1.3
 
 
-def test_tied_embedding_that_is_stored_twice_must_be_equal(
+def test_tied_embeddings_that_are_stored_twice_must_be_equal(
     make: Callable[[int, str], GPT], tmp_path: Path
 ) -> None:
     model = make(50, "gpt2-tied")

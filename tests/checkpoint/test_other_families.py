@@ -1,4 +1,4 @@
-"""Families with a class of their own: trained, traced, knocked out, quantized, counted."""
+"""Model families with their own class: training, traces, knockouts, quantization and cost."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def model(config: ModelConfig) -> LanguageModel:
     return randomized(model)
 
 
-def test_fast_decode_step_leaves_a_family_of_its_own_to_the_plain_one(
+def test_other_families_decode_with_their_own_forward(
     model: LanguageModel,
 ) -> None:
     assert not supports(model)
@@ -46,7 +46,9 @@ def test_fast_decode_step_leaves_a_family_of_its_own_to_the_plain_one(
     assert type(Decoder(model, TOKENS[0].tolist()).forward).__name__ == "PlainForward"
 
 
-def test_fresh_model_is_trained_and_read_again(config: ModelConfig, tmp_path: Path) -> None:
+def test_a_new_model_of_each_family_is_trained_saved_and_loaded(
+    config: ModelConfig, tmp_path: Path
+) -> None:
     model = model_class(config)(config)
     model.init_weights(torch.Generator().manual_seed(1))
     assert all(p.isfinite().all() for p in model.parameters())
@@ -79,7 +81,7 @@ def test_activation_checkpointing_gives_the_same_gradients(model: LanguageModel)
 
 
 class Keeper:
-    """Keeps what a recorder receives."""
+    """Stores the attention passes that a recorder receives."""
 
     needs_queries = True
     needs_residual = True
@@ -89,7 +91,7 @@ class Keeper:
 
 
 @torch.no_grad()
-def test_recorded_rows_times_values_are_the_heads_outputs(model: LanguageModel) -> None:
+def test_recorded_rows_times_values_equal_the_head_outputs(model: LanguageModel) -> None:
     keeper = Keeper()
     model(TOKENS[:1], recorder=keeper)
     seen = keeper.attention
@@ -110,7 +112,7 @@ def test_recorded_rows_times_values_are_the_heads_outputs(model: LanguageModel) 
 
 
 @torch.no_grad()
-def test_recorded_residual_stream_is_what_the_blocks_pass_on(model: LanguageModel) -> None:
+def test_the_recorded_residual_stream_equals_the_inputs_of_the_blocks(model: LanguageModel) -> None:
     states = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
@@ -127,7 +129,7 @@ def test_recorded_residual_stream_is_what_the_blocks_pass_on(model: LanguageMode
 
 
 @torch.no_grad()
-def test_watching_changes_no_logits_and_a_rollout_is_the_product_of_the_rows(
+def test_recording_changes_no_logits_and_rollout_is_the_product_of_rows(
     model: LanguageModel,
 ) -> None:
     n_layer, n_head = model.config.n_layer, model.config.n_head
@@ -154,7 +156,9 @@ def test_watching_changes_no_logits_and_a_rollout_is_the_product_of_the_rows(
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_knockout_is_the_forward_pass_without_the_source(model: LanguageModel, kind: Any) -> None:
+def test_a_knockout_equals_a_forward_pass_without_the_source(
+    model: LanguageModel, kind: Any
+) -> None:
     cache = KVCache(model.config)
     full = model(TOKENS[:1], cache)[0, -1].log_softmax(-1)
     sources = [2, 17]
@@ -183,13 +187,13 @@ def test_int8_weights_give_nearly_the_same_logits(model: LanguageModel) -> None:
     assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
 
 
-def test_parameters_and_flops_are_those_of_the_model(
+def test_counted_parameters_and_flops_equal_those_of_the_model(
     config: ModelConfig, model: LanguageModel
 ) -> None:
     assert parameter_count(config) == sum(p.numel() for p in model.parameters())
     multiplied = sum(p.numel() for n, p in model.named_parameters() if n != "positions.weight")
     multiplied -= 0 if config.tie_embeddings else model.embedding.weight.numel()
-    # Six per parameter; twelve per weight and dimension, for the positions in view on average.
+    # Six per parameter; twelve per attention weight and dimension, averaged over visible positions.
     flops = 6 * multiplied
     for attention in model.attentions:
         window = attention.score.window or 40

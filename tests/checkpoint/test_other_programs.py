@@ -1,4 +1,4 @@
-"""AutoTokenizer reads every folder that we read or write as we do: the same ids for every text."""
+"""AutoTokenizer gives our ids for every text and every folder that we read or write."""
 
 import itertools
 import json
@@ -21,14 +21,14 @@ from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 @pytest.fixture(scope="module")
 def transformers() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports
+        warnings.simplefilter("ignore")  # raised by its imports
         module = pytest.importorskip("transformers", reason="compares with its AutoTokenizer")
     module.logging.set_verbosity_error()
     return module
 
 
 def template(token: str, id_: int) -> dict[str, Any]:
-    """The post-processor that begins a text with a token."""
+    """Return a post-processor that starts each text with a token."""
     sequences = [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]
     begin = {"SpecialToken": {"id": token, "type_id": 0}}
     return {
@@ -76,7 +76,7 @@ CLASSES = {
 @pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("kind", CLASSES)
-def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post_processor(
+def test_prompts_start_with_the_tokens_that_auto_tokenizer_adds(
     transformers: Any, tmp_path: Path, kind: str, processor: str
 ) -> None:
     encoding = train_bpe(["the king and the kings"] * 9, 265).encoding
@@ -104,7 +104,7 @@ def test_prompts_begin_as_those_of_auto_tokenizer_with_every_class_flag_and_post
 
 @pytest.mark.parametrize("flags", [{}, {"add_bos_token": False}, {"bos_token": "</s>"}])
 @pytest.mark.parametrize("processor", ["none", "byte-level"])
-def test_code_llama_begins_with_its_token_whatever_the_folder_says(
+def test_code_llama_prompts_always_start_with_the_begin_token(
     transformers: Any, tmp_path: Path, processor: str, flags: dict[str, Any]
 ) -> None:
     data = FILES["llama2"]() | {"post_processor": PROCESSORS[processor]}
@@ -129,7 +129,7 @@ def _byte_level_vocabulary(**changes: Any) -> dict[str, Any]:
 
 
 def _sentencepiece_vocabulary(**changes: Any) -> dict[str, Any]:
-    """BPE of characters with a byte fallback, as Llama 2 and Gemma have it."""
+    """Return a character BPE with byte fallback, as in Llama 2 and Gemma."""
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     library = tokenizers.Tokenizer(model)
@@ -214,10 +214,10 @@ _FOR_BYTES = (
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(
+def test_text_is_split_as_by_the_class_that_auto_tokenizer_selects(
     transformers: Any, tmp_path: Path, model_type: str
 ) -> None:
-    """Classes bring a split of their own, whatever tokenizer.json says."""
+    """Some classes override the split of tokenizer.json."""
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     for name, kind in itertools.product(FILES, SPLITTING_CLASSES):
         (tmp_path / "tokenizer.json").write_text(json.dumps(FILES[name]()))
@@ -229,7 +229,7 @@ def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(
             theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
             by_class = type(theirs).__name__
             if by_class == "CodeLlamaTokenizer" if is_bytes else by_class in _FOR_BYTES:
-                continue  # it would lose characters: see the next test
+                continue  # the class would lose characters: see the next test
             ours = read_tokenizer(tmp_path)
             assert ours is not None
             for text in HARD_TEXTS[:-1]:
@@ -240,7 +240,7 @@ def test_text_is_split_as_the_class_that_auto_tokenizer_takes_does_it(
             assert ids == theirs(special).input_ids, (name, config)
 
 
-def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is_not_followed(
+def test_a_class_with_another_split_is_reported_and_not_used_if_it_loses_characters(
     transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def write(file: str, kind: str, model_type: str) -> Tokenizer:
@@ -278,9 +278,9 @@ def test_a_class_that_splits_otherwise_is_named_and_one_that_loses_characters_is
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write("unigram", "PreTrainedTokenizerFast", "llama")
-        write("qwen2", "Qwen2Tokenizer", "qwen2")  # both say the same
+        write("qwen2", "Qwen2Tokenizer", "qwen2")  # class and file agree
         write("own", "PreTrainedTokenizerFast", "llama")
-        write("llama2", "LlamaTokenizer", "llama")  # differs at leading spaces only
+        write("llama2", "LlamaTokenizer", "llama")  # differs only at leading spaces
 
 
 HARD_TEXTS = [
@@ -301,7 +301,7 @@ VOCABULARIES = {
 
 @pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_auto_tokenizer_and_pipelines_read_every_layout_that_we_write_as_we_do(
+def test_auto_tokenizer_and_pipelines_read_every_saved_layout_as_we_do(
     transformers: Any, tmp_path: Path, layout: str, vocabulary: str
 ) -> None:
     tokenizer: Tokenizer = VOCABULARIES[vocabulary]()

@@ -1,4 +1,4 @@
-"""Tiny random models saved by transformers give the same results in both."""
+"""Tiny random models saved by transformers give the same results in minigpt."""
 
 import functools
 import itertools
@@ -73,7 +73,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2-window-nowhere": QWEN2 | {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3-biases": QWEN3 | {"attention_bias": True, "tie_word_embeddings": True},
 }
-# The families that have a class of their own.
+# Families with their own class.
 DEEP = {key: value for key, value in LLAMA.items() if key != "model_type"} | {
     "num_hidden_layers": 3,
     "pad_token_id": 0,
@@ -177,7 +177,7 @@ KINDS |= {
 
 @dataclass(frozen=True)
 class Pair:
-    """One folder, opened by both."""
+    """A model folder opened by minigpt and by transformers."""
 
     folder: Path
     theirs: Any
@@ -187,8 +187,10 @@ class Pair:
 @pytest.fixture(scope="module")
 def open_both() -> Iterator[Callable[[str], Pair]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports
-        transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's")
+        warnings.simplefilter("ignore")  # raised by its imports
+        transformers = pytest.importorskip(
+            "transformers", reason="compares with Hugging Face transformers"
+        )
     transformers.logging.set_verbosity_error()
 
     with tempfile.TemporaryDirectory() as root:
@@ -201,7 +203,7 @@ def open_both() -> Iterator[Callable[[str], Pair]]:
                 config, attn_implementation="eager"
             )
             generator = torch.Generator().manual_seed(3)
-            with torch.no_grad():  # no bias at zero, no norm at one
+            with torch.no_grad():  # no zero biases and no norms of one
                 for parameter in theirs.parameters():
                     parameter.normal_(std=0.3, generator=generator)
             theirs.eval().save_pretrained(folder := Path(root) / kind)
@@ -221,18 +223,18 @@ TOKENS = torch.randint(61, (2, CONTEXT), generator=torch.Generator().manual_seed
 @torch.no_grad()
 def test_logits_equal_those_of_transformers_at_every_position(pair: Pair) -> None:
     expected = pair.theirs(TOKENS).logits
-    assert expected.std() > 0.3  # else any model would agree
+    assert expected.std() > 0.3  # otherwise any model would agree
     torch.testing.assert_close(pair.ours.model(TOKENS), expected, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 def assert_continues_alike(pair: Pair, prompt: list[int], n_new: int = NEW) -> None:
-    """Each of our greedy tokens is the most probable one in transformers."""
+    """Check that each of our greedy tokens is the most probable one in transformers."""
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=n_new)
     steps = Decoder(pair.ours.model, prompt).generate(sampling, seed=0)
     tokens = prompt + [step.token for step in steps]
     assert len(tokens) == len(prompt) + n_new
-    if has_long_rope(pair):  # the length of the text decides the frequencies
+    if has_long_rope(pair):  # the length of the text determines the frequencies
         prefixes = (torch.tensor([tokens[:n]]) for n in range(len(prompt), len(tokens)))
         best = [int(pair.theirs(prefix).logits[0, -1].argmax()) for prefix in prefixes]
     else:
@@ -245,18 +247,18 @@ def has_long_rope(pair: Pair) -> bool:
     return any("longrope" in field for field in pair.ours.model.config.hf_fields)
 
 
-def test_greedy_tokens_are_those_of_transformers(pair: Pair) -> None:
+def test_greedy_tokens_equal_those_of_transformers(pair: Pair) -> None:
     n_new = NEW if has_long_rope(pair) else 24  # past the longest short window
     assert_continues_alike(pair, TOKENS[0, :1].tolist(), n_new)
     assert_continues_alike(pair, TOKENS[0, : CONTEXT - NEW].tolist())  # to the last position
 
 
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_transformers_from_every_length(pair: Pair) -> None:
+def test_greedy_tokens_equal_those_of_transformers_from_every_length(pair: Pair) -> None:
     for length in range(1, CONTEXT - NEW + 1):
         assert_continues_alike(pair, TOKENS[1, :length].tolist())
     if has_long_rope(pair) and pair.ours.model.config.model_type != "phi3":
-        return  # transformers goes on with the keys of the other frequencies
+        return  # transformers keeps cached keys that were rotated with the other frequencies
     generated = pair.theirs.generate(
         TOKENS[:1, :3], do_sample=False, max_new_tokens=NEW, eos_token_id=None, pad_token_id=0
     )
@@ -267,7 +269,7 @@ def test_greedy_tokens_are_those_of_transformers_from_every_length(pair: Pair) -
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["llama-long", "gemma3-long", "phi3-long"])
-def test_a_cache_that_crosses_the_original_context_gives_the_logits_of_a_full_forward(
+def test_longrope_logits_with_a_cache_equal_a_full_forward(
     open_both: Callable[[str], Pair], kind: str
 ) -> None:
     pair = open_both(kind)
@@ -284,7 +286,7 @@ def test_a_cache_that_crosses_the_original_context_gives_the_logits_of_a_full_fo
 
 
 @torch.no_grad()
-def test_traced_rows_are_the_attention_of_transformers(pair: Pair) -> None:
+def test_traced_rows_equal_the_attention_of_transformers(pair: Pair) -> None:
     tokens = TOKENS[:1, :20]
     layers = pair.theirs(tokens, output_attentions=True).attentions
     recorder = RowRecorder(pair.ours.model)
@@ -294,7 +296,7 @@ def test_traced_rows_are_the_attention_of_transformers(pair: Pair) -> None:
         torch.testing.assert_close(recorder.weights_LHS, expected, rtol=0, atol=1e-5)
 
 
-def test_rewritten_model_has_the_same_bytes(pair: Pair, tmp_path: Path) -> None:
+def test_a_loaded_and_saved_model_has_the_same_bytes(pair: Pair, tmp_path: Path) -> None:
     write_model(tmp_path, pair.ours.model, None)
     before, after = load_file(pair.folder / WEIGHTS), load_file(tmp_path / WEIGHTS)
     assert before.keys() == after.keys()
@@ -312,7 +314,7 @@ UNWRITTEN = {
     "pad_token_id",
     "attention_dropout",
     "attn_pdrop",
-    "bos_token_id",  # the tokenizer's, and there is none here
+    "bos_token_id",  # belongs to the tokenizer, which these models do not have
     "eos_token_id",
     "max_window_layers",
     "resid_pdrop",
@@ -321,15 +323,15 @@ UNWRITTEN = {
 }
 
 
-def test_rewritten_config_is_equal(pair: Pair, tmp_path: Path) -> None:
+def test_a_loaded_and_saved_config_is_equal(pair: Pair, tmp_path: Path) -> None:
     write_model(tmp_path, pair.ours.model, None)
     again = type(pair.theirs.config).from_pretrained(tmp_path).to_dict()
     expected = pair.theirs.config.to_dict()
     if expected.get("sliding_window") == CONTEXT or pair.folder.name == "qwen2-window-nowhere":
-        # A window as long as the context, or in no layer, is none.
+        # A window as long as the context, or in no layer, has no effect and is not written.
         expected |= {"sliding_window": None, "use_sliding_window": again.get("use_sliding_window")}
     if has_long_rope(pair) or pair.ours.model.config.rope_scaling == "yarn":
-        # What is derived there is written.
+        # Derived values are written explicitly.
         given, written = expected["rope_parameters"], again["rope_parameters"]
         if "full_attention" in given:
             given, written = given["full_attention"], written["full_attention"]
@@ -345,11 +347,11 @@ def test_rewritten_config_is_equal(pair: Pair, tmp_path: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["gpt2-tied", "llama-tied"])
-def test_base_model_without_a_head_is_read(
+def test_a_base_model_without_a_head_is_read(
     open_both: Callable[[str], Pair], tmp_path: Path, kind: str
 ) -> None:
     pair = open_both(kind)
-    pair.theirs.base_model.save_pretrained(tmp_path)  # without the prefix of its names
+    pair.theirs.base_model.save_pretrained(tmp_path)  # its tensor names have no prefix
     assert not any(name.startswith(("model.", "transformer.")) for name in names_in(tmp_path))
     expected = pair.ours.model(TOKENS)
     assert torch.equal(read_model(tmp_path).model(TOKENS), expected)
@@ -360,7 +362,9 @@ def names_in(folder: Path) -> list[str]:
 
 
 @torch.no_grad()
-def test_shards_of_transformers_are_read(open_both: Callable[[str], Pair], tmp_path: Path) -> None:
+def test_sharded_weights_saved_by_transformers_are_read(
+    open_both: Callable[[str], Pair], tmp_path: Path
+) -> None:
     pair = open_both("qwen3")
     pair.theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
@@ -370,7 +374,7 @@ def test_shards_of_transformers_are_read(open_both: Callable[[str], Pair], tmp_p
 WINDOW = {"sliding_window": 7}
 OTHER_FIELDS = [
     ("neox", {"num_key_value_heads": 2, "training": {"data": ["a"]}}),
-    # As transformers 4.46 to 4.57 writes a Pythia.
+    # As transformers 4.46 to 4.57 saves a Pythia model.
     ("neox", {"rotary_emb_base": 10000, "rope_theta": 10000, "partial_rotary_factor": 0.25}),
     ("olmo2", {"rotary_dims": None, "n_ctx": 5, "tags": ["a"], "head_count": 3}),
     ("llama-2", WINDOW),

@@ -1,4 +1,4 @@
-"""Model folders made from pickles compute what the pickles' own programs compute."""
+"""Models imported from pickles give the results of the programs that wrote them."""
 
 import json
 import math
@@ -26,7 +26,7 @@ ARGS = {"n_layer": 2, "n_head": 3, "n_embd": 24, "block_size": 16, "dropout": 0.
 
 
 def nanogpt_state(*, vocab_size: int, bias: bool, **args: Any) -> dict[str, Tensor]:
-    """Return weights under the names and in the shapes of nanoGPT's GPT, the output tied."""
+    """Return weights with the names and shapes of nanoGPT's GPT, with tied embeddings."""
     c, generator = args["n_embd"], torch.Generator().manual_seed(1)
     shapes: dict[str, tuple[int, ...]] = {"wte": (vocab_size, c), "wpe": (args["block_size"], c)}
     for i in range(args["n_layer"]):
@@ -44,7 +44,7 @@ def nanogpt_state(*, vocab_size: int, bias: bool, **args: Any) -> dict[str, Tens
 
 
 def nanogpt_logits(state: dict[str, Tensor], ids: Tensor, n_head: int, **gelu: str) -> Tensor:
-    """Compute nanoGPT's forward from its weights, a sequence at a time and head by head."""
+    """Compute nanoGPT's forward pass from its weights, for one sequence, head by head."""
 
     def linear(name: str, x: Tensor) -> Tensor:
         return F.linear(x, state[f"{name}.weight"], state.get(f"{name}.bias"))
@@ -70,7 +70,7 @@ def nanogpt_logits(state: dict[str, Tensor], ids: Tensor, n_head: int, **gelu: s
 
 
 def save_nanogpt(path: Path, *, prefix: str = "", **args: Any) -> dict[str, Tensor]:
-    """Write a ckpt.pt as nanoGPT's train.py does, and return its weights."""
+    """Write a ckpt.pt like nanoGPT's train.py, and return its weights."""
     args = ARGS | {"vocab_size": 50304, "bias": True} | args
     state = nanogpt_state(**args)
     checkpoint = {
@@ -99,7 +99,7 @@ def _ranks(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpt_checkpoint_gives_the_logits_of_nanogpt(
+def test_an_imported_nanogpt_checkpoint_has_the_logits_of_nanogpt(
     bias: bool, prefix: str, tmp_path: Path
 ) -> None:
     state = save_nanogpt(tmp_path / "out" / "ckpt.pt", bias=bias, prefix=prefix)
@@ -116,7 +116,7 @@ def test_nanogpt_checkpoint_gives_the_logits_of_nanogpt(
 
 
 @pytest.mark.integration
-def test_transformers_opens_what_was_imported(tmp_path: Path) -> None:
+def test_transformers_opens_an_imported_nanogpt_model(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     state = save_nanogpt(tmp_path / "ckpt.pt", bias=False)
     import_pickled(tmp_path / "ckpt.pt", tmp_path / "model")
@@ -128,7 +128,7 @@ def test_transformers_opens_what_was_imported(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-def test_old_nanogpt_checkpoint_has_masks_no_bias_option_and_another_gelu(tmp_path: Path) -> None:
+def test_an_old_nanogpt_checkpoint_with_masks_and_another_gelu_is_imported(tmp_path: Path) -> None:
     state = save_nanogpt(tmp_path / "ckpt.pt")
     checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
     del checkpoint["model_args"]["bias"]
@@ -149,7 +149,7 @@ def test_characters_of_the_training_text_are_the_vocabulary(tmp_path: Path) -> N
     tokenizer = read_model(tmp_path / "model").tokenizer
     assert tokenizer is not None
     text = TEXT.replace("\r\n", "\n") * 3
-    assert tokenizer.encode(text) == [characters.index(c) for c in text]  # as prepare.py
+    assert tokenizer.encode(text) == [characters.index(c) for c in text]  # as in prepare.py
     assert tokenizer.decode(tokenizer.encode(text)) == text
     with pytest.raises(DataError, match="no token for the character 'J'"):
         tokenizer.encode("Judge")
@@ -165,7 +165,7 @@ def test_meta_pkl_is_never_opened(tmp_path: Path) -> None:
 
 
 class Malicious:
-    """An object whose pickle runs a command when it is opened."""
+    """An object whose pickle runs a command when loaded."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,7 +176,7 @@ class Malicious:
 
 @pytest.mark.parametrize("is_zip", [True, False])
 @pytest.mark.parametrize("name", ["ckpt.pt", "pytorch_model.bin"])
-def test_no_code_of_a_pickle_is_run(name: str, is_zip: bool, tmp_path: Path) -> None:
+def test_importing_a_pickle_runs_no_code(name: str, is_zip: bool, tmp_path: Path) -> None:
     folder = tmp_path / "source"
     folder.mkdir()
     if name != "ckpt.pt":
@@ -191,7 +191,7 @@ def test_no_code_of_a_pickle_is_run(name: str, is_zip: bool, tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
 
 
-def test_plain_pickle_is_not_opened(tmp_path: Path) -> None:
+def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
     with pytest.raises(CheckpointError, match=r"asks to run|not a complete file of torch\.save"):
         import_pickled(tmp_path / "ckpt.pt", tmp_path / "model")
@@ -202,7 +202,7 @@ LAYOUTS = ["gpt2-tied", "gpt2-untied", "llama-grouped", "qwen3"]
 
 
 def save_bins(folder: Path, layout: str, n_files: int, prefix: str = "") -> Tensor:
-    """Write a folder as transformers 4 wrote it, with pickles; return logits of the model."""
+    """Write a folder of pickles like transformers 4, and return the model's logits."""
     model = make_model(259, layout)
     write_model(folder, model, BytesTokenizer())
     tensors = load_file(folder / "model.safetensors")
@@ -228,7 +228,7 @@ def save_bins(folder: Path, layout: str, n_files: int, prefix: str = "") -> Tens
 
 @pytest.mark.parametrize("n_files", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_folder_of_pickles_becomes_one_of_safetensors(
+def test_a_folder_of_pickles_is_converted_to_safetensors(
     layout: str, n_files: int, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
@@ -255,7 +255,7 @@ def test_a_folder_of_pickles_keeps_its_templates_and_licenses(tmp_path: Path) ->
     assert all((tmp_path / "new" / name).read_text() == name for name in others)
 
 
-def test_pytorch_model_bin_that_transformers_wrote_gives_its_logits(tmp_path: Path) -> None:
+def test_an_imported_pytorch_model_bin_has_the_logits_of_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 50}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
@@ -270,9 +270,7 @@ def test_pytorch_model_bin_that_transformers_wrote_gives_its_logits(tmp_path: Pa
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_prefix_of_torch_compile_is_read_in_safetensors_and_pickles(
-    layout: str, tmp_path: Path
-) -> None:
+def test_the_name_prefix_of_torch_compile_is_removed(layout: str, tmp_path: Path) -> None:
     expected = save_bins(tmp_path / "old", layout, 1, prefix="_orig_mod.")
     import_pickled(tmp_path / "old", tmp_path / "new")
     assert torch.equal(our_logits(tmp_path / "new", torch.arange(20)), expected)
@@ -287,7 +285,7 @@ def test_prefix_of_torch_compile_is_read_in_safetensors_and_pickles(
         read_model(tmp_path / "new")
 
 
-def test_model_option_names_the_import_for_pickles(tmp_path: Path) -> None:
+def test_opening_a_folder_of_pickles_suggests_importing_it(tmp_path: Path) -> None:
     save_nanogpt(tmp_path / "out it" / "ckpt.pt")
     for spec in (tmp_path / "out it" / "ckpt.pt", tmp_path / "out it"):
         with pytest.raises(CheckpointError, match=r"`minigpt checkpoints import '.*out it/ckpt.pt"):
@@ -332,7 +330,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_bad_checkpoint_is_refused_and_leaves_nothing(kind: str, tmp_path: Path) -> None:
+def test_an_invalid_checkpoint_is_refused_and_leaves_no_files(kind: str, tmp_path: Path) -> None:
     change, message = BAD[kind]
     changed(tmp_path / "ckpt.pt", change)
     with pytest.raises(CheckpointError, match=message) as error:
@@ -341,7 +339,7 @@ def test_bad_checkpoint_is_refused_and_leaves_nothing(kind: str, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
+def test_damaged_and_missing_pickles_are_refused(tmp_path: Path) -> None:
     save_nanogpt(tmp_path / "ckpt.pt")
     data = (tmp_path / "ckpt.pt").read_bytes()
     for damaged in (data[: len(data) // 2], b"", b"PK\x03\x04", b"\x80\x02}q\x00.", b"hello"):

@@ -1,4 +1,4 @@
-"""Vocabularies of published models, in miniature: the tokenizers library is the oracle."""
+"""Miniatures of published vocabularies, compared with the tokenizers library."""
 
 import functools
 import itertools
@@ -53,7 +53,7 @@ TEXTS = fuzzed_texts(350, WORDS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_imported_tokenizer_gives_the_ids_and_text_of_the_tokenizers_library(
+def test_an_imported_tokenizer_has_the_ids_and_text_of_the_tokenizers_library(
     kind: Callable[[], dict[str, Any]],
 ) -> None:
     data, theirs = published(kind)
@@ -62,10 +62,10 @@ def test_imported_tokenizer_gives_the_ids_and_text_of_the_tokenizers_library(
     for text in TEXTS:
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == expected, text
-        if kind is bert and 0 in expected:  # theirs puts a space before an unknown token too
+        if kind is bert and 0 in expected:  # the library adds a space before an unknown token, too
             continue
         decoded = ours.decode(expected)
-        if data["decoder"]["type"] != "ByteLevel":  # theirs drops the first space
+        if data["decoder"]["type"] != "ByteLevel":  # the library drops the first space
             decoded = decoded.removeprefix(" ")
         assert theirs.decode(expected, skip_special_tokens=False) == decoded
     assert ours.encode_prompt("It's 12") == theirs.encode("It's 12").ids
@@ -92,7 +92,7 @@ def test_only_the_layout_of_gpt2_is_read_with_tiktoken(kind: Callable[[], dict[s
 
 
 @pytest.mark.slow
-def test_gpt2_pattern_splits_every_character_as_the_tokenizers_library_does() -> None:
+def test_the_gpt2_pattern_splits_every_character_as_the_tokenizers_library() -> None:
     data, theirs = published(gpt2)
     ours = tokenizer_from_json(data, "theirs")
     for code in range(sys.maxunicode + 1):
@@ -103,7 +103,7 @@ def test_gpt2_pattern_splits_every_character_as_the_tokenizers_library_does() ->
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind is not gpt2])
-def test_imported_tokenizer_is_written_again_as_it_was_read(
+def test_an_imported_tokenizer_is_saved_unchanged(
     kind: Callable[[], dict[str, Any]],
 ) -> None:
     data, _ = published(kind)
@@ -117,7 +117,9 @@ def test_imported_tokenizer_is_written_again_as_it_was_read(
 
 
 @pytest.mark.parametrize("kind", [llama2, mistral, prefixed])
-def test_later_piece_of_a_text_gets_no_space_before_it(kind: Callable[[], dict[str, Any]]) -> None:
+def test_only_the_first_piece_of_a_text_gets_a_space_prefix(
+    kind: Callable[[], dict[str, Any]],
+) -> None:
     ours = tokenizer_from_json(published(kind)[0], "theirs")
     pieces = ["the tokenizer", " reads", " a text\n", "and writes it"]
     ids = [id_ for i, p in enumerate(pieces) for id_ in ours.encode(p, is_start=i == 0)]
@@ -137,7 +139,7 @@ UNREADABLE: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("says", UNREADABLE)
-def test_unusable_vocabulary_is_refused_by_name(says: str) -> None:
+def test_an_unusable_vocabulary_is_refused_by_name(says: str) -> None:
     data = json.loads(json.dumps(published(llama2)[0]))
     UNREADABLE[says](data)
     with pytest.raises(CheckpointError, match=says) as caught:
@@ -189,7 +191,7 @@ LOWERCASE = {"type": "Lowercase"}
 
 
 def with_word(data: dict[str, Any], word: str) -> dict[str, Any]:
-    """Add a token that stands for a normalized word, as transformers' add_tokens does."""
+    """Add a token that matches a normalized word, like transformers' add_tokens."""
     id_ = 1 + max([*data["model"]["vocab"].values(), *(t["id"] for t in data["added_tokens"])])
     data["added_tokens"].append(special(id_, word, is_special=False) | {"normalized": True})
     return data
@@ -220,7 +222,7 @@ UNUSUAL: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_whatever_the_tokenizers_library_reads_gives_its_ids_and_its_text(name: str) -> None:
+def test_unusual_tokenizer_files_have_the_ids_and_text_of_the_library(name: str) -> None:
     data = UNUSUAL[name]()
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
     theirs.encode_special_tokens = True
@@ -229,13 +231,13 @@ def test_whatever_the_tokenizers_library_reads_gives_its_ids_and_its_text(name: 
         expected = theirs.encode(text, add_special_tokens=False).ids
         assert ours.encode(text) == expected, text
         decoded = ours.decode(expected)
-        # The library may drop the space before a text, which may as well be a later piece of one.
+        # The library may drop a leading space; we keep it, because the text may be a later piece.
         text = theirs.decode(expected, skip_special_tokens=False)
         assert text in (decoded, decoded.removeprefix(" "))
 
 
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_streamed_text_is_the_decoded_text(name: str) -> None:
+def test_streamed_text_of_unusual_tokenizers_equals_decoded_text(name: str) -> None:
     ours = tokenizer_from_json(UNUSUAL[name](), "theirs")
     for text in TEXTS[::10]:
         ids = ours.encode(text)
@@ -247,7 +249,7 @@ def test_streamed_text_is_the_decoded_text(name: str) -> None:
         assert streamed == ours.decode(ids)
 
 
-def test_tokens_that_a_template_puts_after_a_text_are_left_out_of_a_prompt() -> None:
+def test_tokens_that_a_post_processor_appends_are_omitted_from_prompts() -> None:
     data = changed(mistral)
     data["post_processor"]["single"].append({"SpecialToken": {"id": "</s>", "type_id": 0}})
     data["post_processor"]["special_tokens"]["</s>"] = {
@@ -261,7 +263,7 @@ def test_tokens_that_a_template_puts_after_a_text_are_left_out_of_a_prompt() -> 
     assert (ours.prefix, ours.separator) == ((1,), (2, 1))
 
 
-def test_word_that_a_vocabulary_without_an_unknown_token_lacks_is_an_error_in_one_line() -> None:
+def test_an_unknown_word_without_an_unknown_token_is_a_one_line_error() -> None:
     data = word_level()
     data["model"]["vocab"] = {"the": 0, "cat": 1}
     data["added_tokens"] = []
@@ -271,14 +273,14 @@ def test_word_that_a_vocabulary_without_an_unknown_token_lacks_is_an_error_in_on
         ours.encode("the dog")
 
 
-def test_panic_of_the_tokenizers_library_is_a_damaged_file() -> None:
+def test_a_panic_of_the_tokenizers_library_is_reported_as_a_damaged_file() -> None:
     data = changed(gpt2)
     data["model"]["continuing_subword_prefix"] = "##"
     with pytest.raises(CheckpointError, match=r"is damaged .*PanicException"):
         tokenizer_from_json(data, "x")
 
 
-def test_vocabulary_without_all_bytes_refuses_text_with_a_missing_byte() -> None:
+def test_a_byte_missing_in_an_imported_vocabulary_is_refused() -> None:
     data = tokenizer_to_json(BytesTokenizer())
     del data["model"]["vocab"]["z"]
     ours = tokenizer_from_json(data, "no-z")
@@ -287,7 +289,7 @@ def test_vocabulary_without_all_bytes_refuses_text_with_a_missing_byte() -> None
         ours.encode("az")
 
 
-def test_byte_without_a_token_becomes_the_unknown_token() -> None:
+def test_a_byte_without_a_token_becomes_the_unknown_token() -> None:
     data = json.loads(json.dumps(published(llama2)[0]))
     data["model"]["vocab"].pop("<0xC3>")
     ours = tokenizer_from_json(data, "x")
@@ -295,7 +297,7 @@ def test_byte_without_a_token_becomes_the_unknown_token() -> None:
 
 
 def llama2_c(vocab: dict[str, int], scores: list[float], text: str) -> list[int]:
-    """Merge as its run.c does: the pair whose union has the highest score, until there is none."""
+    """Merge as in run.c: always the pair whose union has the highest score."""
     pieces = list(f" {text}") if text else []
     ids = [i for c in pieces for i in ([vocab[c]] if c in vocab else [b + 3 for b in c.encode()])]
     texts = {id_: piece for piece, id_ in vocab.items()}
@@ -308,13 +310,13 @@ def llama2_c(vocab: dict[str, int], scores: list[float], text: str) -> list[int]
         ids[i : i + 2] = [id_]
 
 
-def test_vocabulary_of_llama2_c_gives_its_ids(shared: Path) -> None:
+def test_the_vocabulary_of_llama2_c_gives_its_ids(shared: Path) -> None:
     file = json.loads((shared / "weights" / "stories260K" / "sp_vocab.json").read_text())
     ours = tokenizer_from_json(json_from_scores(file), "stories")
     assert (ours.vocab_size, ours.encode_prompt("")) == (512, [1])
     vocab = {token: id_ for id_, token in enumerate(file["tokens"])}
     for text in [*fuzzed_texts(300, ("Once upon a time", "Lily", " Tim", "   "))[3:], "", "  a "]:
-        text = text.replace("\u2581", "")  # to SentencePiece it is a space, to llama2.c it is not
+        text = text.replace("\u2581", "")  # a space for SentencePiece, but not for llama2.c
         ids = llama2_c(vocab, file["scores"], text)
         assert ours.encode(text) == ids
         assert ours.decode(ids) == (f" {text}" if text else "")
@@ -329,7 +331,7 @@ def test_the_post_processor_decides_whether_prompts_begin_with_a_token() -> None
     assert tokenizer_from_json(data | {"post_processor": None}, "x").prefix == ()
 
 
-def test_end_of_text_ids_are_the_given_ones_or_the_usual_token() -> None:
+def test_end_of_text_ids_default_to_the_usual_token() -> None:
     data, _ = published(llama3)
     assert tokenizer_from_json(data, "x").end_of_text is None
     end = data["added_tokens"][1]["id"]

@@ -14,7 +14,7 @@ from minigpt.checkpoint.resolve import models_in, resolve_model
 from minigpt.errors import CheckpointError
 
 
-def test_model_is_found_by_path_step_and_name(
+def test_a_model_is_found_by_path_step_and_name(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = run.path.parent
@@ -27,12 +27,12 @@ def test_model_is_found_by_path_step_and_name(
     assert resolve_model(str(run.step_folder(2)), root) == run.step_folder(2)
     assert resolve_model(str(plain), root) == plain
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tales").mkdir()  # texts, say; no model, so it hides no run
+    (tmp_path / "tales").mkdir()  # a folder of texts is not a model, so it hides no run
     assert resolve_model("tales", root) == run.step_folder(1)
     assert resolve_model("gpt2", root) == Path("gpt2")
 
 
-def test_default_model_is_the_newest_run_else_the_one_that_ships(
+def test_the_default_model_is_the_newest_run_or_the_bundled_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert resolve_model(None, tmp_path / "nowhere") == resolve.shipped_model()
@@ -52,7 +52,7 @@ def test_default_model_is_the_newest_run_else_the_one_that_ships(
     assert resolve_model(None, tmp_path) == tmp_path / "newest" / "step-000005"
 
 
-def test_error_for_an_unknown_name_suggests_a_folder_here_and_the_model_that_ships(
+def test_an_unknown_name_gets_a_local_folder_and_the_bundled_model_suggested(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -63,7 +63,7 @@ def test_error_for_an_unknown_name_suggests_a_folder_here_and_the_model_that_shi
             resolve_model(spec, tmp_path / "nowhere")
 
 
-def test_error_for_an_unknown_name_suggests_the_nearest_run(run: RunFolder, tmp_path: Path) -> None:
+def test_an_unknown_name_gets_the_nearest_run_suggested(run: RunFolder, tmp_path: Path) -> None:
     root = run.path.parent
     (root / "empty").mkdir()
     (root / "lora").mkdir()
@@ -86,7 +86,7 @@ def test_error_for_an_unknown_name_suggests_the_nearest_run(run: RunFolder, tmp_
         resolve_model("x", tmp_path / "nowhere")
 
 
-def test_a_file_of_another_format_is_named_with_a_remedy(tmp_path: Path) -> None:
+def test_a_model_file_of_another_format_is_refused_with_a_remedy(tmp_path: Path) -> None:
     save_file({"x": torch.zeros(2)}, tmp_path / "alone.safetensors")
     files = {
         "m.gguf": b"GGUF\3\0\0\0",
@@ -112,14 +112,14 @@ def test_a_file_of_another_format_is_named_with_a_remedy(tmp_path: Path) -> None
         resolve_model(str(tmp_path / "alone.safetensors"), tmp_path / "nowhere")
 
 
-def test_unfinished_model_is_not_listed(run: RunFolder) -> None:
+def test_an_unfinished_model_is_not_listed(run: RunFolder) -> None:
     half = run.path.with_name(".writing-tales-mean")
     half.mkdir()
     (half / "config.json").write_text("{}")
     assert models_in(run.path.parent) == [run.path]
 
 
-def test_unfinished_step_is_refused(run: RunFolder) -> None:
+def test_an_unfinished_step_is_refused(run: RunFolder) -> None:
     half = run.path / ".writing-step-000003"
     half.mkdir()
     (half / "config.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""vocab.json and merges.txt without tokenizer.json, and tokens that the model has no row for."""
+"""vocab.json and merges.txt without tokenizer.json, and tokens without an embedding."""
 
 import json
 from pathlib import Path
@@ -60,10 +60,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_vocabulary_and_merges_are_read_as_transformers_reads_them(
+def test_vocab_json_and_merges_txt_are_read_as_in_transformers(
     name: str, bpe: Tokenizer, tmp_path: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's")
+    transformers = pytest.importorskip(
+        "transformers", reason="compares with Hugging Face transformers"
+    )
     write_files(tmp_path, bpe, CONFIGS[name])
     kind = getattr(transformers, CONFIGS[name]["tokenizer_class"])
     theirs = kind.from_pretrained(tmp_path, local_files_only=True)
@@ -80,14 +82,16 @@ def test_vocabulary_and_merges_are_read_as_transformers_reads_them(
     assert ours.encode_prompt("the cat's hat") == expected
 
 
-def test_added_tokens_json_gives_its_ids(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_added_tokens_json_adds_its_ids(bpe: Tokenizer, tmp_path: Path) -> None:
     write_files(tmp_path, bpe, {}, added_tokens={"<pad>": 305, "<|endoftext|>": 299})
     ours = read_tokenizer(tmp_path)
     assert ours is not None
     assert ours.special_ids == {"<|endoftext|>": 299, "<pad>": 305}
 
 
-def test_unknown_class_or_damaged_merges_are_refused(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_an_unknown_tokenizer_class_or_damaged_merges_are_refused(
+    bpe: Tokenizer, tmp_path: Path
+) -> None:
     write_files(tmp_path, bpe, {"tokenizer_class": "RobertaTokenizer"})
     with pytest.raises(CheckpointError, match=r"'RobertaTokenizer' cannot be read .*save_pretr"):
         read_tokenizer(tmp_path)
@@ -101,7 +105,7 @@ def test_unknown_class_or_damaged_merges_are_refused(bpe: Tokenizer, tmp_path: P
 
 
 @pytest.mark.parametrize("is_in_vocab", [False, True])
-def test_added_token_without_an_embedding_is_never_produced(
+def test_an_added_token_without_an_embedding_is_never_produced(
     is_in_vocab: bool, tmp_path: Path
 ) -> None:
     write_model(tmp_path, make_model(257, "gpt2-tied"), BytesTokenizer())
@@ -135,7 +139,7 @@ def test_text_that_begins_with_a_token_without_an_embedding_is_refused(tmp_path:
         read_model(tmp_path)
 
 
-def test_vocabulary_of_another_model_is_still_refused(bpe: Tokenizer, tmp_path: Path) -> None:
+def test_a_vocabulary_of_another_model_is_refused(bpe: Tokenizer, tmp_path: Path) -> None:
     write_model(tmp_path, make_model(257, "gpt2-tied"), BytesTokenizer())
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer_to_json(bpe)))
     with pytest.raises(CheckpointError, match=r"has \d+ tokens, and the model only 257"):

@@ -1,4 +1,4 @@
-"""tokenizer.json <-> Tokenizer, against the tokenizers library itself."""
+"""Reading and writing tokenizer.json, compared with the tokenizers library."""
 
 import functools
 import itertools
@@ -33,7 +33,7 @@ def cl100k() -> TiktokenTokenizer:
 
 
 def merged_plainly(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts of a token when no merge, or only the one that makes it, is left to do."""
+    """Return the parts of a token before the final merge, or the parts that cannot be merged."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
         unions = map(b"".join, itertools.pairwise(parts))
@@ -45,7 +45,7 @@ def merged_plainly(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
 
 
 def random_merges() -> TiktokenTokenizer:
-    """A vocabulary whose tokens overlap in every way, as no text would teach it."""
+    """Return a vocabulary with overlapping tokens, as no training text would produce."""
     draw = random.Random(5)
     ranks = {bytes([b]): b for b in range(256)}
     letters = [b"a", b"b", b" "]
@@ -80,18 +80,18 @@ def written(make: Callable[[], TiktokenTokenizer]) -> Written:
     ]
 )
 def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Written:
-    """A tokenizer and its tokenizer.json."""
+    """Return a tokenizer and its tokenizer.json."""
     if request.param in (gpt2, cl100k):
         shared = request.getfixturevalue("shared")
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared / "tiktoken"))
     return written(request.param)
 
 
-def test_tokenizers_library_gives_the_same_ids_and_text(pair: Written) -> None:
+def test_the_tokenizers_library_gives_the_same_ids_and_text(pair: Written) -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
     tokenizer, data = pair
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
-    theirs.encode_special_tokens = True  # as our encode: the text of a special token is text
+    theirs.encode_special_tokens = True  # as in our encode: special tokens in a text are plain text
     for text in fuzzed_texts(500):
         ids = tokenizer.encode(text)
         assert theirs.encode(text).ids == ids, text
@@ -102,14 +102,14 @@ def test_tokenizers_library_gives_the_same_ids_and_text(pair: Written) -> None:
     assert theirs.encode("<|endoftext|>").ids == [end]
 
 
-def test_reading_what_was_written_gives_an_equal_tokenizer(pair: Written) -> None:
+def test_a_saved_tokenizer_json_is_read_back_equal(pair: Written) -> None:
     tokenizer, data = pair
     again = tokenizer_from_json(json.loads(json.dumps(data)), "again")
     assert again.name == "again"
     assert again.fingerprint == tokenizer.fingerprint
 
 
-def test_merges_are_those_that_openai_published(
+def test_written_merges_equal_those_that_openai_published(
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = shared / "tiktoken"
@@ -119,7 +119,7 @@ def test_merges_are_those_that_openai_published(
     assert written(gpt2)[1]["model"]["merges"] == lines
 
 
-def test_only_files_in_our_layout_are_read_with_tiktoken() -> None:
+def test_only_byte_level_bpe_files_in_our_layout_are_read_with_tiktoken() -> None:
     _, data = written(small_bpe)
     assert type(tokenizer_from_json(data, "x")) is TiktokenTokenizer
     rewritten = json.loads(json.dumps(data))  # as transformers writes merges
@@ -134,7 +134,7 @@ def test_only_files_in_our_layout_are_read_with_tiktoken() -> None:
         assert type(tokenizer_from_json(data | change, "x")) is ImportedTokenizer
 
 
-def test_files_with_tampered_merges_encode_as_the_tokenizers_library_does() -> None:
+def test_files_with_changed_merges_encode_as_in_the_tokenizers_library() -> None:
     tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
     draw = random.Random(7)
     kinds = []
@@ -160,14 +160,14 @@ def test_files_with_tampered_merges_encode_as_the_tokenizers_library_does() -> N
     assert min(kinds.count(TiktokenTokenizer), kinds.count(ImportedTokenizer)) > 15
 
 
-def test_pattern_with_another_meaning_in_oniguruma_is_not_written() -> None:
+def test_a_pattern_with_another_meaning_in_oniguruma_is_refused() -> None:
     ranks = {bytes([b]): b for b in range(256)}
     tokenizer = TiktokenTokenizer("x", make_encoding("x", r"(?:ab){2,3}+|(?s:.)", ranks, {}))
     with pytest.raises(CheckpointError, match=r"'\{2,3\}\+' means something else"):
         tokenizer_to_json(tokenizer)
 
 
-def test_merges_are_found_exactly_where_plain_merging_ends_in_two_parts() -> None:
+def test_reconstructed_merges_equal_those_of_plain_merging() -> None:
     draw = random.Random(11)
     n_unreached = 0
     for _ in range(1000):

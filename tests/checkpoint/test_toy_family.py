@@ -1,4 +1,4 @@
-"""A Hugging Face family in one new file: it is read, generates, trains and is traced."""
+"""A new Hugging Face family defined in one file can be loaded, sampled, trained and traced."""
 
 import math
 import sys
@@ -51,8 +51,10 @@ CONTEXT = 24
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, LoadedModel]]:
-    """A folder that transformers saved, opened by transformers and by us."""
-    transformers = pytest.importorskip("transformers", reason="compares with Hugging Face's")
+    """Return a model saved by transformers, opened by transformers and by minigpt."""
+    transformers = pytest.importorskip(
+        "transformers", reason="compares with Hugging Face transformers"
+    )
 
     class ToyConfig(transformers.LlamaConfig):  # type: ignore[misc,name-defined]
         model_type = "toy"
@@ -91,7 +93,7 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, 
     theirs.save_pretrained(tmp_path / "model")
     (tmp_path / "families").mkdir()
     (tmp_path / "families" / "toy.py").write_text(FAMILY_FILE)
-    # As if the file were in the folder of the package.
+    # As if the file were in the package.
     monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path / "families")])
     yield theirs, read_model(tmp_path / "model")
     del sys.modules[f"{families.__name__}.toy"], families.toy, ACTIVATIONS["sigmoid2"]
@@ -102,19 +104,19 @@ def prompt() -> list[int]:
     return torch.randint(61, (9,), generator=torch.Generator().manual_seed(3)).tolist()
 
 
-def test_family_in_one_file_has_the_logits_of_transformers(
+def test_a_family_defined_in_one_file_has_the_logits_of_transformers(
     toy: tuple[Any, LoadedModel],
 ) -> None:
     theirs, ours = toy
     tokens = torch.randint(61, (2, CONTEXT), generator=torch.Generator().manual_seed(3))
     assert type(ours.model).__name__ == "ToyGPT"
     with torch.inference_mode():
-        # The same products in another order: float32 rounding.
+        # float32 products in another order
         torch.testing.assert_close(ours.model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
-def test_toy_family_generates_and_attends_as_in_transformers(
+def test_a_family_defined_in_one_file_generates_and_attends_as_in_transformers(
     toy: tuple[Any, LoadedModel], prompt: list[int]
 ) -> None:
     theirs, ours = toy
@@ -131,7 +133,7 @@ def test_toy_family_generates_and_attends_as_in_transformers(
     assert len(sequence) == len(prompt) + 8
 
 
-def test_toy_family_is_trained_and_written_as_the_same_family(
+def test_a_family_defined_in_one_file_is_trained_and_saved(
     toy: tuple[Any, LoadedModel], prompt: list[int], tmp_path: Path
 ) -> None:
     _, ours = toy
@@ -151,7 +153,7 @@ def test_toy_family_is_trained_and_written_as_the_same_family(
     assert torch.equal(again(tokens), ours.model(tokens))
 
 
-def test_a_family_without_a_file_is_refused() -> None:
+def test_a_family_without_its_own_file_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"unsupported model_type 'toy'.*llama, mistral"):
         families.family_of("toy")
     with pytest.raises(ConfigError, match="unknown model_type 'toy'"):

@@ -1,4 +1,4 @@
-"""transformers reads what we write, and we read what it writes."""
+"""transformers reads folders that we write, and we read those that it writes."""
 
 import json
 import warnings
@@ -19,8 +19,10 @@ TEXT = "It's the cat's\n\n  12345 hats, déjà-vu! <b> \t I'LL don't"
 @pytest.fixture(scope="module")
 def transformers() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports; what it says of our files is an error
-        return pytest.importorskip("transformers", reason="compares with Hugging Face's models")
+        warnings.simplefilter(
+            "ignore"
+        )  # raised by its imports; warnings about our files are errors
+        return pytest.importorskip("transformers", reason="compares with Hugging Face transformers")
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +49,11 @@ def test_transformers_computes_the_same_logits_from_our_folder(
     assert theirs.generation_config.eos_token_id == tokenizer.end_of_text
     tokens = torch.tensor([ids[:20]])
     with torch.no_grad():
-        # Two orders of float32 sums; the logits are of the order of 10.
+        # float32 sums in another order; the logits are about 10.
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_folder_that_transformers_wrote_is_read(
+def test_a_folder_that_transformers_saved_is_read(
     transformers: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     write_model(tmp_path / "ours", model, tokenizer)

@@ -225,7 +225,7 @@ def test_a_damaged_state_is_a_one_line_checkpoint_error(
 def test_a_full_disk_while_the_state_is_written_is_a_resource_error(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resource = pytest.importorskip("resource", reason="needs the limits of a Unix system")
+    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
     import signal
 
     trainer = trainer_of(config_of("llama", save_every=2, optimizer="adamw"), data, tmp_path)
