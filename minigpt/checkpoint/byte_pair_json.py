@@ -1,7 +1,7 @@
-"""Vocabularies of more than single bytes in tokenizer.json.
+"""Read and write tokenizer.json for vocabularies other than single bytes.
 
-A byte-pair vocabulary of our own is written so that the tokenizers library encodes every text
-alike, and is read with tiktoken; so is one in GPT-2's layout. The others are kept as they are.
+Our byte-pair vocabularies are written so that the tokenizers library gives every text the same
+ids. They, and those in GPT-2's layout, are read with tiktoken; others with the tokenizers library.
 """
 
 import re
@@ -18,7 +18,7 @@ from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
 ANY_CHARACTER = r"[\s\S]"
-"""The split pattern of single characters: nothing is merged."""
+"""Split pattern that isolates each character, so that nothing is merged."""
 PLAIN_BPE = {
     "type": "BPE",
     "dropout": None,
@@ -29,12 +29,12 @@ PLAIN_BPE = {
     "byte_fallback": False,
 }
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_MOST_ADDED = 2**16  # the libraries take seconds for more
-_MOST_STEPS = 2**25  # five times as many as cl100k_base takes
+_MOST_ADDED = 2**16  # with more, the libraries take seconds
+_MOST_STEPS = 2**25  # five times as many as for cl100k_base
 
 # Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
 # X{1,3}+ is possessive only in fancy-regex, (?s:.) exists only there, and ^ and $ match at every
-# line in Oniguruma. After \s++ that makes no difference: no line break can follow.
+# line in Oniguruma. For $ after \s++ that makes no difference: no line break can follow.
 _ATOM_INTERVAL = r"(?P<atom>\\p\{\w+\}|\[[^\]]+\]|\\?[^\s{}()\[\]])(?P<interval>\{\d+(?:,\d*)?\})"
 _POSSESSIVE = re.compile(_ATOM_INTERVAL + r"\+")
 _ATOMIC = re.compile(rf"\(\?>{_ATOM_INTERVAL}\)")
@@ -46,10 +46,10 @@ _AMBIGUOUS = re.compile(
 def tokenizer_from_json(
     data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
 ) -> Tokenizer:
-    """Read a tokenizer.json, as tiktoken if that encodes alike, else with the tokenizers library.
+    """Read a tokenizer.json with tiktoken if the ids are the same, else with tokenizers.
 
-    The post-processor decides what a prompt begins with. As in transformers, add_bos_token and
-    add_eos_token of tokenizer_config.json are ignored.
+    The post-processor determines which tokens a prompt begins with. As in transformers,
+    add_bos_token and add_eos_token of tokenizer_config.json are ignored.
 
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
@@ -57,7 +57,7 @@ def tokenizer_from_json(
     if isinstance(added, list) and len(added) > _MOST_ADDED:
         raise CheckpointError(
             f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
-            "read. Remove from the file those that no text has."
+            "read. Remove those that occur in no text from the file."
         )
     if tokenizer := tiktoken_tokenizer(data, name, end_of_text_ids):
         return tokenizer
@@ -71,7 +71,7 @@ def tokenizer_from_json(
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json: that of an imported vocabulary, or ``byte_pair_json``."""
+    """Return the tokenizer.json of a vocabulary, from ``byte_pair_json`` or as imported."""
     if isinstance(tokenizer, TiktokenTokenizer):
         return byte_pair_json(tokenizer)
     return tokenizer.to_dict()["tokenizer_json"]
@@ -80,10 +80,10 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 def tiktoken_tokenizer(
     data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
 ) -> TiktokenTokenizer | None:
-    """Read a byte-level BPE that tiktoken encodes as the file says, None if it is another kind.
+    """Read a byte-level BPE with tiktoken; None if tiktoken could give other ids.
 
-    Writing what was read must give the parts of the file, except for what changes no ids: merges
-    may be lists, empty options left out, and GPT-2's pattern implied by ByteLevel.
+    Writing the result must reproduce the file, except for differences that change no ids: merges
+    may be lists, empty options omitted, and GPT-2's pattern implied by ByteLevel.
     """
     try:
         specials = {token["content"]: token["id"] for token in data["added_tokens"]}
@@ -102,7 +102,7 @@ def tiktoken_tokenizer(
         if implied == BYTE_LEVEL | {"use_regex": True}:
             splits = splits_by(GPT2_PATTERN)
         pattern = splits["pretokenizers"][0]["pattern"]["Regex"].replace(ANY_CHARACTER, "(?s:.)")
-        pattern = _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern)  # of Oniguruma's dialect
+        pattern = _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern)  # from Oniguruma's dialect
         processor = data["post_processor"] or {"type": "ByteLevel"}
         around = [] if processor["type"] == "ByteLevel" else processor["single"]
         changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
@@ -122,7 +122,7 @@ def tiktoken_tokenizer(
 
 
 def byte_pair_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
-    """Return tokenizer.json: the tokenizers library gives every text the same ids.
+    """Return a tokenizer.json with which the tokenizers library gives every text the same ids.
 
     Raises: CheckpointError if the library's regex dialect cannot express the split pattern.
     """
@@ -148,9 +148,9 @@ def byte_level_json(
 ) -> dict[str, Any]:
     """Return the tokenizer.json of a byte-level vocabulary.
 
-    Args: ranks, bytes -> id; merges, in order; specials, text -> id; pattern, of the parts that
-        are merged, in Oniguruma's dialect; ignore_merges, whether a part that is a token is one
-        token, though merging does not reach it.
+    Args: ranks, bytes -> id; merges, in order; specials, text -> id; pattern, which splits a text
+        into pieces, in Oniguruma's dialect; ignore_merges, whether a piece in the vocabulary is
+        one token even if no merges produce it.
     """
     vocab = {to_characters(token): id_ for token, id_ in ranks.items()} | dict(specials)
     return tokenizer_file(
@@ -179,7 +179,7 @@ def tokenizer_file(
     pre_tokenizer: dict[str, Any] | None = None,
     post_processor: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return a tokenizer.json of these parts."""
+    """Return a tokenizer.json with these parts."""
     return {
         "version": "1.0",
         "truncation": None,
@@ -201,15 +201,15 @@ def splits_by(pattern: str) -> dict[str, Any]:
 
 
 def to_characters(token: bytes) -> str:
-    """Return the characters that stand for the bytes of a token."""
+    """Return a token's bytes as the printable characters of byte-level BPE."""
     return "".join(map(CHARACTER_OF_BYTE.__getitem__, token))
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return the merges that tiktoken's ranks stand for, in order.
+    """Return the ordered merges that are equivalent to tiktoken's ranks.
 
-    tokenizers has an ordered list of pairs: for each token, its parts before the last merge. A
-    token that merging never reaches has no pair.
+    The pair of a token is its two parts before the last merge. A token that no merges produce has
+    no pair.
     """
     parts = (last_parts(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
     return [(pair[0], pair[1]) for pair in parts if len(pair) == 2]

@@ -1,4 +1,4 @@
-"""What a fine-tuned model keeps of the folder that it was trained from."""
+"""Settings and files of a base model's folder that fine-tuning keeps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,12 +35,12 @@ CARRIED = (
     "LICENSE*",
     "NOTICE*",
 )
-"""Patterns of the small files of a model folder that training does not change."""
+"""Glob patterns of the small files of a model folder that training does not change."""
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What a model folder says that training does not change."""
+    """Contents of a base model's folder that training does not change."""
 
     config: dict[str, Any]
     """Parsed config.json."""
@@ -57,9 +57,9 @@ class Carried:
     def config_with(
         self, ours: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype | None
     ) -> dict[str, Any]:
-        """Return config.json with the changes of training: dropout, and the dtype if it is given.
+        """Return config.json with the dropout of training and, unless it is None, the dtype.
 
-        Args: ours, the config.json of the model if it were new.
+        Args: ours, the config.json that a new model would get.
         """
         config = dict(self.config)
         if read_config_json(config).dropout != model.dropout:
@@ -72,7 +72,7 @@ class Carried:
 
 
 def read_carried(folder: Path) -> Carried:
-    """Read what is written again with a model that was trained from this folder's.
+    """Read the settings, small files and tensor dtypes of a base model's folder.
 
     Raises: CheckpointError as ``read_model``; ResourceError if a file cannot be read.
     """

@@ -11,7 +11,7 @@ from minigpt.rings import ring
 from minigpt.settings import build, to_dict
 from minigpt.text.tokenizer import Tokenizer
 
-# What we and transformers write into every config.json.
+# Fields that we and transformers write into every config.json.
 _NO_EFFECT = """
     architectures bos_token_id dtype eos_token_id initializer_range model_type pad_token_id
     torch_dtype transformers_version use_cache
@@ -22,7 +22,7 @@ def read_config_json(config: Mapping[str, Any], path: str = "config.json") -> Mo
     """Read a parsed config.json.
 
     Raises: CheckpointError naming the path and the field, if it is missing, of the wrong type,
-        unknown, or if it changes the computation in a way that we do not implement.
+        unknown, or changes the computation in a way that we do not implement.
     """
     try:
         if config.get("model_type") != OWN_TYPE:
@@ -35,7 +35,7 @@ def read_config_json(config: Mapping[str, Any], path: str = "config.json") -> Mo
 
 
 def check_known(config: Mapping[str, Any], known: set[str]) -> None:
-    """Raise CheckpointError for a field of a config.json that is not known."""
+    """Raise CheckpointError for an unknown field of a config.json."""
     known = known.union(_NO_EFFECT.split())
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value is not None:
@@ -46,7 +46,7 @@ def check_known(config: Mapping[str, Any], known: set[str]) -> None:
 
 
 def config_json(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Return config.json as transformers 4 and 5 read it; only minigpt reads that of OWN_TYPE."""
+    """Return config.json for transformers 4 and 5; only minigpt can read that of OWN_TYPE."""
     if config.model_type != OWN_TYPE:
         return ring("checkpoint.families").model_config_to_hf(config, tokenizer)
     own = {"architectures": ["MinigptForCausalLM"]}

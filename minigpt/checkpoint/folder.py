@@ -1,14 +1,14 @@
 """The run folder: checkpoints that survive any crash.
 
     NAME/step-000500/       one checkpoint: a Hugging Face folder, training_state/, manifest.json
-    NAME/.writing-step-...  unfinished or half deleted checkpoint; the next lock removes it
+    NAME/.writing-step-...  unfinished or partly deleted checkpoint, removed at the next lock
     NAME/latest.json        newest step, and the facts known when it was written
     NAME/best.json          the same for the step with the lowest validation loss, which may have
                             no training_state/
 
-A step folder gets its name by one rename once all its bytes are on the disk, so a folder of that
-name is complete. Its manifest shows later damage, and holds the facts of the step, so a kill before
-the two pointers are written loses nothing.
+A step folder is renamed to its final name only when all its bytes are on disk, so a folder with
+that name is complete. Its manifest reveals later damage and records the facts of the step, so a
+kill before the two pointers are written loses nothing.
 """
 
 import math
@@ -39,7 +39,7 @@ CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 """Events of a run, one per line."""
 WEIGHTS_ONLY = "weights_only"
-"""Fact of a step without training_state/: the best one between two checkpoints."""
+"""Name of the fact that a step has no training_state/: a best step between two checkpoints."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = ".replaced-"
@@ -57,7 +57,7 @@ class Pointer:
 
 
 class RunFolder:
-    """A training run on the disk. Writing needs the lock; reading does not."""
+    """A training run on disk. Writing needs the lock; reading does not."""
 
     def __init__(self, path: Path) -> None:
         """Args: path, which is neither read nor created."""
@@ -66,7 +66,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the run folder, created if needed, against other writers; clean up after kills.
+        """Lock the run folder against other writers, creating it if needed; clean up after kills.
 
         Raises: LockedError, without waiting, if another process or RunFolder holds it;
             ResourceError.
@@ -94,15 +94,15 @@ class RunFolder:
     @contextmanager
     def writing_step(self, step: int, **facts: Any) -> Iterator[Path]:
         """Yield an empty folder that becomes the checkpoint of a step; see ``writing_folder``."""
-        # If the folder was moved since it was locked, do not make another.
-        is_there = os.path.exists(self.path)
-        if self._locked and not (is_there and os.path.samestat(self._locked, os.stat(self.path))):
+        # If the folder was moved since it was locked, do not create it again.
+        exists = os.path.exists(self.path)
+        if self._locked and not (exists and os.path.samestat(self._locked, os.stat(self.path))):
             raise moved(self.path)
         with writing_folder(self.step_folder(step), facts) as folder:
             yield folder
 
     def point(self, name: Literal["best", "latest"], step: int, **facts: Any) -> None:
-        """Write best.json or latest.json: a complete step and facts about it, JSON values.
+        """Write best.json or latest.json: a complete step and JSON facts about it.
 
         Raises: ResourceError.
         """
@@ -119,7 +119,7 @@ class RunFolder:
     def latest(self, *, hashes: bool = False) -> Pointer | None:
         """Return the newest intact checkpoint that a run can resume from; None if there is none.
 
-        Args: hashes, whether to read all of its files and compare their hashes.
+        Args: hashes, whether to read all its files and compare their hashes.
         """
         for step in reversed(self.steps()):
             pointer = self._pointer(step, "latest", hashes=hashes)
@@ -130,7 +130,7 @@ class RunFolder:
     def best(self) -> Pointer | None:
         """Return the intact checkpoint with the lowest known validation loss.
 
-        If no loss is known, the one that best.json names, else the latest; None if there is none.
+        If no loss is known: the one that best.json names, else the latest, else None.
         """
         named = self._pointed("best").get("step")
         pointers = [pointer for step in self.steps() if (pointer := self._pointer(step, "best"))]
@@ -157,7 +157,7 @@ class RunFolder:
 
 
 def moved(run: Path) -> ResourceError:
-    """Return the error for a run folder that was moved while a run writes it."""
+    """Return the error for a run folder that was moved while a run was writing to it."""
     return ResourceError(
         f"{str(run)!r} was moved or deleted while the run was training. Its checkpoints are where "
         "it is now: move it back, and resume the run."
@@ -168,7 +168,7 @@ def moved(run: Path) -> ResourceError:
 def writing_folder(final: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """Yield an empty folder that becomes ``final``, with a manifest, if the block succeeds.
 
-    Else it is removed, and an older folder in its place is unchanged. Args: facts, JSON values.
+    If it fails, the folder is removed and an existing ``final`` is unchanged. Args: facts, JSON.
 
     Raises: ResourceError if the disk is full or the folder cannot be written.
     """

@@ -1,7 +1,7 @@
-"""LongRoPE: other RoPE frequencies for texts that are longer than the original context.
+"""LongRoPE: different RoPE frequencies for texts longer than the original context.
 
-A text of up to ``original_max_position_embeddings`` tokens has the frequencies of the short
-factors, and a longer one, at all of its positions, those of the long factors.
+A text of up to ``original_max_position_embeddings`` tokens is rotated with the short factors, and
+a longer one, at all positions, with the long factors.
 
 Source: Ding et al. 2024, arXiv:2402.13753; transformers, modeling_rope_utils.py.
 """
@@ -30,14 +30,14 @@ _ELSEWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 class LongRope(GPT):
-    """Mixin of a GPT whose frequencies depend on the length of the text."""
+    """Mixin for a GPT whose RoPE frequencies depend on the length of the text."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.original_context = min(long_rope_of(config)[_ORIGINAL], config.context_length)
         super().__init__(config)
 
     def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
-        """Return cos and sin of the short factors in the original context, then of the long."""
+        """Return cos and sin: the original context with short factors, then all with long ones."""
         scaling, n = long_rope_of(self.config), self.original_context
         scale = scaling["attention_factor"]
         short, long = (torch.tensor(scaling[name], device="cpu") for name in _LISTS)
@@ -58,9 +58,9 @@ class LongRope(GPT):
         logits_to_keep: int = 0,
         **options: Any,
     ) -> Tensor:
-        """Return the logits, as GPT.
+        """Return the logits, like GPT.
 
-        If the cache holds keys and values of the other frequencies, all tokens are computed again.
+        If the keys in the cache have the other frequencies, all tokens are computed again.
         """
         if cache is not None:
             start, end = self.positions_of(tokens, cache)
@@ -76,7 +76,7 @@ class LongRope(GPT):
 
 
 def cache_of(model: LongRope, cache: KVCache, n_tokens: int) -> KVCache:
-    """Return a cache with the keys and values that a text had when it was ``n_tokens`` long.
+    """Return a cache whose first ``n_tokens`` positions have the frequencies of that length.
 
     Args: cache, of a longer text.
     """
@@ -91,21 +91,21 @@ def cache_of(model: LongRope, cache: KVCache, n_tokens: int) -> KVCache:
 
 @cached
 def with_long_rope(base: type[GPT]) -> type[GPT]:
-    """Return a family's class with LongRoPE."""
+    """Return a subclass of a family's model class with LongRoPE."""
     return type(f"LongRope{base.__name__}", (LongRope, base), {})
 
 
 def long_rope_of(config: ModelConfig) -> dict[str, Any]:
-    """Return the parameters of a model's LongRoPE, as ``read_long_rope``; {} if it has none."""
+    """Return a model's LongRoPE parameters, as from ``read_long_rope``; {} if it has none."""
     return hf_fields(config).get("rope_scaling", {})
 
 
 def read_long_rope(
     rope: Mapping[str, Any], name: str, config: Mapping[str, Any], share: Any
 ) -> dict[str, Any]:
-    """Return the parameters of LongRoPE: those of config.json, and what transformers derives.
+    """Return the LongRoPE parameters in config.json, with the defaults that transformers derives.
 
-    Args: rope, the field ``name`` of config.json; share, rotated part of each head.
+    Args: rope, the field ``name`` of config.json; share, rotated fraction of each head.
     Raises: CheckpointError for a parameter that is unknown or has the wrong type.
     """
     for key, value in rope.items():
@@ -114,7 +114,7 @@ def read_long_rope(
                 f"{name} has the unknown field {key[:80]!r}. If it does not change "
                 "what the model computes, remove it."
             )
-    # transformers takes the one beside the other parameters first, as Phi-3 has it.
+    # transformers prefers the top-level field of config.json, where Phi-3 has it.
     original = config.get(_ORIGINAL, rope.get(_ORIGINAL))
     original = config.get("max_position_embeddings") if original is None else original
     if type(original) is not int or original < 2:

@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write sizes and hashes of a folder's files, and its facts, after syncing all to the disk."""
+    """Sync a folder's files to disk, then write their sizes and hashes, and its facts."""
     paths = sorted(folder.rglob("*"))
     files = {}
     for path in paths:
@@ -39,7 +39,7 @@ def verify(step_folder: Path, *, hashes: bool = False) -> None:
         raise CheckpointError(f"the manifest of {str(step_folder)!r} lists no files.")
     for name, facts in files.items():
         path = step_folder / name
-        # realpath also takes links to themselves.
+        # realpath does not raise on a symbolic link to itself.
         is_inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(step_folder))
         if not is_inside or not isinstance(facts, dict):
             raise CheckpointError(f"the manifest of {str(step_folder)!r} is damaged at {name!r}.")

@@ -26,11 +26,11 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 STATE_FOLDER = "training_state"
-"""Folder of a checkpoint with what only a resumed run needs."""
+"""Folder of a checkpoint with the state that only a resumed run needs."""
 
 TOKENIZER = "tokenizer.json"
 BYTES_TOKENIZER = Path(__file__).with_name("bytes_tokenizer.json")
-"""The tokenizer.json of single bytes, as the tokenizers library reads it."""
+"""tokenizer.json of the single-byte vocabulary, for the tokenizers library."""
 GENERATION_CONFIG = "generation_config.json"
 VOCABULARIES = "checkpoint.tokenizer_json"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -59,7 +59,7 @@ def write_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer | None)
 def new_files(
     model: LanguageModel, tokenizer: Tokenizer | None
 ) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return config.json of a new model, and the other files of its folder but for the weights."""
+    """Return a new model's config.json, and the other files of its folder except the weights."""
     config = config_json(model.config, tokenizer)
     config["torch_dtype"] = name_of(model.embedding.weight.dtype)
     generation = {"_from_model_config": True} | {name: config[name] for name in TOKEN_IDS}
@@ -78,7 +78,7 @@ def write_parts(
     files: Mapping[str, bytes],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Write config.json, other files and the weights, by the names that they have in the folder."""
+    """Write config.json, the weights and other files, given by name, to a folder."""
     with resource_errors(folder):
         make_folder(folder)
         for name, data in {CONFIG: to_json(config), **files}.items():
@@ -88,7 +88,7 @@ def write_parts(
 
 
 def weights_to_hf(model: LanguageModel) -> dict[str, Tensor]:
-    """Return the weights of a model on the CPU, by the names of its file."""
+    """Return the weights of a model on the CPU, by their names in model.safetensors."""
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     if model.config.model_type != OWN_TYPE:
         return ring("checkpoint.weights").tensors_to_hf(model.config, tensors)
@@ -112,8 +112,8 @@ def save_tensors(
         mode = path.stat().st_mode
         try:
             save_file(tensors, path, metadata)
-            os.chmod(path, mode)  # the library makes files that only the owner can read
-        except SafetensorError as error:  # its message has the system's error code
+            os.chmod(path, mode)  # the library creates files that only the owner can read
+        except SafetensorError as error:  # its message contains the errno
             code = re.search(r"os error (\d+)", str(error))
             number = int(code[1]) if code else errno.EIO
             raise OSError(number, os.strerror(number), str(path)) from error
@@ -122,7 +122,7 @@ def save_tensors(
 def read_config(folder: Path) -> ModelConfig:
     """Read a folder's config.json.
 
-    Raises: CheckpointError if it is missing, not JSON, or of a model that we cannot compute.
+    Raises: CheckpointError if it is missing, not JSON, or describes a model we cannot compute.
     """
     return read_config_json(read_json(folder / CONFIG), repr(str(folder / CONFIG)))
 
@@ -137,8 +137,8 @@ def read_model(
 ) -> LoadedModel:
     """Read a model folder; names, shapes and sizes are checked before any weight is read.
 
-    Args: dtype, of the weights; None keeps the stored dtype; is_exact, whether to read the weights
-        of a checkpoint before they were rounded to the stored dtype; make_reader, which returns a
+    Args: dtype, of the weights, or None for the stored one; is_exact, whether to read a
+        checkpoint's unrounded weights if it has them; make_reader, a function that returns a
         ``generation.fast.reading.WeightReader`` for a config.
     Raises: CheckpointError naming the file, what is wrong with it and the remedy.
     """
@@ -173,7 +173,7 @@ def _tensors(config: ModelConfig, folder: Path) -> Mapping[str, Tensor]:
 def placed(
     part: Tensor, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Return a tensor of this device and dtype that shares no memory with others."""
+    """Return a tensor on a device and in a dtype; a view of a larger tensor is copied."""
     if part.is_contiguous() and part.nbytes == part.untyped_storage().nbytes():
         return part.to(device, dtype)
     place = torch.empty(part.shape, device=device or part.device, dtype=dtype or part.dtype)
@@ -181,9 +181,9 @@ def placed(
 
 
 def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
-    """Read the tokenizer of a model folder, None if it has none.
+    """Read the tokenizer of a model folder; None if it has none.
 
-    Args: n_rows, number of the model's embeddings.
+    Args: n_rows, number of rows of the model's embedding.
     Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
     """
     if vocabularies := find_ring(VOCABULARIES):
@@ -192,7 +192,7 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
         return None
     if read_json(folder / TOKENIZER) != read_json(BYTES_TOKENIZER):
         raise CheckpointError(
-            f"the vocabulary in {str(folder)!r} is not that of single bytes. Install all of "
+            f"the vocabulary in {str(folder)!r} is not the single-byte vocabulary. Install all of "
             "minigpt to use it."
         )
     return BytesTokenizer()

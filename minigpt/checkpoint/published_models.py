@@ -1,4 +1,4 @@
-"""Published models: what their files have beyond our own, and new models of their types."""
+"""Published models: tensor names and sizes in their files, and new models of their types."""
 
 import re
 from collections.abc import Iterable
@@ -16,15 +16,15 @@ _IGNORED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
 )
 _LARGEST_WIDTH = 2**28
-_LARGEST_CONTEXT = 2**20  # RoPE tables of all positions are computed
+_LARGEST_CONTEXT = 2**20  # RoPE tables are computed for all positions
 
 
 def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]:
-    """Return the names that ``tensors_from_hf`` takes -> the names in a file.
+    """Map the names that ``tensors_from_hf`` expects to the names in a file.
 
-    Adds the prefix that files of the bare model lack, removes those of torch.compile, and drops
-    tensors that are not weights.
-    Raises: CheckpointError if a tensor is there with the prefix and without.
+    Adds the prefix that files of the bare model omit, removes torch.compile's, and drops tensors
+    that are not weights.
+    Raises: CheckpointError if a tensor occurs both with and without the prefix.
     """
     prefix = head = ""
     if config.model_type != OWN_TYPE:
@@ -42,7 +42,7 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
 
 
 def check_size(config: ModelConfig, n_tensors: int, folder: Path) -> None:
-    """Refuse sizes that no model has, before anything is allocated."""
+    """Raise CheckpointError for sizes that no model has, before anything is allocated."""
     sizes = {
         "vocabulary": (config.vocab_size, _LARGEST_WIDTH),
         "width": (config.d_model, _LARGEST_WIDTH),
@@ -54,16 +54,15 @@ def check_size(config: ModelConfig, n_tensors: int, folder: Path) -> None:
     for what, (size, largest) in sizes.items():
         if size > largest:
             raise CheckpointError(
-                f"config.json in {str(folder)!r} asks for a {what} of {size}, and at most "
+                f"config.json in {str(folder)!r} asks for a {what} of {size}, but at most "
                 f"{largest} is possible here. Download it again."
             )
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
-    """Return the config of a new model as it will be read from its config.json, if need be.
+    """Return a new model's config as it will be read back from its config.json.
 
-    Raises: ConfigError for a field that the model type does not have, so that the model could not
-        be read again.
+    Raises: ConfigError for a field value that the model's config.json cannot express.
     """
     if not config.has_own_class:
         return config
@@ -81,12 +80,12 @@ def canonical(config: ModelConfig) -> ModelConfig:
         asked, has = getattr(config, f.name), getattr(again, f.name)
         if f.name != "hf_fields" and asked != has:
             raise ConfigError(
-                f"a model of type {kind} always has {f.name} {has!r}: it is {asked!r}. Set "
-                f"model.{f.name} to that."
+                f"a model of type {kind} always has {f.name} {has!r}, not {asked!r}. Set "
+                f"model.{f.name} to {has!r}."
             )
     if lost := sorted(hf_fields(config).keys() - hf_fields(again).keys()):
         raise ConfigError(
-            f"{lost[0]} changes nothing in a model of type {kind} like this. Leave it out of "
-            "model.hf_fields."
+            f"{lost[0]} changes nothing in a model of type {kind} with this config. Leave it out "
+            "of model.hf_fields."
         )
     return again

@@ -1,4 +1,4 @@
-"""Attention scores with another scale, and GPT-2 with them."""
+"""Attention with other scales of the scores, and GPT-2 with it."""
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ class ScaledScore(Score):
 
 
 class RescaledAttention(Attention):
-    """Attention whose scores are q . k, scaled by 1 / sqrt(D), by 1 / (layer + 1), both or none."""
+    """Attention whose scores q . k are scaled by 1 / sqrt(D), 1 / (layer + 1), both or neither."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -35,7 +35,7 @@ class RescaledAttention(Attention):
 
 
 class RescaledGPT(GPT):
-    """GPT with another scale of its attention scores in each layer.
+    """GPT with the scales of attention scores that GPT-2's config.json can set.
 
     Source: Mistral, github.com/stanford-crfm/mistral, which trains GPT-2 in half precision.
     """

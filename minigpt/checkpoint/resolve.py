@@ -17,16 +17,16 @@ ROOT = Path("checkpoints")
 SHIPPED = "storyteller"
 """Name of the model that ships with minigpt."""
 MAKE_ONE = "Make one with `minigpt train`."
-"""Remedy where there is no run or model at all."""
+"""Remedy if there is no run or model at all."""
 
 
 def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     """Return the model folder that a user names, ready for ``read_model``.
 
     Args: spec, a run folder (its best step, else its latest), a step folder, any Hugging Face
-        folder, the name of one of these under root, NAME/step-N too, or a model of the Hugging Face
-        hub (org/name or org/name@revision), which is downloaded. None: the newest run under root,
-        else a model folder there, else the model that ships.
+        folder, the name of one of these under root (also NAME/step-N), or a model on the Hugging
+        Face hub (org/name or org/name@revision), which is downloaded. None means the newest run
+        under root, else a model folder there, else the shipped model.
     Raises: CheckpointError if there is no such model, or it is damaged or cannot be downloaded;
         ConfigError if this installation cannot download; ResourceError.
     """
@@ -35,8 +35,8 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     if place := find_model(spec, root):
         return _model_in(place)
     places = _places(spec, root)
-    is_there = any(map(os.path.exists, places))  # False for impossible names, unlike Path.exists
-    hub = None if is_there or Path(spec).is_relative_to(root) else find_ring("checkpoint.tools.hub")
+    exists = any(map(os.path.exists, places))  # False for invalid names, where Path.exists raises
+    hub = None if exists or Path(spec).is_relative_to(root) else find_ring("checkpoint.tools.hub")
     if hub and hub.is_hub_name(spec):
         return hub.download_model(spec)
     if refusals := find_ring("checkpoint.tools.refusals"):
@@ -45,12 +45,12 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
 
 
 def find_model(spec: str, root: Path = ROOT) -> Path | None:
-    """Return the run folder or model folder at a path, or of that name under root; else None."""
+    """Find a run folder or model folder by path, or by name under root; None if there is none."""
     return next((place for place in _places(spec, root) if _holds_model(place)), None)
 
 
 def models_in(root: Path) -> list[Path]:
-    """Return the run folders and the model folders in a folder, by name; no unfinished ones.
+    """Return the finished run folders and model folders in a folder, sorted by name.
 
     Raises: ResourceError if it cannot be read.
     """
@@ -62,31 +62,31 @@ def models_in(root: Path) -> list[Path]:
 
 
 def names_in(root: Path) -> list[str]:
-    """Return the names of the runs and models in a folder that can be printed."""
+    """Return the printable names of the runs and models in a folder."""
     return [place.name for place in models_in(root) if place.name.isprintable()]
 
 
 def remedy(word: str, names: Iterable[str]) -> str:
-    """Return the remedy for an unknown name: the nearest of the known ones, else to train."""
+    """Return the remedy for an unknown name: the nearest known one, else to train a model."""
     return nearest(word, known) if (known := list(names)) else MAKE_ONE
 
 
 def shown_name(folder: Path) -> str:
-    """Return the path of a model folder, or the name of the model that ships."""
+    """Return the path of a model folder, or the name of the shipped model."""
     shipped = shipped_model()
     is_shipped = shipped is not None and folder.exists() and folder.samefile(shipped)
     return SHIPPED if is_shipped else str(folder)
 
 
 def shipped_model() -> Path | None:
-    """Return the folder of the model that ships, of a clone or a wheel; None if it is absent."""
+    """Return the folder of the shipped model in a clone or a wheel; None if it is absent."""
     package = Path(minigpt.__file__).parent
     places = (package.parent / ROOT / SHIPPED, package / SHIPPED)
     return next((place for place in places if _holds_model(place)), None)
 
 
 def _places(spec: str, root: Path) -> list[Path]:
-    if not spec:  # an unset variable of the shell, which Path would take for this folder
+    if not spec:  # an unset shell variable, which Path would treat as the working directory
         return []
     if Path(spec).name != spec:
         return [Path(spec)] if ".." in Path(spec).parts else [Path(spec), root / spec]
@@ -97,7 +97,7 @@ def _places(spec: str, root: Path) -> list[Path]:
 def _holds_model(place: Path) -> bool:
     try:
         return (place / "config.json").is_file() or bool(RunFolder(place).steps())
-    except (OSError, ValueError):  # no permission, a name too long, a NUL in it
+    except (OSError, ValueError):  # no permission, or a name with a NUL or too many characters
         return False
 
 
@@ -112,7 +112,7 @@ def _model_in(place: Path) -> Path:
     pointer = run.best()
     if pointer is None:
         verify(run.step_folder(run.steps()[-1]))  # raises, naming the damage
-        raise AssertionError("a step that verifies was not found")
+        raise AssertionError("best() missed an intact step")
     if refusals := find_ring("checkpoint.tools.refusals"):
         refusals.warn_of_damage(run, pointer.step)
     return pointer.folder

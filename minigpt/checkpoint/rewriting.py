@@ -1,4 +1,4 @@
-"""Writing a model in another dtype, or with the files of the folder that it was trained from."""
+"""Write a model in another dtype, or with the files of its base model's folder."""
 
 from pathlib import Path
 
@@ -28,11 +28,11 @@ def write_as(
     carried: Carried | None,
     save_dtype: SaveDtype,
 ) -> bool:
-    """Write a model folder as ``write_model`` does, but for files and dtypes.
+    """Write a model folder like ``write_model``, with a base model's files or in another dtype.
 
-    Args: carried, of the folder that the model was trained from, whose files are written again;
-        save_dtype, of the stored weights, auto for that of ``carried``, else the model's. A tensor
-        that overflows float16 is stored in its own dtype.
+    Args: carried, contents of the base model's folder to write again; save_dtype, of the stored
+        weights, auto for the dtypes in ``carried``, else the model's. A tensor that overflows
+        float16 keeps its own dtype.
     Returns: whether any weight was rounded.
     Raises: ResourceError as ``write_model``.
     """

@@ -1,4 +1,4 @@
-"""RoPE scaling of published models: from config.json to ModelConfig, and back."""
+"""RoPE scaling of published models: convert between config.json and ModelConfig."""
 
 import math
 from collections.abc import Mapping
@@ -25,16 +25,16 @@ _ROPE_FIELDS = {
         "rope_original_context": _ORIGINAL,
     },
 }
-"""Method of RoPE scaling -> ModelConfig field -> key, besides the factor."""
+"""Method of RoPE scaling -> ModelConfig field -> config.json key, without the factor."""
 
 
 def read_scaling(
     rope: Mapping[str, Any], name: str, config: Mapping[str, Any], share: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the ModelConfig fields of scaled RoPE, and the keys that may be given with them.
+    """Return the ModelConfig fields of scaled RoPE, and the supported value of each key.
 
-    Args: rope, the field ``name`` of config.json; share, rotated part of each head.
-    Raises: CheckpointError for an unknown method, or a key that is missing.
+    Args: rope, the field ``name`` of config.json; share, rotated fraction of each head.
+    Raises: CheckpointError for an unknown method, or a missing key.
     """
     kind = rope.get("rope_type", rope.get("type"))
     if kind == LONGROPE:
@@ -46,7 +46,7 @@ def read_scaling(
         )
     context = config.get("max_position_embeddings")
     given = {_ORIGINAL: context, **rope}
-    # transformers takes the one beside the other parameters first.
+    # transformers prefers the top-level field of config.json.
     given |= {_ORIGINAL: config[_ORIGINAL]} if config.get(_ORIGINAL) is not None else {}
     keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[kind]
     known = {key: rope.get(key) for key in keys.values()}
@@ -60,13 +60,13 @@ def read_scaling(
         known |= {"truncate": values["rope_truncate"]}
     for ours, theirs in keys.items():
         if given.get(theirs) is None:
-            raise CheckpointError(f"{name}.{theirs} is missing. Download it again.")
+            raise CheckpointError(f"{name}.{theirs} is missing. Download config.json again.")
         values[ours] = given[theirs]
     return values, known
 
 
 def _yarn_defaults(name: str, rope: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what transformers computes: YaRN's attention factor, and the turns of its paper."""
+    """Add YaRN's defaults as in transformers: attention factor, and the paper's two betas."""
     rope = {"beta_fast": 32.0, "beta_slow": 1.0} | {k: v for k, v in rope.items() if v}
     factor = rope.get("factor")
     if rope.get("attention_factor") is not None or factor is None:
@@ -81,7 +81,7 @@ def _yarn_defaults(name: str, rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_scaling(config: ModelConfig) -> dict[str, Any]:
-    """Return rope_scaling of config.json."""
+    """Return the rope_scaling field of config.json."""
     keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[config.rope_scaling]
     scaling = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
     scaling |= {} if config.rope_truncate else {"truncate": False}

@@ -1,4 +1,4 @@
-"""Sliding windows: layers whose queries attend to the nearest positions only."""
+"""Sliding-window attention: layers whose queries attend only to the nearest positions."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _MANY_LAYERS = 10_000
 
 
 class WindowedAttention(Attention):
-    """Attention whose queries see a sliding window of positions in some layers."""
+    """Attention with a sliding window in some layers."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -21,7 +21,7 @@ class WindowedAttention(Attention):
 
 
 class WindowedGPT(GPT):
-    """GPT with sliding windows.
+    """GPT with sliding-window attention.
 
     Source: Child et al. 2019, arXiv:1904.10509; Jiang et al. 2023, arXiv:2310.06825, section 2.
     """
@@ -30,7 +30,7 @@ class WindowedGPT(GPT):
 
 
 def window_of(config: ModelConfig, layer: int) -> int:
-    """Return a layer's sliding window, 0 if its queries see all positions before them."""
+    """Return the width of a layer's sliding window; 0 if it attends to all previous positions."""
     fields = hf_fields(config)
     types = fields.get("layer_types")
     slides = types is None or types[layer % len(types)] == SLIDING
@@ -38,20 +38,20 @@ def window_of(config: ModelConfig, layer: int) -> int:
 
 
 def read_windows(config: Mapping[str, Any], window: Any, types: Any) -> dict[str, Any]:
-    """Return the fields of config.json that ``window_of`` reads, none if no window hides anything.
+    """Return the config.json fields that ``window_of`` reads; {} if no window hides a position.
 
-    Args: window, in positions, or None; types, of each layer, or None if all slide.
-    Raises: CheckpointError if one of them is not a window or a list of types.
+    Args: window, width in positions, or None; types, of each layer, or None if all slide.
+    Raises: CheckpointError if either is invalid.
     """
     n_layer, context = config.get("num_hidden_layers"), config.get("max_position_embeddings")
     if types is not None:
         is_list = isinstance(types, list) and all(t in (SLIDING, _FULL) for t in types)
         if not is_list or len(types) != n_layer:
-            raise unsupported("layer_types", types, f"a list of {SLIDING} and {_FULL} by layer")
+            raise unsupported("layer_types", types, f"{SLIDING} or {_FULL} for each layer")
         if SLIDING not in types:
             return {}
         if window is None:
-            raise unsupported("sliding_window", window, "a number, where layers slide")
+            raise unsupported("sliding_window", window, f"a number for {SLIDING} layers")
     if window is None:
         return {}
     if type(window) is not int or window < 1:
@@ -62,7 +62,7 @@ def read_windows(config: Mapping[str, Any], window: Any, types: Any) -> dict[str
 
 
 def sliding_layers(n_layer: Any, slides: Callable[[int], bool]) -> list[str]:
-    """Return the layer types: sliding_attention for the indices that ``slides`` accepts."""
+    """Return the layer types: sliding_attention where ``slides`` returns True for the index."""
     n_layer = n_layer if type(n_layer) is int and n_layer <= _MANY_LAYERS else 0
     return [SLIDING if slides(i) else _FULL for i in range(n_layer)]
 
@@ -70,7 +70,7 @@ def sliding_layers(n_layer: Any, slides: Callable[[int], bool]) -> list[str]:
 def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a Llama-like config.json that ``window_of`` reads.
 
-    Args: given, the fields that the family reads, with its defaults.
+    Args: given, the sliding-window fields that the family reads, with its defaults.
     """
     if "layer_types" not in given and config.get("layer_types") is not None:
         kind = _FULL if given.get("sliding_window") is None else SLIDING

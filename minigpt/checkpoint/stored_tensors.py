@@ -1,4 +1,4 @@
-"""Weights that are checked before any is read, and read one at a time."""
+"""Check the headers of weight files, then read the tensors one at a time."""
 
 import errno
 import math
@@ -22,8 +22,8 @@ from minigpt.model_config import OWN_TYPE
 from minigpt.rings import find_ring, ring
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Dtypes that are read, by their names in a file."""
-_LARGEST_HEADER = 2**22  # room for 40,000 tensors; reading it takes up to forty times the memory
+"""Supported dtypes by their names in safetensors."""
+_LARGEST_HEADER = 2**22  # bytes for 40,000 tensors; parsing takes up to 40 times the memory
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    """Dtype in the words of safetensors, such as BF16."""
+    """Name of the dtype in safetensors, such as BF16."""
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of its values."""
+        """Size of its values in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def read(self) -> Tensor:
@@ -49,7 +49,7 @@ class StoredTensor:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors by canonical name, each read from its file when it is asked for."""
+    """Tensors by canonical name, each read from its file on access."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self._stored = stored
@@ -67,7 +67,7 @@ class LazyTensors(Mapping[str, Tensor]):
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        # Read, not mapped: a file that shrinks under a mapping kills the process (SIGBUS).
+        # Read, not memory-mapped: if a mapped file shrinks, SIGBUS kills the process.
         with resource_errors(path):
             check_header(path)
             with safe_open(path, framework="pt", backend="pread") as file:
@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 
 def check_header(path: Path) -> None:
-    """Refuse what is not a regular file, or may not be read, or has a header that fills memory."""
+    """Raise OSError for an irregular or unreadable file, or a header that would fill memory."""
     with open_regular(path) as file:
         n_bytes = int.from_bytes(file.read(8), "little")
         if _LARGEST_HEADER < n_bytes < os.fstat(file.fileno()).st_size:
@@ -101,7 +101,7 @@ def weight_files(folder: Path) -> list[Path]:
 def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
     """Check names, shapes and dtypes in the headers against the config; no weight is read.
 
-    Returns: the tensors by the names that ``tensors_from_hf`` takes, in the model's order.
+    Returns: the tensors by the names that ``tensors_from_hf`` expects, in the model's order.
     Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
     """
     found: dict[str, StoredTensor] = {}
@@ -120,7 +120,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                     )
     if published:
         published.check_size(config, len(found), folder)
-    # Not from tensors on the meta device: torch.cat of some imports the compiler, 80 MB of memory.
+    # Not with meta tensors: torch.cat of meta tensors imports the compiler, 80 MB of memory.
     state = model_class(config).without_weights(config).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.model_type != OWN_TYPE:
@@ -132,8 +132,8 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
         if tensor.dtype not in DTYPES:
             raise CheckpointError(
                 f"{str(tensor.path)!r} cannot be used: {cut(tensor.name)} is stored as "
-                f"{tensor.dtype}, and only {', '.join(sorted(DTYPES))} are read. Use the model as "
-                "it was before it was quantized, or transformers."
+                f"{tensor.dtype}, but only {', '.join(sorted(DTYPES))} are supported. Use the "
+                "model from before it was quantized, or transformers."
             )
     if problem := _first_problem(expected, found):
         raise CheckpointError(

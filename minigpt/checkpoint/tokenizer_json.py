@@ -1,4 +1,4 @@
-"""tokenizer.json and tokenizer_config.json of a model folder <-> Tokenizer."""
+"""Convert between a Tokenizer and tokenizer.json with tokenizer_config.json in a model folder."""
 
 import os
 from collections.abc import Mapping
@@ -22,13 +22,13 @@ from minigpt.text.tokenizer_classes import (
 )
 
 NAME_FIELD = "name_or_path"
-"""Where tokenizer_config.json keeps Tokenizer.name."""
+"""Field of tokenizer_config.json that stores Tokenizer.name."""
 
 
 def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
-    """Read the tokenizer of a model folder, None if it has none.
+    """Read the tokenizer of a model folder; None if it has none.
 
-    Args: n_rows, number of the model's embeddings.
+    Args: n_rows, number of rows of the model's embedding.
     Raises: CheckpointError if a file is damaged, or the vocabulary has more tokens than the model.
     """
     tokenizer = read_tokenizer(folder, _end_of_text_ids(folder), n_rows=n_rows)
@@ -37,7 +37,7 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
         problem = f"has {tokenizer.vocab_size} tokens, and the model only {n_rows}"
     elif tokenizer is not None and any(id_ >= n_rows for id_ in tokenizer.prefix):
         first = tokenizer.prefix[0]
-        problem = f"begins each text with the id {first}, and the model's are 0 to {n_rows - 1}"
+        problem = f"begins each text with the id {first}, but the model's are 0 to {n_rows - 1}"
     if problem:
         raise CheckpointError(
             f"the vocabulary in {str(folder)!r} {problem}. Take both from the same place."
@@ -46,7 +46,7 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
 
 
 def token_ids(folder: Path, config: ModelConfig) -> Tokenizer:
-    """Return what stands for the tokenizer of a model folder that has none: numbers as its text."""
+    """Return the tokenizer for a model folder that has none: its text is the ids as numbers."""
     ends = tuple(id_ for id_ in _end_of_text_ids(folder) if id_ < config.vocab_size)
     return TokenIdTokenizer(folder, config.vocab_size, ends)
 
@@ -62,16 +62,16 @@ def _end_of_text_ids(folder: Path) -> tuple[int, ...]:
             f"the eos_token_id of {str(folder)!r} is {str(ends)[:80]!r}, and not an id or a list "
             "of ids. Download its JSON files again."
         )
-    return tuple(id_ for id_ in ids if id_ >= 0)  # -1 is none
+    return tuple(id_ for id_ in ids if id_ >= 0)  # -1 means none
 
 
 def read_tokenizer(
     folder: Path, end_of_text_ids: tuple[int, ...] = (), *, n_rows: int | None = None
 ) -> Tokenizer | None:
-    """Read the tokenizer of a model folder, None if it has none.
+    """Read the tokenizer of a model folder; None if it has none.
 
-    Args: end_of_text_ids, () for ``<|endoftext|>``; n_rows, number of the model's embeddings: added
-        tokens without one are left out.
+    Args: end_of_text_ids, () for ``<|endoftext|>``; n_rows, number of rows of the model's
+        embedding: added tokens without a row are left out.
     Raises: CheckpointError if a file is damaged, or a vocabulary cannot be used.
     """
     path = folder / TOKENIZER_CONFIG
@@ -95,7 +95,7 @@ def read_tokenizer(
 def tokenizer_from_json(
     data: Mapping[str, Any], name: str, *, end_of_text_ids: tuple[int, ...] = ()
 ) -> Tokenizer:
-    """Read a tokenizer.json: that of single bytes, or another vocabulary.
+    """Read a tokenizer.json of single bytes or any other vocabulary.
 
     Args: name, for the Tokenizer; end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
@@ -106,7 +106,7 @@ def tokenizer_from_json(
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return tokenizer.json, by which the tokenizers library gives every text the same ids.
+    """Return a tokenizer.json with which the tokenizers library gives every text the same ids.
 
     Raises: CheckpointError if the library's regex dialect cannot express the split pattern.
     """
@@ -116,7 +116,7 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, *, is_new: bool) -> dict[str, bytes]:
-    """Return the files of a tokenizer. Args: is_new, False for that of a model of others."""
+    """Return the files of a tokenizer. Args: is_new, False for that of a published base model."""
     files = {TOKENIZER: to_json(tokenizer_to_json(tokenizer))}
     settings = tokenizer_config(tokenizer, config.context_length)
     if config.model_type == "qwen2" and is_new:
@@ -126,7 +126,7 @@ def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, *, is_new: bool) 
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
-    """Return tokenizer_config.json, for transformers; the name in it is ours."""
+    """Return the tokenizer_config.json for transformers, with our field for the name."""
     end = tokenizer.end_of_text
     end_text = None if end is None else tokenizer.decode([end])
     return {

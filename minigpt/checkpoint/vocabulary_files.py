@@ -33,7 +33,7 @@ JSONValue = dict[str, Any]
 def read_vocabulary_files(folder: Path) -> JSONValue | None:
     """Return the vocabulary of a folder as a tokenizer.json; None if it has none of these files.
 
-    Raises: CheckpointError if a file is damaged, or of a kind that is not read.
+    Raises: CheckpointError if a file is damaged, or of an unsupported kind.
     """
     if not (os.path.lexists(folder / VOCAB) and os.path.lexists(folder / MERGES)):
         has_scores = os.path.lexists(folder / SCORES)
@@ -53,9 +53,9 @@ def read_vocabulary_files(folder: Path) -> JSONValue | None:
 
 
 def with_rows(data: Mapping[str, Any], n_rows: int) -> Mapping[str, Any]:
-    """Return a tokenizer.json without its added tokens that the model has no embedding for.
+    """Return a tokenizer.json without the added tokens that have no row in the model's embedding.
 
-    Such a token, often one for padding, cannot occur in a model's text.
+    Such a token, often for padding, cannot occur in a text of the model.
     """
     try:
         without = {t["content"] for t in data["added_tokens"] if t["id"] >= n_rows}
@@ -74,11 +74,11 @@ def with_rows(data: Mapping[str, Any], n_rows: int) -> Mapping[str, Any]:
 def json_from_scores(data: Mapping[str, Any]) -> JSONValue:
     """Return llama2.c's vocabulary as a tokenizer.json.
 
-    Its first three ids are unknown, beginning and end of text. It merges the two parts whose
-    union has the highest score.
+    The first three ids are the unknown, beginning-of-text and end-of-text tokens. Merges follow
+    the scores: the pair that forms the token with the highest score is merged first.
 
     Args: data, the tokens, with plain spaces, and their scores.
-    Raises: CheckpointError if either is damaged, or their numbers differ.
+    Raises: CheckpointError if either is damaged, or their lengths differ.
     """
     try:
         tokens, scores = list(map(str, data["tokens"])), list(map(float, data["scores"]))
@@ -121,11 +121,11 @@ def json_from_merges(
     added: Mapping[str, Any],
     kind: str,
 ) -> JSONValue:
-    """Return vocab.json and merges.txt as the tokenizer.json that transformers makes of them.
+    """Return the tokenizer.json that transformers builds from vocab.json and merges.txt.
 
     Args: merges, the text of merges.txt; config, the ``tokenizer_settings``; added, the
         parsed added_tokens.json; kind, the tokenizer class, which decides how a text is split.
-    Raises: CheckpointError for another class, or if a file is damaged.
+    Raises: CheckpointError for an unsupported class, or if a file is damaged.
     """
     parts = class_parts(kind, config)
     if parts is None or parts["model"]["byte_fallback"]:

@@ -1,4 +1,4 @@
-"""The weights of a model: Hugging Face's names of its tensors, and ours."""
+"""Convert a model's weights between Hugging Face's tensor names and ours."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -14,7 +14,7 @@ from minigpt.errors import CheckpointError
 
 def tensor_names(config: ModelConfig) -> Iterator[TensorName]:
     """Yield the names of all tensors of a Hugging Face model, with prefix and block number."""
-    # The largest first: while few others are loaded, there is memory for a second copy of it.
+    # Largest first: each tensor is briefly in memory twice, which costs least before the others.
     family = family_of(config.model_type)
     if not config.tie_embeddings:
         yield TensorName(family.head, ("unembedding.weight",))
@@ -37,7 +37,7 @@ def tensors_to_hf(config: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[st
 def shapes_to_hf(
     config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of what ``tensors_to_hf`` returns."""
+    """Return the shapes of the tensors that ``tensors_to_hf`` returns."""
     renamed = {}
     for name in tensor_names(config):
         parts = [shapes[part] for part in name.ours]
@@ -53,10 +53,10 @@ def tensors_from_hf(
 ) -> dict[str, Tensor]:
     """Rename, transpose and split Hugging Face's tensors to a state_dict.
 
-    Each is released before the next one is asked for, so that with tensors that are
-    read when they are asked for, only one is in memory twice.
+    Each is released before the next is requested, so if ``tensors`` reads them lazily, only one is
+    in memory twice.
 
-    Args: place, which takes our name and a tensor or view and returns what is kept.
+    Args: place, a function of our name and a tensor or view that returns the tensor to keep.
     Raises: CheckpointError if tied embeddings are stored as two different tensors; KeyError if a
         name is missing.
     """
@@ -74,7 +74,7 @@ def tensors_from_hf(
 
 
 def tied_head(config: ModelConfig) -> str:
-    """Return the name of an output projection that only some files of tied embeddings have."""
+    """Return the name under which some files repeat a tied embedding; "" if it is not tied."""
     return family_of(config.model_type).head if config.tie_embeddings else ""
 
 
@@ -84,6 +84,6 @@ def check_tied(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         embedding = next(tensor_names(config)).theirs
         if not torch.equal(tensors[head], tensors[embedding]):
             raise CheckpointError(
-                f"config.json: tie_word_embeddings is true, but {head} is not the embedding. Set "
-                "it to false there."
+                f"config.json: tie_word_embeddings is true, but {head} differs from the embedding. "
+                "Set it to false there."
             )

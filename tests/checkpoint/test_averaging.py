@@ -35,5 +35,5 @@ def test_averaged_weights_equal_a_plain_mean(
 def test_models_of_different_shapes_are_not_averaged(tmp_path: Path) -> None:
     write_model(tmp_path / "a", make_model(259, "llama-grouped"), None)
     write_model(tmp_path / "b", make_model(260, "llama-grouped"), None)
-    with pytest.raises(CheckpointError, match=r"b' has another config than '.*a'\. Average"):
+    with pytest.raises(CheckpointError, match=r"b' has a different config from '.*a'\. Average"):
         average([tmp_path / "a", tmp_path / "b"])

@@ -126,7 +126,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"its weights are in 'model\.fp16\.safetensors'\. Rename that": rename_weights(
         "model.fp16.safetensors"
     ),
-    r"parts such as 'model-00001-of-00002\.safetensors'\. Write or download": rename_weights(
+    r"shards such as 'model-00001-of-00002\.safetensors'\. Write or download": rename_weights(
         "model-00001-of-00002.safetensors"
     ),
     r"'transformer\.wpe\.weight' has shape \[32, 16\], not \[64, 16\]": lambda f: change_config(

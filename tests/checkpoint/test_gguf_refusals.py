@@ -62,7 +62,7 @@ REFUSED_FOREIGN = {
     "longrope": ("olmo2", LONG_ROPE, "rope_scaling longrope in the olmo2 layout"),
     "scale": ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20"),
     "softcap": ("gemma2", {"attn_logit_softcapping": None}, "without attn_logit_softcapping"),
-    "untied": ("gemma", {"tie_word_embeddings": False}, "an output projection beside"),
+    "untied": ("gemma", {"tie_word_embeddings": False}, "an output projection that is not tied"),
     "no rope": ("smollm3", {"no_rope_layer_interval": 3}, "no_rope_layers"),
     "biases": ("gpt_neox", {"attention_bias": False}, "attention_bias none"),
     "width": ("olmo2", {"head_dim": 16}, "4 heads of 16 with a width of 32"),
@@ -101,7 +101,7 @@ VOCABULARIES = {
     "prefixed": (
         vocabularies.prefixed,
         lambda data: None,
-        "(strips|space before a text)",
+        "(strips|adds a space before a text)",
     ),
     "lowercase": (
         vocabularies.qwen3,

@@ -226,11 +226,11 @@ def test_a_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Do
 
 
 ERRORS = {
-    "tiny/none": "has no such repository for you. Check the name; if it is private, log in with",
+    "tiny/none": "has no such repository. Check the name; if it is private, log in with",
     "tiny/story@v3": "its repository has no revision 'v3'. Name a branch, a tag or a commit.",
     "tiny/gated": "its repository is gated. Accept the terms at http://127.0.0.1:",
     "tiny/down": "answered 503. Try again later",
-    "tiny/a--b": "not a valid name of a repository",
+    "tiny/a--b": "not a valid repository name",
     "tiny/pickled": "convert them with `hf download tiny/pickled --local-dir OLD` and `minigpt",
     "tiny/half": "its repository has no model.safetensors, or not all of its parts. Weights in",
 }
@@ -259,7 +259,7 @@ def test_offline_uses_the_cache_and_a_missing_file_is_a_one_line_error(
     assert [Path(answer["folder"]) for answer in cached] == list(downloads.folders.values())
     assert absent["code"] == 4
     says = (
-        "HF_HUB_OFFLINE allows only the cache of the hub, which lacks some of its files."
+        "HF_HUB_OFFLINE allows only the hub's cache, where some of its files are missing."
         if is_offline
         else f"the Hugging Face hub ({nowhere}) cannot be reached ("
     )
@@ -279,7 +279,7 @@ def test_an_existing_path_is_not_looked_up_on_the_hub(
         monkeypatch.setitem(sys.modules, name, None)  # makes importing it fail
     assert resolve_model("tiny/story") == Path("tiny/story")
     for spec, says in {
-        "tiny/sharded": "'tiny/sharded' holds no checkpoint",
+        "tiny/sharded": "'tiny/sharded' contains no checkpoint",
         "checkpoints/tiny": "there is no model 'checkpoints/tiny'",
         "./tiny/none": "there is no model",
         "tiny/none/step-000001": "there is no model",

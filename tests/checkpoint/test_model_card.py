@@ -103,21 +103,21 @@ def test_the_card_describes_the_model_and_its_training() -> None:
     model = GPT.without_weights(CONFIG.model)
     for says in (
         f"Parameters: {sum(p.numel() for p in model.parameters()):,}\n",
-        "Layout: qwen3, as Hugging Face calls it; 2 layers, 4 heads\n",
+        "Layout: qwen3 in Hugging Face's format; 2 layers, 4 heads\n",
         "Context: 256 tokens\n",
         "Vocabulary: 257 tokens, `bytes`\n",
         "\n- `tales.txt`\n- `*.jsonl`\n- `standard input`\n",
-        "204,800 tokens of it to train on; the last 5 % of the whole for validation.",
-        "Start: weights drawn with seed 1337\n",
+        "204,800 tokens for training, the last 5 % of the text for validation.",
+        "Start: random weights with seed 1337\n",
         "Steps: 400, with muon\n",
-        "Tokens seen: 819,200, which is the text 4 times\n",  # 400 x 8 x 256
+        "Tokens seen: 819,200 (4 times the training text)\n",  # 400 x 8 x 256
         "Validation loss: 1.2500 nats/token, 1.8034 bits/byte\n",
-        f"It was made by:\n\n    {CONFIG.command}\n",
+        f"The command was:\n\n    {CONFIG.command}\n",
     ):
         assert says in card, says
     assert card.count("/home/someone") == 1, "paths must occur only in the command"
     built_in = model_card(replace(CONFIG, data=DataConfig(), command=""), **FACTS)
-    assert "made by" not in built_in
+    assert "The command was" not in built_in
     assert "- `short tales that come with minigpt`\n" in built_in
     older = model_card(replace(CONFIG, data=DataConfig(paths=())), **FACTS)
     assert "- `English prose that comes with Python`\n" in older
@@ -147,7 +147,7 @@ def test_the_card_names_the_base_model(source: str, shown: str, base: str | None
     config = replace(CONFIG, from_=source, training=replace(CONFIG.training, sequence_length=32))
     card = model_card(config, **FACTS)
     assert f"Start: the weights of `{shown}`\n" in card
-    assert "Tokens seen: 102,400, which" in card  # 400 x 8 x 32
+    assert "Tokens seen: 102,400 (" in card  # 400 x 8 x 32
     assert metadata(card).get("base_model") == base
 
 
@@ -201,10 +201,10 @@ def test_the_commands_on_the_card_work(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "kept"),
     [
-        ("documents", "whole documents, about 5 % of the whole, for validation."),
-        ("tail", "the last 5 % of the whole for validation."),
-        ("own", "another text for validation."),
+        ("documents", "whole documents with about 5 % of the text for validation."),
+        ("tail", "the last 5 % of the text for validation."),
+        ("own", "a separate text for validation."),
     ],
 )
 def test_the_card_says_how_the_text_was_split(split: str, kept: str) -> None:
-    assert f"tokens of it to train on; {kept}" in model_card(CONFIG, **FACTS, val_split=split)
+    assert f"tokens for training, {kept}" in model_card(CONFIG, **FACTS, val_split=split)

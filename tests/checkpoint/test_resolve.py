@@ -73,7 +73,7 @@ def test_an_unknown_name_gets_the_nearest_run_suggested(run: RunFolder, tmp_path
     for spec, says in {
         "tails": "there is no model 'tails' in .*Did you mean tales",
         str(tmp_path / "tals"): "there is no model .*Did you mean tales",
-        "empty": "holds no checkpoint.*Choose from tales",
+        "empty": "contains no checkpoint.*Choose from tales",
         "lora": "lora' is an adapter .LoRA. of another model. .* merge_and_unload",
         "\x1b[31m" + "x" * 5000: r"there is no model '\\x1b\[31mxx",
         "nul\0": r"there is no model 'nul\\x00'",
@@ -101,8 +101,8 @@ def test_a_model_file_of_another_format_is_refused_with_a_remedy(tmp_path: Path)
         "m.gguf": "m.gguf' is a GGUF file, .* gguf_file=",
         "blob": "blob' is a GGUF file",
         "folder": "folder/m.gguf' is a GGUF file",
-        "alone.safetensors": "alone.safetensors' is a file of weights alone. .*config.json",
-        "tf_model.h5": "tf_model.h5' has weights of another framework",
+        "alone.safetensors": "alone.safetensors' contains only weights. .*config.json",
+        "tf_model.h5": "tf_model.h5' has weights for another framework",
         "a.txt": "a.txt' is not a folder",
     }.items():
         with pytest.raises(CheckpointError, match=says):

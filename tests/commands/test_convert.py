@@ -88,9 +88,9 @@ def test_import_refuses_bad_input_in_one_line(run: Run) -> None:
 
     Path("ckpt.pt").write_bytes(b"junk")
     refused(2, "'checkpoints/tiny' exists already", "ckpt.pt", "checkpoints/tiny")
-    refused(4, "'ckpt.pt' is not a complete file of torch.save", "ckpt.pt", "new")
+    refused(4, "'ckpt.pt' is not a complete torch.save file", "ckpt.pt", "new")
     Path("m.gguf").write_bytes(b"GGUF")
-    refused(4, "'m.gguf' is a GGUF file, which minigpt writes and does not read", "m.gguf", "new")
+    refused(4, "'m.gguf' is a GGUF file, which minigpt writes but does not read", "m.gguf", "new")
     refused(4, "there is no 'nowhere.pt'", "nowhere.pt", "new")
     refused(2, "unknown --activation 'relu'", "ckpt.pt", "new", "--activation", "relu")
     assert not Path("new").exists()

@@ -241,7 +241,7 @@ def test_a_missing_model_gets_the_nearest_suggestion(run: Run, at_trained: Path)
     (at_trained / "empty").mkdir()
     cases = {
         "tinny": ["'tinny'", "Did you mean tiny?"],
-        "empty": ["'empty' holds no checkpoint"],
+        "empty": ["'empty' contains no checkpoint"],
         "no/such": ["'no/such'"],
         "x" * 5000: ["xxx..."],
         "\x1b[2J": ["\\x1b[2J"],

@@ -1,7 +1,7 @@
-"""Hugging Face model families: MODEL_TYPE.py in this folder has the ``FAMILY`` of a model_type.
+"""Hugging Face model families: MODEL_TYPE.py in this folder defines the ``FAMILY`` of a model_type.
 
-It maps config.json to ModelConfig and Hugging Face's tensor names to ours, both ways. Each field of
-a config.json is used or has no effect, or is refused.
+It maps config.json to ModelConfig and Hugging Face's tensor names to ours, in both directions.
+Each field of a config.json is used, has no effect, or is an error.
 """
 
 import json
@@ -33,9 +33,9 @@ ACTIVATIONS = {
     "gelu_python": "gelu",
     "quick_gelu": "gelu_sigmoid",
 }
-"""Activation in config.json -> ModelConfig's. The first name of a function is written."""
-# Parts of the names of what a model computes. Sizes are not among them: a size that is not read
-# cannot be wrong, since the shapes of all tensors are checked.
+"""config.json's activation -> ModelConfig's. Of several names, the first is written."""
+# Words in the names of fields that change what a model computes. Sizes are not included: an unread
+# size cannot be wrong, since the shapes of all tensors are checked.
 _COMPUTATION = re.compile(
     r"""(?:^|[_.])(?:
     act(?:_|$)|activation|alibi|attend|attention|attn|bidirectional|cap(?!tion)|causal|clamp|clip|
@@ -45,7 +45,7 @@ _COMPUTATION = re.compile(
     sink|sliding|soft|sparse|sparsity|ssm|swiglu|temperature|theta|window|yarn)""",
     re.VERBOSE | re.IGNORECASE,
 )
-# Of training, of generation, and of other tasks, although their names are like the above.
+# Fields of training, generation and other tasks whose names match the pattern above.
 _WORDS = """
     attn_implementation clip_grad_norm encoder_no_repeat_ngram_size epsilon_cutoff eta_cutoff
     experts_implementation gradient_checkpointing gradient_clip_norm guidance_scale
@@ -66,7 +66,7 @@ _DERIVED = ("n_inner", "num_key_value_heads", "head_dim")  # derived from others
 
 @dataclass(frozen=True)
 class TensorName:
-    """One tensor of Hugging Face and its name in our models; ``{i}`` stands for the block."""
+    """A Hugging Face tensor and its name in our models; ``{i}`` is the index of the block."""
 
     theirs: str
     """Name without the prefix of the family."""
@@ -77,33 +77,33 @@ class TensorName:
     shares: tuple[int, ...] = ()
     """Relative sizes of ours in theirs. Empty for equal sizes."""
     n_groups: int = 1
-    """Number of groups of outputs, such as heads, that each have a part of all of ours."""
+    """Number of groups of outputs, such as heads, that each contain a part of every tensor."""
 
 
 def same(theirs: str, ours: str, *suffixes: str) -> Iterator[TensorName]:
-    """Yield the names of a module's tensors, by default its weight, that differ in name only."""
+    """Yield the names of a module's tensors (default: its weight) that only need renaming."""
     for suffix in suffixes or ("weight",):
         yield TensorName(f"{theirs}.{suffix}", (f"{ours}.{suffix}",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One Hugging Face model type in terms of ModelConfig and of our tensors."""
+    """Mapping of a Hugging Face model type to ModelConfig and our tensors."""
 
     architecture: str
     """Name of the transformers class, such as LlamaForCausalLM."""
     prefix: str
-    """Prefix of all tensor names but that of the output projection."""
+    """Prefix of all tensor names except that of the output projection."""
     head: str = "lm_head.weight"
     """Name of the output projection."""
     fields: Mapping[str, str]
     """ModelConfig field -> config.json field."""
     activations: Mapping[str, str]
-    """Activation in config.json -> ModelConfig's. The first name of a function is written."""
+    """config.json's activation -> ModelConfig's. Of several names, the first is written."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """config.json field -> value that transformers uses if it is absent."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """config.json field -> the only value that we compute; absent or null means the same."""
+    """config.json field -> the only supported value; absent or null means the same."""
     no_effect: frozenset[str] = frozenset()
     """config.json fields that change no logits, or that ``read`` reads."""
     constants: Mapping[str, Any]
@@ -111,22 +111,22 @@ class Family:
     written: Mapping[str, Any] = field(default_factory=dict)
     """config.json field -> value written for every model."""
     model: type[LanguageModel] | str | None = None
-    """Model class, or "module:Class" of one in a ring; None for GPT. Models of a layout that GPT
-    computes only have it if they have ``hf_fields``."""
+    """Model class, or "module:Class" of one in a ring; None for GPT. Models in a layout that GPT
+    can compute use it only if they have ``hf_fields``."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return ModelConfig values of config.json fields that need more than a new name.
+        """Return the ModelConfig values of config.json fields that need more than renaming.
 
-        ``hf_fields`` are those that the model class reads; they are written again as read.
+        ``hf_fields`` are the fields that the model class reads; they are written back as read.
         """
         return {}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        """Return config.json fields of ModelConfig values that need more than a new name."""
+        """Return the config.json fields of ModelConfig values that need more than renaming."""
         return {}
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
-        """Yield the names of all tensors but the output projection, the embedding first."""
+        """Yield the names of all tensors except the output projection, embedding first."""
         raise NotImplementedError
 
 
@@ -170,10 +170,10 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _is_ignored(name: str) -> bool:
-    """Return whether a field of config.json that its family does not read changes no logits.
+    """Return whether a config.json field that the family does not read can be ignored.
 
-    transformers ignores such fields too. By its name, one may still be read by code of the model's
-    own, or by a later version: then it is not ignored.
+    transformers ignores such fields. But one whose name suggests computation may be read by the
+    model's own code or by a later version, so it is not ignored.
     """
     return name in _NOT_COMPUTED or not _COMPUTATION.search(name)
 
@@ -213,8 +213,8 @@ def check_fixed(name: str, value: Any, supported: Any) -> None:
         return
     if name.endswith("partial_rotary_factor"):
         raise CheckpointError(
-            f"{name} is {repr(value)[:80]}, but models of this type rotate whole "
-            "heads; transformers ignores it too, or fails. Remove the field if that is meant."
+            f"{name} is {repr(value)[:80]}, but models of this type rotate whole heads, and "
+            "transformers ignores this field or fails. Remove it if whole heads are intended."
         )
     raise unsupported(name, value, supported)
 
@@ -232,7 +232,7 @@ def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict
 
 
 def model_class(config: ModelConfig) -> type[LanguageModel]:
-    """Return the class of a model: its family's own, or that of its architecture.
+    """Return the class of a model: its family's, or else that of its architecture.
 
     Raises: ModuleNotFoundError if it is in a file that this installation does not have.
     """

@@ -66,7 +66,7 @@ FAMILY = replace(
     llama.FAMILY,
     architecture="GemmaForCausalLM",
     fields=llama.FIELDS | {"attention_bias": "attention_bias"},
-    # The first Gemma models say gelu, and mean its approximation.
+    # The first Gemma models say gelu but mean its tanh approximation.
     activations=ACTIVATIONS | {"gelu": "gelu_tanh"},
     defaults=llama.DEFAULTS
     | DEFAULTS

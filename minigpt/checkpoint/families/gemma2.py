@@ -1,4 +1,4 @@
-"""Gemma 2: Gemma with norms after the branches too, softcapping, and windows in some layers."""
+"""Gemma 2: Gemma with norms also after attention and MLP, softcapping, and some sliding layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NORMS = {
     "pre_feedforward_layernorm": "mlp_norm",
     "post_feedforward_layernorm": "mlp_post_norm",
 }
-_CHUNK = 256  # queries whose weights are computed together
+_CHUNK = 256  # queries per step of ``attend``
 
 
 class SoftcappedScore(ScaledScore):
@@ -53,7 +53,7 @@ class SoftcappedScore(ScaledScore):
 
 
 class Gemma2Attention(Attention):
-    """Attention with a scale of its own, perhaps softcapped, and in some layers a window."""
+    """Attention with a configured scale, optional softcapping, and windows in some layers."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -65,7 +65,7 @@ class Gemma2Attention(Attention):
 
 
 class Gemma2Block(GemmaBlock):
-    """Block whose branches have a norm before and a norm after."""
+    """Block with norms both before and after attention and MLP."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__(config, attention)
@@ -108,12 +108,12 @@ class Gemma2Family(llama.LlamaFamily):
         types = config.get("layer_types")
         if types is None:
             types = self.layer_types(config)
-        # Both are written even if no window hides anything: transformers has other defaults.
+        # Written even if no window hides anything, because transformers' defaults differ.
         both = {"sliding_window": window, "layer_types": types}
         return fields | (read_windows(config, window, types) or both)
 
     def layer_types(self, config: Mapping[str, Any]) -> list[str]:
-        """Return the types of the layers if config.json does not have them."""
+        """Return the layer types for a config.json without them."""
         return sliding_layers(config.get("num_hidden_layers"), lambda i: i % 2 == 0)
 
 

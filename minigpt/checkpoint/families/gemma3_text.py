@@ -1,4 +1,4 @@
-"""Gemma 3, its text models: Gemma 2 with QK-norm, and other RoPE frequencies in windows."""
+"""Gemma 3 text models: Gemma 2 with QK-norm, and other RoPE frequencies in sliding layers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ _LOCAL_THETA = 10_000.0
 
 
 class Gemma3Attention(Gemma2Attention):
-    """Attention with Gemma's norm on queries and keys, and RoPE by the type of the layer."""
+    """Attention with Gemma's norm on queries and keys, and RoPE frequencies by layer type."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -41,7 +41,7 @@ class Gemma3GPT(Gemma2GPT):
     attention_class = Gemma3Attention
 
     def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
-        """Return cos and sin, each (context_length, 2, D / 2): of full and of sliding layers."""
+        """Return cos and sin, each (context_length, 2, D / 2), for full and for sliding layers."""
         theta = hf_fields(self.config).get("rope_local_base_freq", _LOCAL_THETA)
         full = rotary_table(self.config, divisor, scale)
         unscaled = replace(self.config, rope_scaling_factor=1.0, rope_attention_factor=1.0)

@@ -6,7 +6,7 @@ from typing import Any
 from minigpt.checkpoint.families import ACTIVATIONS, Family, TensorName, same, unsupported
 from minigpt.config import ModelConfig
 
-# Dropout at other places matters in training only, where we do not use it.
+# Other dropout probabilities only matter in training, where we do not use them.
 _NO_EFFECT = """
     attn_pdrop embd_pdrop n_ctx predict_special_tokens reorder_and_upcast_attn scale_attn_weights
     scale_attn_by_inverse_layer_idx summary_activation summary_first_dropout
@@ -33,7 +33,7 @@ class GPT2Family(Family):
         return {"hf_fields": other}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
-        return {"n_ctx": config.context_length}  # which llama.cpp's converter reads
+        return {"n_ctx": config.context_length}  # llama.cpp's converter reads it
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
         qkv = [f"blocks.{{i}}.attention.{name}" for name in ("query", "key", "value")]

@@ -1,4 +1,4 @@
-"""GPT-Neo, as TinyStories: GPT-2 with sliding windows in some layers and unscaled scores."""
+"""GPT-Neo, used by TinyStories: GPT-2 with sliding windows in some layers and unscaled scores."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,7 +24,7 @@ def layer_kinds(types: Any) -> list[str]:
 
     Args: types, pairs of a list of kinds and its number of repetitions, as in
         ``[[["global", "local"], 6]]``.
-    Raises: CheckpointError if it is something else.
+    Raises: CheckpointError if it has another form.
     """
     kinds: list[str] = []
     for pair in types if isinstance(types, list) else [None]:
@@ -37,7 +37,7 @@ def layer_kinds(types: Any) -> list[str]:
 
 
 class NeoAttention(Attention):
-    """Attention with the score q . k, without biases of q, k and v, and local in some layers."""
+    """Attention with unscaled scores, no biases of q, k and v, and windows in local layers."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -70,7 +70,7 @@ class NeoFamily(Family):
             raise unsupported("window_size", window, "a positive integer")
         n_layer = config.get("num_layers")
         if len(layer_kinds(types)) != n_layer:
-            raise unsupported("attention_types", types, f"kinds of {str(n_layer)[:20]} layers")
+            raise unsupported("attention_types", types, f"kinds for {str(n_layer)[:20]} layers")
         width = config.get("intermediate_size")
         own = {"hf_fields": {"attention_types": types, "window_size": window}}
         return own if width is None else own | {"d_mlp": width}

@@ -1,4 +1,4 @@
-"""GPT-NeoX, as Pythia: LayerNorm, biases, RoPE on a part of each head, attention beside the MLP."""
+"""GPT-NeoX, used by Pythia: LayerNorm, biases, partial RoPE, and attention parallel to the MLP."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -22,7 +22,7 @@ _NO_EFFECT = """
 
 
 class PartialRotaryAttention(Attention):
-    """Attention that rotates the first dimensions of each head, as many as the table has."""
+    """Attention that rotates only the first dimensions of each head, as many as the table has."""
 
     def rotate(self, x_BHTD: Tensor, rotary: Rotary) -> Tensor:
         n_rotated = 2 * rotary[0].shape[-1]
@@ -45,7 +45,7 @@ class PartialRotaryGPT(GPT):
 def rotated_width(name: str, d_head: Any, share: Any) -> int:
     """Return the number of rotated dimensions of a head.
 
-    Raises: CheckpointError if it is not even or none.
+    Raises: CheckpointError if it is odd or zero.
     """
     is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1
     n_rotated = int(d_head * share) if is_share and isinstance(d_head, int) else 0
@@ -55,7 +55,7 @@ def rotated_width(name: str, d_head: Any, share: Any) -> int:
 
 
 class NeoXBlock(Block):
-    """Block whose MLP reads what the attention reads, or, as in GPT-2, what it has added to."""
+    """Block whose MLP is parallel to the attention, or sequential as in GPT-2."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__(config, attention)
@@ -88,7 +88,7 @@ class NeoXFamily(Family):
         share = config.get("rotary_pct") if own is None else own
         share = 0.25 if share is None else share
         values = llama.read_rope(rope, name, config, config.get("rotary_emb_base"), partial=share)
-        # transformers 4.46 to 4.57 writes both under these names too.
+        # transformers 4.46 to 4.57 also writes both under these names.
         repeated = {"rope_theta": values["rope_theta"], "partial_rotary_factor": share}
         for name, value in repeated.items():
             if config.get(name) not in (None, value):

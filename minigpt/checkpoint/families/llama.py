@@ -1,4 +1,4 @@
-"""Llama: RMSNorm, RoPE, gated MLP, grouped heads. Many families vary it."""
+"""Llama: RMSNorm, RoPE, gated MLP, grouped-query attention. Many families are variants of it."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_n
 NO_BIASES = {"attention_bias": False, "mlp_bias": False}
 """config.json fields of models without biases."""
 FIXED = {"partial_rotary_factor": 1.0, "rope_interleaved": False, "use_mrope": False}
-"""config.json fields of all Llama-like models whose other values we do not compute."""
+"""config.json field -> the only supported value, for all Llama-like models."""
 FIELDS = {
     "vocab_size": "vocab_size",
     "context_length": "max_position_embeddings",
@@ -46,7 +46,7 @@ DEFAULTS = {
     **NO_BIASES,
 }
 """Defaults of all Llama-like models."""
-# pretraining_tp: into how many parts products are split. The second and third lines: see ``read``.
+# pretraining_tp only splits matrix products; ``read`` handles the second and third lines.
 _NO_EFFECT = """
     attention_dropout embd_pdrop pretraining_tp
     rope_theta rope_scaling rope_parameters original_max_position_embeddings
@@ -68,7 +68,7 @@ class LlamaFamily(Family):
     norms: Mapping[str, str] = field(default_factory=lambda: NORMS)
     """Norms of a block: Hugging Face's name -> ours."""
     windows: tuple[str, ...] = ()
-    """config.json fields of sliding windows that transformers reads; it ignores the others."""
+    """Sliding-window fields of config.json that transformers reads for this family."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         values = self.read_rope(config)
@@ -81,13 +81,13 @@ class LlamaFamily(Family):
 
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ModelConfig fields of RoPE."""
-        # transformers before 5 calls it rope_scaling, and has theta beside it.
+        # Before version 5, transformers writes rope_scaling and a separate rope_theta.
         name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
         theta = config.get("rope_theta", self.defaults.get("rope_theta"))
         return read_rope(config.get(name) or {}, name, {**self.defaults, **config}, theta)
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the config.json fields that the model class reads: those of sliding windows."""
+        """Return the config.json fields that the model class reads, by default sliding windows."""
         given = {name: config.get(name, self.defaults.get(name)) for name in self.windows}
         return sliding_windows.read_fields(config, given)
 
@@ -122,8 +122,8 @@ def read_rope(
 ) -> dict[str, Any]:
     """Return the ModelConfig fields of RoPE in the field ``name`` of config.json.
 
-    Args: theta, if it is not in there; partial, the supported partial_rotary_factor.
-    Raises: CheckpointError for a key or value that changes the angles in a way we do not compute.
+    Args: theta, used if the field has none; partial, the supported partial_rotary_factor.
+    Raises: CheckpointError for an unsupported key or value.
     """
     if not isinstance(rope, Mapping):
         raise unsupported(name, rope, {"rope_type": "default"})
@@ -142,7 +142,7 @@ def read_rope(
 
 
 def write_rope(config: ModelConfig) -> dict[str, Any] | None:
-    """Return rope_scaling of config.json, None if RoPE is not scaled."""
+    """Return the rope_scaling field of config.json; None if RoPE is not scaled."""
     if long := hf_fields(config).get("rope_scaling"):
         return dict(long)
     if config.rope_scaling_factor == 1 and config.rope_attention_factor == 1:

@@ -1,4 +1,4 @@
-"""OLMo 2: Llama whose norms come after the branches, with a norm over all queries and all keys."""
+"""OLMo 2: Llama with norms after attention and MLP, and QK-norm across all heads."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ class WideNorm(RMSNorm):
 
 
 class Olmo2Attention(Attention):
-    """Attention with a norm over all queries and one over all keys."""
+    """Attention with one norm across all query heads and one across all key heads."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -29,7 +29,7 @@ class Olmo2Attention(Attention):
 
 
 class Olmo2Block(Block):
-    """Block whose branches have a norm after, and none before."""
+    """Block with norms after attention and MLP instead of before them."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__(config, attention)

@@ -11,11 +11,11 @@ from minigpt.model.gpt import GPT
 
 _BOTH = ("weight", "bias")
 _NO_EFFECT = "activation_dropout attention_dropout embd_pdrop layerdrop word_embed_proj_dim"
-_OFFSET = 2  # the rows before are for padding
+_OFFSET = 2  # the first rows are for padding
 
 
 class OffsetEmbedding(nn.Embedding):
-    """Position embeddings whose first rows are not used."""
+    """Position embeddings whose first rows are unused."""
 
     def forward(self, positions: Tensor) -> Tensor:
         return super().forward(positions + _OFFSET)

@@ -19,7 +19,7 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 class Phi3Attention(PartialRotaryAttention):
-    """Attention with RoPE on a part of each head, perhaps with a sliding window."""
+    """Attention with RoPE on a part of each head and an optional sliding window."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)

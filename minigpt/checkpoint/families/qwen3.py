@@ -1,4 +1,4 @@
-"""Qwen3: Llama with RMSNorm on the queries and keys of each head, and with sliding windows."""
+"""Qwen3: Llama with RMSNorm on the queries and keys of each head, and sliding windows."""
 
 from dataclasses import replace
 

@@ -55,7 +55,7 @@ class SmolLM3Family(LlamaFamily):
             has_rope = [int(kind != SLIDING) for kind in without]
         is_list = isinstance(has_rope, list) and all(type(v) in (int, bool) for v in has_rope)
         if not is_list or not isinstance(n_layer, int) or len(has_rope) < n_layer:
-            raise unsupported("no_rope_layers", has_rope, "a list of 0 and 1 by layer")
+            raise unsupported("no_rope_layers", has_rope, "0 or 1 for each layer")
         window, types = config.get("sliding_window"), config.get("layer_types")
         if types is None:
             window = window if config.get("use_sliding_window") else None

@@ -1,7 +1,7 @@
 """Write a model folder as a GGUF file, which llama.cpp and Ollama run.
 
-Tensors are read, converted and written one by one. llama.cpp computes some of our models only:
-what it would compute otherwise is refused by name.
+Tensors are read, converted and written one by one. llama.cpp supports only some of our models: a
+feature that it would compute differently is an error that names it.
 """
 
 import math
@@ -23,8 +23,8 @@ from minigpt.checkpoint.tools.gguf_architectures import (
     add_facts,
     architecture_of,
     context_of,
-    converted,
     extra_tensors,
+    to_gguf_layout,
 )
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
 from minigpt.checkpoint.weights import check_tied, tensor_names
@@ -51,7 +51,7 @@ class Exported:
     is_chat: bool
     """Whether it has a chat template."""
     notes: tuple[str, ...]
-    """What llama.cpp does otherwise than minigpt, a sentence each."""
+    """How llama.cpp differs from minigpt for this model, one sentence each."""
 
 
 def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
@@ -93,17 +93,17 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     names = {name.theirs: name for name in tensor_names(config)}
     numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
     known = gguf.get_tensor_name_map(numbers[architecture.name], config.n_layer)
-    there: list[tuple[Any, str]] = []
-    there += [(known.get_name(name, (".weight", ".bias")), name) for name in names]
+    written: list[tuple[Any, str]] = []
+    written += [(known.get_name(name, (".weight", ".bias")), name) for name in names]
     if architecture.head == "needed" and config.tie_embeddings:
-        there.append(("output.weight", next(iter(names))))
+        written.append(("output.weight", next(iter(names))))
     kinds = []
-    for name_there, name in there:
+    for gguf_name, name in written:
         shape = stored[name].shape[:: -1 if names[name].is_transposed else 1]
-        kinds.append(_add_tensor_info(writer, gguf, name_there, shape, type_))
+        kinds.append(_add_tensor_info(writer, gguf, gguf_name, shape, type_))
     extra = extra_tensors(config)
-    for name_there, tensor in extra.items():
-        _add_tensor_info(writer, gguf, name_there, tuple(tensor.shape), "f32")
+    for gguf_name, tensor in extra.items():
+        _add_tensor_info(writer, gguf, gguf_name, tuple(tensor.shape), "f32")
     with resource_errors(path), writing_aside(path) as file:
         try:
             writer.write_header_to_file(Path(file.name))
@@ -112,33 +112,33 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
         finally:
             writer.close()
         file.seek(0, 2)
-        for (_, name), kind in zip(there, kinds, strict=True):
+        for (_, name), kind in zip(written, kinds, strict=True):
             tensor = tensors[name].t() if names[name].is_transposed else tensors[name]
-            tensor = converted(tensor, name, config, architecture)
+            tensor = to_gguf_layout(tensor, name, config, architecture)
             _write_tensor(file, gguf, name, tensor, kind)
-        for name_there, tensor in extra.items():
-            _write_tensor(file, gguf, name_there, tensor, gguf.GGMLQuantizationType.F32)
+        for gguf_name, tensor in extra.items():
+            _write_tensor(file, gguf, gguf_name, tensor, gguf.GGMLQuantizationType.F32)
         _pad(file)
         n_bytes = file.tell()
     return Exported(n_bytes, template is not None, tuple(notes))
 
 
 def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
-    """Write the name and the vocabulary of a folder; return the differences that remain."""
+    """Write the name and vocabulary of a model; return notes on how llama.cpp differs."""
     tokenizer = read_vocabulary(folder, config.vocab_size)
     run = folder.parent if folder.name.startswith("step-") else folder
     name = well_formed(run.name)
     if tokenizer is None:
         writer.add_name(name)
         writer.add_tokenizer_model("none")
-        return ["the model has no vocabulary: llama.cpp takes and gives ids"]
+        return ["the model has no vocabulary, so llama.cpp reads and writes token ids"]
     vocabulary = gguf_vocabulary(folder, tokenizer, config.vocab_size)
     if config.model_type != "phi3" or not {*vocabulary.tokens} >= _TOKENS_OF_PHI3:
         other = re.sub("phi-?3", "phi 3", name, flags=re.IGNORECASE)
         if other != name:
             vocabulary.notes.append(
-                f"the model's name in the file is {other!r}: of one named phi3, llama.cpp expects "
-                "the tokens of Phi-3"
+                f"the model's name in the file is {other!r}, because llama.cpp expects the tokens "
+                "of Phi-3 in a model named phi3"
             )
         name = other
     writer.add_name(name)
@@ -159,7 +159,7 @@ def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]
 def _add_tensor_info(
     writer: Any, gguf: ModuleType, name: str, shape: tuple[int, ...], type_: str
 ) -> Any:
-    """Declare a tensor, and return its type: vectors and positions are always float32."""
+    """Declare a tensor and return its type; vectors and positions are always float32."""
     if len(shape) == 1 or name.startswith("position_embd"):
         type_ = "f32"
     elif type_ == "q8_0" and shape[-1] % _BLOCK:
@@ -176,13 +176,11 @@ def _write_tensor(file: Any, gguf: ModuleType, name: str, tensor: Tensor, kind: 
         largest = np.abs(rows).max(initial=0)
         limit = _LARGEST.get(kind.name.lower(), np.finfo(np.float32).max)
         if not largest <= limit:
-            what, remedy = "NaN or inf", "Choose another checkpoint."
+            problem = "NaN or inf. Choose another checkpoint."
             if np.isfinite(largest):
-                what, remedy = f"the value {largest:g}", "Use --type bf16 or f32."
-            raise CheckpointError(
-                f"the tensor {name!r} holds {what}, which {kind.name.lower()} cannot represent. "
-                f"{remedy}"
-            )
+                type_ = kind.name.lower()
+                problem = f"the value {largest:g}, too large for {type_}. Use --type bf16 or f32."
+            raise CheckpointError(f"the tensor {name!r} holds {problem}")
         file.write(gguf.quantize(rows, kind).tobytes())
 
 
@@ -191,7 +189,7 @@ def _pad(file: Any) -> None:
 
 
 def _rows(tensor: Tensor) -> Iterator[npt.NDArray[np.float32]]:
-    """Yield the rows of a tensor in float32, some at a time."""
+    """Yield the rows of a tensor in float32, in chunks."""
     n_rows = max(_VALUES_AT_ONCE // max(tensor.shape[-1], 1), 1)
     for rows in tensor.split(n_rows) if tensor.dim() > 1 else [tensor]:
         yield rows.to(torch.float32).contiguous().numpy()

@@ -1,6 +1,6 @@
-"""The architectures of llama.cpp that our model types have, and what each of them computes.
+"""llama.cpp's architecture for each of our model types, and the features that it supports.
 
-Whatever llama.cpp would compute otherwise is refused by name.
+A feature that llama.cpp would compute differently is an error that names it.
 """
 
 import math
@@ -20,7 +20,7 @@ _WRITTEN = """
     vocab_size context_length n_layer n_head d_model arch family n_kv_head d_head d_mlp activation
     attention qk_norm attention_bias mlp_bias rope_theta norm_eps tie_embeddings dropout model_type
     hf_fields
-"""  # the others have the default value, but for those of RoPE
+"""  # other fields must have their defaults, except those of RoPE
 _WINDOWS = ("sliding_window", "layer_types", "use_sliding_window")
 _SLIDING = "sliding_attention"
 _ORIGINAL = "original_max_position_embeddings"
@@ -28,32 +28,32 @@ _ORIGINAL = "original_max_position_embeddings"
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """One architecture of llama.cpp as it computes a model type."""
+    """Features of a model type that an architecture of llama.cpp supports."""
 
     name: str
     activations: tuple[str, ...] = ("silu",)
-    """ModelConfig's activations that it computes."""
+    """Supported values of ModelConfig.activation."""
     biases: tuple[str, ...] = ("none",)
-    """ModelConfig.attention_bias that it reads."""
+    """Supported values of ModelConfig.attention_bias."""
     has_mlp_biases: bool = False
     hf_fields: tuple[str, ...] = ()
-    """Fields of the family that it computes, besides those of windows."""
+    """Supported ``hf_fields`` besides those of sliding windows."""
     has_windows: bool = False
-    """Whether it computes sliding windows, by layer."""
+    """Whether sliding windows per layer are supported."""
     has_divisors: bool = False
-    """Whether it reads divisors of the RoPE frequencies."""
+    """Whether divisors of the RoPE frequencies are read."""
     has_long_rope: bool = False
-    """Whether it reads the factors of LongRoPE."""
+    """Whether the factors of LongRoPE are read."""
     has_free_width: bool = True
-    """Whether the heads together may be wider or narrower than the model."""
-    rotates_neighbours: bool = False
-    """Whether RoPE rotates neighbours, and not two halves."""
+    """Whether n_head * d_head may differ from d_model."""
+    has_interleaved_rope: bool = False
+    """Whether RoPE rotates adjacent dimensions instead of two halves."""
     head: str = "optional"
-    """Output projection in the file: ``optional`` if tied, ``needed``, or ``tied`` always."""
+    """Output projection in the file: ``optional`` if tied, or always ``needed`` or ``tied``."""
     norm_shift: float = 0.0
-    """What is added to the weights of norms."""
+    """Constant added to the weights of norms."""
     check: Callable[[ModelConfig], None] = lambda _: None
-    """Raises CheckpointError if a field of the family has a value that it does not compute."""
+    """Function that raises CheckpointError if one of ``hf_fields`` has an unsupported value."""
 
 
 def _refusal(what: str, why: str = "") -> CheckpointError:
@@ -77,19 +77,20 @@ def _check_gemma3(config: ModelConfig) -> None:
     _check_scale(config)
     if config.rope_scaling == "yarn" and config.rope_scaling_factor != 1:
         raise _refusal(
-            "rope_scaling yarn in the gemma3 layout", "llama.cpp would scale windows with it too"
+            "rope_scaling yarn in the gemma3 layout",
+            "llama.cpp would also scale RoPE in sliding layers",
         )
 
 
 def _check_scale(config: ModelConfig) -> None:
-    """Check the scale of the scores, which llama.cpp has from the shape of a model."""
+    """Check the scale of the scores, which llama.cpp derives from the shape of a model."""
     is_27b = config.n_layer == (46 if config.model_type == "gemma2" else 62)
     expected = config.d_model // config.n_head if is_27b else config.d_head
     found = hf_fields(config).get("query_pre_attn_scalar", 256)
     if found != expected:
         raise _refusal(
             f"query_pre_attn_scalar {found} in the {config.model_type} layout",
-            f"llama.cpp always takes {expected} for a model of this shape",
+            f"llama.cpp always uses {expected} for a model of this shape",
         )
 
 
@@ -98,7 +99,7 @@ def _check_smollm3(config: ModelConfig) -> None:
     if has_rope[: config.n_layer] != [(i + 1) % 4 != 0 for i in range(config.n_layer)]:
         raise _refusal(
             f"no_rope_layers {str(has_rope)[:60]} in the smollm3 layout",
-            "llama.cpp always leaves RoPE out of every fourth layer",
+            "llama.cpp always omits RoPE in every fourth layer",
         )
 
 
@@ -108,7 +109,7 @@ _LLAMA = Architecture(
     has_mlp_biases=True,
     has_divisors=True,
     has_long_rope=True,
-    rotates_neighbours=True,
+    has_interleaved_rope=True,
 )
 _GEMMA = Architecture(name="gemma", activations=("gelu_tanh",), head="tied", norm_shift=1.0)
 _GEMMA_FIELDS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
@@ -146,7 +147,10 @@ ARCHITECTURES = {
         name="phi3", has_free_width=False, has_long_rope=True, hf_fields=("partial_rotary_factor",)
     ),
     "smollm3": Architecture(
-        name="smollm3", rotates_neighbours=True, hf_fields=("no_rope_layers",), check=_check_smollm3
+        name="smollm3",
+        has_interleaved_rope=True,
+        hf_fields=("no_rope_layers",),
+        check=_check_smollm3,
     ),
 }
 """Model type -> architecture."""
@@ -185,7 +189,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
     if config.mlp_bias and not architecture.has_mlp_biases:
         raise _refusal(f"biases of the MLP {layout}")
     if architecture.head == "tied" and not config.tie_embeddings:
-        raise _refusal(f"an output projection beside the embedding {layout}")
+        raise _refusal(f"an output projection that is not tied to the embedding {layout}")
     _check_rope(config, architecture)
     architecture.check(config)
     return architecture
@@ -195,7 +199,9 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
     kind = config.rope_scaling
     layout = f"in the {architecture.name} layout"
     if "rope_scaling" in hf_fields(config) and not architecture.has_long_rope:
-        raise _refusal(f"rope_scaling longrope {layout}", "llama.cpp reads no factors of it there")
+        raise _refusal(
+            f"rope_scaling longrope {layout}", "llama.cpp does not read its factors there"
+        )
     if config.family == "gpt2" or config.rope_scaling_factor == 1 or architecture.has_divisors:
         if kind == "dynamic" and config.rope_scaling_factor != 1:
             raise _refusal(
@@ -207,14 +213,14 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
         what = "yarn with truncate false" if kind == "yarn" else kind
         raise _refusal(
             f"rope_scaling {what}, by {config.rope_scaling_factor:g}, {layout}",
-            "llama.cpp has no frequencies of that kind there",
+            "llama.cpp does not support it there",
         )
 
 
 def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, list[str]]:
-    """Return the context length to write, and notes on what llama.cpp computes otherwise.
+    """Return the context length to write, and notes on how llama.cpp's results differ.
 
-    Without windows in llama.cpp, a window's length is the context: there, it hides nothing.
+    If llama.cpp has no windows, the context is as long as the window, which then hides nothing.
     """
     facts, notes = hf_fields(config), []
     window = facts.get("sliding_window") or config.context_length
@@ -231,14 +237,14 @@ def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, li
         notes.append("llama.cpp computes the tanh form of GELU, which differs by up to 0.0005")
     if original < config.context_length:
         notes.append(
-            f"its context is {original} tokens, the original one; with a larger -c, llama.cpp has "
+            f"its context is {original} tokens, the original one; with a larger -c, llama.cpp uses "
             "the long factors of LongRoPE for short texts too"
         )
     return length, notes
 
 
 def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
-    """Write the metadata that describe a model's computation."""
+    """Write the metadata that describes a model's computation."""
     facts = hf_fields(config)
     if config.family == "gpt2" or config.model_type == "gpt_neox":
         writer.add_layer_norm_eps(config.norm_eps)
@@ -283,7 +289,7 @@ def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
         writer.add_rope_scaling_orig_ctx_len(config.rope_original_context)
         writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
         writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
-        usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0  # what llama.cpp multiplies by
+        usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0  # llama.cpp multiplies by it
         writer.add_rope_scaling_attn_factors(config.rope_attention_factor / usual)
     elif config.rope_scaling == "yarn":
         writer.add_rope_scaling_attn_factors(config.rope_attention_factor)
@@ -297,7 +303,7 @@ def _is_by_divisors(config: ModelConfig) -> bool:
 
 
 def extra_tensors(config: ModelConfig) -> dict[str, Tensor]:
-    """Return the tensors of RoPE that only a GGUF file has, by their names there."""
+    """Return the RoPE tensors that exist only in a GGUF file, by their names there."""
     scaling = hf_fields(config).get("rope_scaling")
     if scaling is not None:
         return {
@@ -314,13 +320,15 @@ def extra_tensors(config: ModelConfig) -> dict[str, Tensor]:
     return {"rope_freqs.weight": frequencies(rope_scaling_factor=1.0) / frequencies()}
 
 
-def converted(tensor: Tensor, name: str, config: ModelConfig, architecture: Architecture) -> Tensor:
-    """Return a tensor of Hugging Face's name as llama.cpp has it."""
+def to_gguf_layout(
+    tensor: Tensor, name: str, config: ModelConfig, architecture: Architecture
+) -> Tensor:
+    """Convert a tensor, given by its Hugging Face name, to llama.cpp's layout."""
     if architecture.norm_shift and name.endswith("norm.weight"):
         return tensor.float() + architecture.norm_shift
-    if "query_key_value" in name:  # by heads there, by kinds here
+    if "query_key_value" in name:  # grouped by head -> q, k, v
         return tensor.unflatten(0, (config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
-    if architecture.rotates_neighbours and (".q_proj." in name or ".k_proj." in name):
+    if architecture.has_interleaved_rope and (".q_proj." in name or ".k_proj." in name):
         halves = tensor.unflatten(0, (-1, 2, config.d_head // 2))  # (H, 2, D / 2, ...)
         return halves.transpose(1, 2).flatten(0, 2)
     return tensor

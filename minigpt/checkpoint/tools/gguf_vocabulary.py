@@ -1,7 +1,7 @@
-"""The vocabulary of a GGUF file, in the terms of llama.cpp: tokens, merges, split, special ids.
+"""Convert a vocabulary to llama.cpp's form: tokens, merges, split pattern and special ids.
 
-llama.cpp has a fixed list of split patterns, each with a name. A vocabulary is written under the
-name whose pattern is its own, and refused if there is none, as its ids would differ.
+llama.cpp has a fixed list of named split patterns. A vocabulary whose pattern is not on the list
+cannot be written, because its ids would differ.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,11 +28,11 @@ from minigpt.text.tokenizer_classes import (
 from minigpt.text.vocabulary_parts import BPE_PATTERN, BYTE_OF_CHARACTER, steps_of
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Types of tokens, as llama.cpp numbers them."""
+"""llama.cpp's token types."""
 
 _DIGITS = r"\p{N}"
-# tiktoken's spellings. That of cl100k_base splits a line break from spaces after it, unless a text
-# ends there.
+# tiktoken's spelling -> equivalent pattern, except that cl100k_base's does not split spaces at the
+# end of a text from the line break before them.
 _SPELLINGS = {
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++"
     r"| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s": GPT2_PATTERN,
@@ -40,7 +40,7 @@ _SPELLINGS = {
     r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s": BPE_PATTERN,
 }
 _CL100K = list(_SPELLINGS)[1]
-# Patterns -> llama.cpp's name where pieces are merged, and where a piece that is a token is one.
+# Patterns -> llama.cpp's name if all pieces are merged, and if pieces that are tokens are not.
 _NAMES = {
     (GPT2_PATTERN,): ("gpt-2", None),
     (BPE_PATTERN,): ("dbrx", "llama-bpe"),
@@ -48,14 +48,14 @@ _NAMES = {
     (_DIGITS, GPT2_PATTERN): ("smollm", None),
 }
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
-# llama.cpp takes no empty list of merges. This one never applies: parts of a word begin as single
-# characters.
+# llama.cpp rejects an empty list of merges. This merge never applies, because words are split into
+# single characters first.
 _NO_MERGE = "<none> <none>"
 
 
 @dataclass
 class GGUFVocabulary:
-    """What llama.cpp needs to give each text the ids that our tokenizer gives it."""
+    """Vocabulary with which llama.cpp gives each text the same ids as our tokenizer."""
 
     model: str
     """Algorithm: ``gpt2`` for byte-level BPE, ``llama`` for BPE of characters with scores."""
@@ -63,33 +63,33 @@ class GGUFVocabulary:
     """Text of each id, one for each row of the embedding."""
     types: list[int]
     pre: str = "default"
-    """Name of the split pattern."""
+    """llama.cpp's name of the split pattern."""
     merges: list[str] = field(default_factory=list)
-    """Pairs in order of their rank, for ``gpt2``."""
+    """Pairs in order of rank, for ``gpt2``."""
     scores: list[float] = field(default_factory=list)
     """Priority of each id in merging, for ``llama``."""
     has_space_prefix: bool = False
-    """Whether a space is put before a text."""
+    """Whether a space is prepended to a text."""
     add_bos: bool = False
     """Whether a prompt begins with the bos token."""
     special_ids: dict[str, int] = field(default_factory=dict)
     """Ids by role: bos, eos, eot, eom, unk, pad."""
     notes: list[str] = field(default_factory=list)
-    """Differences that remain."""
+    """How llama.cpp still differs, one sentence each."""
 
 
 def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVocabulary:
     """Return the vocabulary of a model folder for llama.cpp.
 
-    Args: tokenizer, of that folder; n_rows, of its embedding: as many tokens are needed.
-    Raises: CheckpointError if llama.cpp has no equal vocabulary.
+    Args: tokenizer, of that folder; n_rows, of its embedding, and the number of tokens returned.
+    Raises: CheckpointError if llama.cpp would give some text other ids.
     """
     data = tokenizer_to_json(tokenizer)
     kind = data["model"].get("type", "BPE" if "merges" in data["model"] else None)
     if kind != "BPE":
-        raise _refusal(f"its tokens are of the kind {kind}, and only BPE can be written")
+        raise _refusal(f"it is of the kind {kind}, and only BPE can be written")
     if len(tokenizer.prefix) > 1:
-        raise _refusal(f"a prompt begins with {len(tokenizer.prefix)} tokens, and at most one can")
+        raise _refusal(f"it begins a prompt with {len(tokenizer.prefix)} tokens instead of one")
     model = data["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
@@ -112,7 +112,7 @@ def chat_template(folder: Path) -> str | list[dict[str, str]] | None:
 
 
 def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]:
-    """Return text and type of each row's token; rows without a token get an unused one."""
+    """Return the text and type of each row's token; rows without one get an unused token."""
     texts = {id_: text for text, id_ in data["model"]["vocab"].items()}
     types = dict.fromkeys(texts, NORMAL)
     unknown = data["model"].get("unk_token")
@@ -123,9 +123,9 @@ def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]
         if text == unknown:
             types[id_] = UNKNOWN
         if not token["special"] and any(token.get(s) for s in ("lstrip", "rstrip", "single_word")):
-            raise _refusal(f"its added token {text[:40]!r} strips spaces, or is a single word")
+            raise _refusal(f"its added token {text[:40]!r} strips spaces or matches only words")
     known = set(texts.values())
-    # No text gives these: byte-level tokens have no space, and the others have U+2581 instead.
+    # No text has these: byte-level tokens contain no space, and others have U+2581 instead.
     free = (name for i in count() if (name := f"<unused {i}>") not in known)
     tokens = [texts[i] if i in texts else next(free) for i in range(n_rows)]
     if len(set(tokens)) < n_rows:
@@ -140,42 +140,42 @@ def _byte_level(
     for step in steps_of(data.get("normalizer")):
         if step["type"] != "NFC":
             raise _refusal(f"its normalizer is {step['type']}")
-        notes.append("llama.cpp does not normalize: text that is not in the form NFC differs")
+        notes.append("llama.cpp does not normalize text, so text that is not in NFC differs")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     keeps_words = bool(model.get("ignore_merges"))
     if not merges and all(len(t) == 1 for t, kind in zip(tokens, types, strict=True) if kind == 1):
-        merges, pre = [_NO_MERGE], "gpt-2"  # nothing is merged, so that no split matters
+        merges, pre = [_NO_MERGE], "gpt-2"  # nothing is merged, so the split does not matter
     else:
         pre, note = _split_name(tokenizer, data, keeps_words=keeps_words)
         notes += note
     if model.get("byte_fallback"):
         raise _refusal("it has both byte-level tokens and a byte fallback")
-    if lacking := 256 - len(BYTE_OF_CHARACTER.keys() & set(tokens)):
-        notes.append(f"llama.cpp drops the {lacking} bytes that the vocabulary lacks")
+    if n_missing := 256 - len(BYTE_OF_CHARACTER.keys() & set(tokens)):
+        notes.append(f"llama.cpp drops the {n_missing} bytes that the vocabulary does not have")
     return GGUFVocabulary("gpt2", tokens, types, pre, merges, notes=notes)
 
 
 def _split_name(
     tokenizer: Tokenizer, data: Mapping[str, Any], *, keeps_words: bool
 ) -> tuple[str, list[str]]:
-    """Return llama.cpp's name of a byte-level vocabulary's split, and what differs."""
+    """Return llama.cpp's name of a byte-level vocabulary's split, and notes on differences."""
     patterns = tuple(_patterns(data))
     merging, keeping = _NAMES.get(tuple(_SPELLINGS.get(p, p) for p in patterns), (None, None))
-    # tiktoken keeps words too. Where merging reaches every token, that is the same.
+    # tiktoken keeps words too; if merges produce every token, that makes no difference.
     is_either = isinstance(tokenizer, TiktokenTokenizer) and not keeps_words
     name = keeping if keeps_words else (keeping or merging) if is_either else merging
     if name is None:
         shown = " then ".join(repr(p[:60]) for p in patterns) or "none"
         raise _refusal(f"its split pattern is not one of llama.cpp's: {shown}")
-    notes = ["llama.cpp splits off spaces after the last line break of a text"]
+    notes = ["llama.cpp splits spaces at the end of a text from the line break before them"]
     return name, notes if _CL100K in patterns else []
 
 
 def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the regexes by which a byte-level vocabulary splits a text, one after the other."""
+    """Yield the regexes that a byte-level vocabulary applies in order to split a text."""
     for step in steps_of(data.get("pre_tokenizer")):
         match step:
-            # The same, as the patterns of llama.cpp match all of a text.
+            # Both do the same here, because llama.cpp's patterns match all of a text.
             case {"type": "Split", "pattern": {"Regex": str(regex)}} if (
                 step.get("behavior"),
                 bool(step.get("invert")),
@@ -187,7 +187,7 @@ def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
                 if step.get("use_regex", True):
                     yield GPT2_PATTERN
             case {"type": "ByteLevel"}:
-                raise _refusal("it puts a space before a text")
+                raise _refusal("it adds a space before a text")
             case _:
                 raise _refusal(f"it splits by {step['type']} in a way that llama.cpp does not")
 
@@ -195,7 +195,7 @@ def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
 def _characters(
     tokenizer: Tokenizer, data: Mapping[str, Any], tokens: list[str], types: list[int]
 ) -> GGUFVocabulary:
-    """Return a vocabulary as SentencePiece has it: merges of characters by the score of a token."""
+    """Return a SentencePiece vocabulary: characters are merged by the scores of tokens."""
     model = data["model"]
     if not model.get("byte_fallback") or not set(tokens) >= _BYTE_TOKENS:
         raise _refusal("its characters have no byte fallback")
@@ -210,7 +210,7 @@ def _characters(
             raise _refusal("it splits a text into words before merging")
         has_prefix = splits[0].get("prepend_scheme", "always") != "never"
         if has_prefix:
-            notes.append("llama.cpp puts a space also before a text that begins with one")
+            notes.append("llama.cpp also adds a space before a text that begins with one")
     else:
         names = ", ".join(step["type"] for step in [*normalizers, *splits]) or "none"
         raise _refusal(f"its treatment of spaces ({names}) is not one of llama.cpp's")
@@ -227,10 +227,10 @@ def _characters(
 
 
 def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
-    """Return token -> score; of two neighbours' unions, llama.cpp makes that of highest score.
+    """Return token -> score; llama.cpp merges the adjacent pair with the highest-scoring result.
 
-    Raises: CheckpointError if merges by rank are not merges by score: for each token, all pairs
-        that make it up must have neighbouring ranks.
+    Raises: CheckpointError if no scores reproduce the ranks: all pairs that form a token must have
+        consecutive ranks.
     """
     merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in data["model"]["merges"]]
     scores: dict[str, float] = {}
@@ -238,7 +238,7 @@ def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
     for left, right in merges:
         token = left + right
         if token != last and token in scores:
-            raise _refusal("its merges are not in the order of their tokens")
+            raise _refusal(f"its merges to {token[:40]!r} are not consecutive")
         scores.setdefault(token, -float(len(scores)))
         last = token
     special = {token["content"] for token in data.get("added_tokens") or ()} | _BYTE_TOKENS
@@ -247,7 +247,7 @@ def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
         for i in range(1, len(token)):
             pair = token[:i], token[i:]
             if pair not in pairs and pair[0] in tokens and pair[1] in tokens:
-                raise _refusal(f"it never merges {pair[0]!r} and {pair[1]!r}, as llama.cpp would")
+                raise _refusal(f"it never merges {pair[0]!r} and {pair[1]!r}, but llama.cpp would")
     return scores
 
 
@@ -260,13 +260,13 @@ def _special_ids(
     roles = {role: named.get(f"{role}_token", "") for role in ("bos", "eos", "unk", "pad")}
     ids = {role: id_of[token] for role, token in roles.items() if token in id_of}
     ends = [id_ for id_ in tokenizer.end_of_text_ids if id_ < len(tokens)]
-    ends.sort(key=lambda id_: id_ != ids.get("eos"))  # that of the tokenizer first
+    ends.sort(key=lambda id_: id_ != ids.get("eos"))  # the tokenizer's own first
     ids |= zip(("eos", "eot", "eom"), ends, strict=False)
     if len(ends) > 3:
-        notes.append(f"llama.cpp may not stop at the ids {ends[3:]}, as it takes three ends")
+        notes.append(f"llama.cpp may not stop at the ids {ends[3:]}, as it has three end tokens")
     if "eos" not in ids:
         raise _refusal(
-            "it has no end-of-text token, and llama.cpp would take another token for one",
+            "it has no end-of-text token, and llama.cpp would use another token as one",
             "Name one as eos_token_id in generation_config.json",
         )
     ids["bos"] = tokenizer.prefix[0] if tokenizer.prefix else ids.get("bos", ids["eos"])
@@ -274,7 +274,9 @@ def _special_ids(
 
 
 def _refusal(what: str, remedy: str = "") -> CheckpointError:
-    remedy = remedy or "Train with --tokenizer bpe, bytes or gpt2 for a model that llama.cpp reads"
+    remedy = (
+        remedy or "Train with --tokenizer bpe, bytes or gpt2 for a model that llama.cpp can run"
+    )
     return CheckpointError(
         f"llama.cpp would not give the same ids as this vocabulary: {what}. {remedy}."
     )

@@ -13,10 +13,10 @@ HUB_NAME = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
     re.ASCII,
 )
-"""Repository of the Hugging Face hub: org/name or org/name@revision."""
+"""Repository on the Hugging Face hub: org/name or org/name@revision."""
 
 _WEIGHTS = "model.safetensors"
-# Code of strangers is not downloaded; in a folder on the disk it is carried over, and never run.
+# Third-party code is not downloaded; from a local folder it is copied, but never run.
 _SMALL_FILES = ["config.json", INDEX, *(name for name in CARRIED if name != "*.py")]
 _LOG_IN = "log in with `hf auth login`"
 
@@ -34,7 +34,7 @@ def download_model(spec: str) -> Path:
 
     Args: spec, org/name or org/name@revision (a branch, a tag or a commit).
     Raises: CheckpointError if huggingface_hub is not installed, the repository cannot be
-        downloaded, or it has no weights that we read; ResourceError if the cache cannot be written.
+        downloaded, or it has no safetensors; ResourceError if the cache cannot be written.
     """
     match = HUB_NAME.fullmatch(spec)
     assert match is not None, f"{spec!r} is not a name of the hub"
@@ -46,7 +46,7 @@ def download_model(spec: str) -> Path:
             f"{spec!r} is not a folder here. If it is a model of the Hugging Face hub, install "
             f"huggingface_hub: {install_extra('hub')}."
         ) from None
-    # Its warnings repeat the reply of the server unescaped.
+    # Its warnings include the server's reply unescaped.
     logging.set_verbosity_error()
     try:
         with resource_errors(Path(constants.HF_HUB_CACHE)):
@@ -90,7 +90,7 @@ def _progress_bar() -> Any:
 
 
 def _problem(error: Exception, repository: str, revision: str | None) -> str:
-    """Return what is wrong, and the remedy."""
+    """Return why a download failed, and the remedy."""
     from huggingface_hub import constants, errors
 
     hub = f"the Hugging Face hub ({constants.ENDPOINT})"
@@ -100,11 +100,11 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         page = f"{constants.ENDPOINT}/{repository}"
         return f"its repository is gated. Accept the terms at {page}, and {_LOG_IN}."
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{hub} has no such repository for you. Check the name; if it is private, {_LOG_IN}."
+        return f"{hub} has no such repository. Check the name; if it is private, {_LOG_IN}."
     if isinstance(error, errors.RevisionNotFoundError):
         return f"its repository has no revision {revision!r}. Name a branch, a tag or a commit."
     if isinstance(error, errors.HFValidationError):
-        return "that is not a valid name of a repository. Check it."
+        return "it is not a valid repository name. Check it."
     is_local = isinstance(error, errors.LocalEntryNotFoundError)  # a kind of EntryNotFoundError
     if isinstance(error, errors.EntryNotFoundError) and not is_local:
         return (
@@ -115,14 +115,14 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE allows only the cache of the hub, which lacks some of its files. "
-            "Unset it to download."
+            "HF_HUB_OFFLINE allows only the hub's cache, where some of its files are missing. "
+            "Unset it to download them."
         )
     if response is not None:
         return f"{hub} answered {response.status_code}. Try again later, or {_LOG_IN}."
     if is_local:
         return (
-            f"{hub} cannot be reached ({type(cause).__name__}). Check the network, or download the "
-            "folder otherwise and name it."
+            f"{hub} cannot be reached ({type(cause).__name__}). Check the network, or get the "
+            "folder another way and name it."
         )
-    return f"its download failed ({type(error).__name__}: {str(error)[:120]!r}). Try again."
+    return f"the download failed ({type(error).__name__}: {str(error)[:120]!r}). Try again."

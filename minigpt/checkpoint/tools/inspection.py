@@ -38,7 +38,7 @@ class ModelFacts:
 def describe(folder: Path) -> ModelFacts:
     """Return the facts of a model; no weight is read.
 
-    Raises: CheckpointError if config and weights do not fit, or we cannot compute the model.
+    Raises: CheckpointError if config and weights do not match, or we cannot compute the model.
     """
     config = read_config(folder)
     tensors = stored_tensors(config, folder).values()
@@ -52,7 +52,7 @@ def describe(folder: Path) -> ModelFacts:
         training_flops_per_token=training_flops,
         float32_cache_bytes_per_token=cache_bytes_per_token(config, 4),
         bfloat16_cache_bytes_per_token=cache_bytes_per_token(config, 2),
-        # The output projection, which comes first in the files, last.
+        # The output projection is stored first, but listed last.
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name == "lm_head.weight")),
     )
 
@@ -63,13 +63,13 @@ class Check:
 
     folder: Path
     has_manifest: bool
-    """Whether bytes were compared with the manifest; else names and shapes with config.json."""
+    """Whether files were compared with a manifest; if not, only headers with config.json."""
     problem: str | None
-    """What is wrong; None if nothing is."""
+    """Description of the damage; None if there is none."""
 
 
 def check(folder: Path, *, is_step: bool) -> Check:
-    """Compare a checkpoint with its manifest, or without one, its headers with its config.
+    """Compare a checkpoint with its manifest or, without one, its weight headers with its config.
 
     Args: is_step, whether it is a step of a run, which must have a manifest.
     """

@@ -38,11 +38,11 @@ class Checkpoint:
     """Bytes of all files of the checkpoint."""
     written_at: datetime
     is_best: bool = False
-    """Whether --model with the name of the run means this step."""
+    """Whether --model with the run's name selects this step."""
     is_latest: bool = False
     """Whether the run resumes from this step."""
     damage: str | None
-    """What is wrong, judged by the sizes of the files; None if nothing is."""
+    """Damage that the file sizes show; None if there is none."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,18 @@ class Entry:
 
 
 def take_inventory(folder: Path) -> list[Entry]:
-    """Return the runs in a folder, the newest first, and after them the single models.
+    """Return the runs in a folder, newest first, followed by the single models.
 
     Raises: ResourceError if the folder cannot be read.
     """
     entries = [entry_of(place) for place in models_in(folder)]
     # A run whose steps were pruned in the meantime has no checkpoints.
-    there = [entry for entry in entries if entry.checkpoints]
-    return sorted(there, key=lambda entry: (entry.is_run, entry.written_at), reverse=True)
+    present = [entry for entry in entries if entry.checkpoints]
+    return sorted(present, key=lambda entry: (entry.is_run, entry.written_at), reverse=True)
 
 
 def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
-    """Return the entries of a folder, or the one run or model at a path or of that name under root.
+    """Return the entries of a folder, or the entry of a run or model given by path or name.
 
     Raises: CheckpointError if there is no such folder, run or model; ResourceError.
     """
@@ -83,7 +83,7 @@ def inventory_of(spec: str, root: Path = ROOT) -> list[Entry]:
 
 
 def run_named(spec: str) -> Entry:
-    """Return the run at a path, or of that name under the root.
+    """Return the run with this path, or with this name under the root.
 
     Raises: CheckpointError if there is none; ConfigError if it is a single model.
     """
@@ -99,7 +99,7 @@ def entry_of(folder: Path) -> Entry:
     """Return the entry of a run folder or a model folder."""
     name = folder.name or folder.resolve().name  # the working directory's
     if (folder / _CONFIG).is_file():
-        return Entry(name, folder, False, tuple(_seen(folder)))
+        return Entry(name, folder, False, tuple(_existing_checkpoint(folder)))
     run = RunFolder(folder)
     best, latest, losses = run.best(), run.latest(), _losses(run)
     checkpoints: list[Checkpoint] = []
@@ -110,12 +110,12 @@ def entry_of(folder: Path) -> Entry:
             "is_latest": latest is not None and latest.step == step,
             **losses.get(step, {}),
         }
-        checkpoints += _seen(run.step_folder(step), **facts)
+        checkpoints += _existing_checkpoint(run.step_folder(step), **facts)
     return Entry(name, folder, True, tuple(checkpoints))
 
 
-def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
-    """Yield the checkpoint in a folder, unless it is removed meanwhile."""
+def _existing_checkpoint(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
+    """Yield the checkpoint in a folder, or nothing if it was removed in the meantime."""
     layout, damage = None, None
     try:
         named = read_json(folder / _CONFIG).get("model_type")
@@ -124,7 +124,7 @@ def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
             verify(folder)
     except MinigptError as error:
         damage = str(error)
-    # The file of a checkpoint that is written last, where there is one.
+    # The file of a checkpoint that is written last, if it exists.
     files = (path for path in (folder / MANIFEST, folder / _CONFIG) if path.exists())
     last = next(files, folder)
     with suppress(FileNotFoundError):
@@ -139,7 +139,7 @@ def _seen(folder: Path, **facts: Any) -> Iterator[Checkpoint]:
 
 
 def _date(seconds: float) -> datetime:
-    """Return the date of a file's time, or the nearest that Python has in every time zone."""
+    """Return the date of a file's timestamp, or the nearest valid one in every time zone."""
     first, last = (datetime(*day, tzinfo=UTC) for day in ((1, 1, 3), (9999, 12, 29)))
     return datetime.fromtimestamp(min(max(seconds, first.timestamp()), last.timestamp()), UTC)
 
@@ -147,14 +147,14 @@ def _date(seconds: float) -> datetime:
 def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
     """Return the recorded val_loss and bits_per_byte of each step.
 
-    The pointers come after the log and win. What cannot be read is skipped.
+    The pointers override the log. Unreadable records are skipped.
     """
     records: list[Any] = []
     with suppress(OSError):
         log = read_bytes(run.path / METRICS_FILE).decode("utf-8", errors="replace")
         for line in log.split("\n"):
             if '"val_loss"' in line:
-                with suppress(ValueError, RecursionError):  # a kill can cut the last one
+                with suppress(ValueError, RecursionError):  # a kill can truncate the last line
                     records.append(json.loads(line))
     for name in ("best.json", "latest.json"):
         with suppress(CheckpointError):
@@ -170,7 +170,7 @@ def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
 
 
 def _require_model(spec: str, root: Path = ROOT) -> Path:
-    """Return the run folder or model folder at a path, or of that name under root."""
+    """Return the run folder or model folder with this path, or with this name under root."""
     if place := find_model(spec, root):
         return place
     raise CheckpointError(

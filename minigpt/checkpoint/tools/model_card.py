@@ -17,7 +17,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _USE = """\
 ## Use
 
-FOLDER is where this file is.
+FOLDER is the folder of this file.
 
 ```console
 minigpt generate --model FOLDER "Once upon a time"
@@ -36,13 +36,13 @@ outputs = model.generate(**inputs, max_new_tokens=40, do_sample=True, temperatur
 print(tokenizer.decode(outputs[0]))
 ```"""
 _NOWHERE_ELSE = """\
-transformers has no such model, so only minigpt reads this folder."""
+transformers does not support this model, so only minigpt can read this folder."""
 _LIMITS = """\
 ## Limits
 
-It continues text in the manner of the text that it was trained on, with whatever is wrong or unfair
-in that. It follows no instructions, states what is false as readily as what is true, and may repeat
-its training text word for word. It was measured by the losses above and by nothing else."""
+The model continues text in the style of its training text, including its errors and biases. It does
+not follow instructions, may state falsehoods as confidently as facts, and may repeat its training
+text word for word. It was evaluated only by the losses above."""
 
 
 def write_card(folder: Path, run: Any, step: int, losses: Mapping[str, float]) -> None:
@@ -72,8 +72,8 @@ def model_card(
 
     Names and the command are escaped in both.
 
-    Args: name, of the run; step, optimizer steps done; val_loss, nats/token; n_train_tokens, of the
-        text without its validation part; val_split, as in ``Manifest``, None for the config's.
+    Args: name, of the run; step, optimizer steps done; n_train_tokens, without those for
+        validation; val_loss, nats/token; val_split, as in ``Manifest``, None for the config's.
     """
     model_type = config.model.model_type
     names = "\n".join(f"- {_code(name)}" for name in _names(config))
@@ -100,15 +100,15 @@ def model_card(
 
 {names}
 
-{n_train_tokens:,} tokens of it to train on; {_validation(config, val_split)}.""",
+{n_train_tokens:,} tokens for training, {_validation(config, val_split)} for validation.""",
         f"""\
 ## Training
 
 - Start: {_start(config)}
 - Steps: {step:,}, with {config.training.optimizer}
-- Tokens seen: {n_seen:,}, which is the text {n_seen / n_train_tokens:.3g} times
+- Tokens seen: {n_seen:,} ({n_seen / n_train_tokens:.3g} times the training text)
 {loss}""",
-        *([f"It was made by:\n\n    {_one_line(config.command)}"] if config.command else []),
+        *([f"The command was:\n\n    {_one_line(config.command)}"] if config.command else []),
         _USE.format(elsewhere=others),
         _LIMITS,
     ]
@@ -119,18 +119,18 @@ def _validation(config: RunConfig, val_split: str | None) -> str:
     percent = f"{100 * config.data.val_fraction:.3g} %"
     split = val_split or ("own" if config.data.val else config.data.val_split)
     if split == "own":
-        return "another text for validation"
+        return "a separate text"
     if not config.data.val_fraction:
-        return "nothing for validation"
+        return "none"
     if split == "documents":
-        return f"whole documents, about {percent} of the whole, for validation"
-    return f"the last {percent} of the whole for validation"
+        return f"whole documents with about {percent} of the text"
+    return f"the last {percent} of the text"
 
 
 def _metadata(
     config: RunConfig, name: str, val_loss: float | None, bits_per_byte: float | None
 ) -> str:
-    """Return the YAML block that the hub specifies for model cards."""
+    """Return the YAML block of a model card, as the hub specifies it."""
     repository = _base_repository(config)
     library = "minigpt" if config.model.model_type == OWN_TYPE else "transformers"
     base = f"base_model: {_quoted(repository)}\n" if repository else ""
@@ -167,40 +167,40 @@ pipeline_tag: text-generation
 
 
 def _layout(model: ModelConfig) -> str:
-    name = f"{model.model_type}, as Hugging Face calls it"
+    name = f"{model.model_type} in Hugging Face's format"
     if model.model_type == OWN_TYPE:
-        name = f"{model.family}'s with {model.attention} attention, which no other program reads"
+        name = f"{model.family} with {model.attention} attention, supported only by minigpt"
     if model.arch != "gpt":
         shape = f"{model.n_layer} layers, width {model.d_model}"
-        return f"{model.arch}, which no other program reads; {shape}"
+        return f"{model.arch}, supported only by minigpt; {shape}"
     return f"""\
 {name}; {model.n_layer} layers, {model.n_head} heads
-  ({model.n_kv_head} of keys and values), width {model.d_model}, MLP {model.d_mlp}"""
+  ({model.n_kv_head} key/value heads), width {model.d_model}, MLP width {model.d_mlp}"""
 
 
 def _names(config: RunConfig) -> list[str]:
     """Return the names of the corpora without their folders, which are private."""
-    called = {
+    titles = {
         "-": "standard input",
         "builtin": "short tales that come with minigpt",
         "builtin:tales": "short tales that come with minigpt",
         "builtin:python": "English prose that comes with Python",
     }
-    names = [called.get(path) or Path(path).name or path for path in config.data.paths]
+    names = [titles.get(path) or Path(path).name or path for path in config.data.paths]
     n_more = len(names) - _MOST_NAMES
     return [*names[:_MOST_NAMES], f"and {n_more} more"] if n_more > 0 else names
 
 
 def _start(config: RunConfig) -> str:
     if config.from_ is None:
-        return f"weights drawn with seed {config.training.seed}"
+        return f"random weights with seed {config.training.seed}"
     path = Path(config.from_)
     place = f"{path.parent.name}/{path.name}" if path.name.startswith("step-") else path.name
     return f"the weights of {_code(config.from_ if _base_repository(config) else place)}"
 
 
 def _base_repository(config: RunConfig) -> str | None:
-    """Return the hub repository of the model that the run started from; None without one."""
+    """Return the hub repository of the run's base model; None without one."""
     repository, _, commit = (config.from_ or "").partition("@")
     return repository if is_hub_name(repository) and _COMMIT.fullmatch(commit) else None
 
@@ -210,7 +210,7 @@ def _one_line(text: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return a text as a YAML string: JSON's, without what YAML would fold or refuse."""
+    """Return a text as a YAML string: a JSON string without characters YAML folds or rejects."""
     return json.dumps(_one_line(text), ensure_ascii=False)
 
 

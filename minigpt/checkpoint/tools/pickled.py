@@ -1,7 +1,7 @@
-"""Model folders from pickles: nanoGPT's ckpt.pt, and Hugging Face's pytorch_model.bin.
+"""Convert pickles to model folders: nanoGPT's ckpt.pt and Hugging Face's pytorch_model.bin.
 
-Pickles are opened by torch.load with weights_only, which reads tensors and plain values and runs
-nothing that a file asks for. No other part of minigpt opens one.
+Pickles are opened by torch.load with weights_only, which reads only tensors and plain values and
+runs no code from the file. No other part of minigpt opens pickles.
 """
 
 import re
@@ -51,16 +51,16 @@ _SHAPE = {
     "dropout": "dropout",
 }
 """nanoGPT's model_args -> ModelConfig fields."""
-_GPT2_TOKENS = range(50257, 50305)  # nanoGPT pads the vocabulary of GPT-2 to a multiple of 64
+_GPT2_TOKENS = range(50257, 50305)  # nanoGPT pads GPT-2's vocabulary to a multiple of 64
 _COPIED = (".json", ".txt", ".jinja", ".md", ".model")
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A model folder made from pickles."""
+    """A model folder converted from pickles."""
 
     source: str
-    """Kind of file it was made from."""
+    """Kind of the converted file."""
     n_parameters: int
     has_tokenizer: bool
 
@@ -73,13 +73,13 @@ def import_pickled(
     vocabulary: Path | None = None,
     activation: str | None = None,
 ) -> Imported:
-    """Make a model folder from nanoGPT's ckpt.pt, or from a folder with pytorch_model.bin.
+    """Create a model folder from nanoGPT's ckpt.pt, or from a folder with pytorch_model.bin.
 
-    Args: source, a file, or a folder that holds one; out, a new folder; the others are for ckpt.pt
-        alone: tokenizer, a spec of ``make_tokenizer``; vocabulary, the text that a character-level
-        model was trained on; activation, gelu or gelu_tanh, None for gelu.
-    Raises: CheckpointError if the file is malicious, damaged or of another model; ConfigError;
-        DataError; ResourceError.
+    Args: source, a file, or a folder that contains one; out, a new folder; the others are only for
+        ckpt.pt: tokenizer, a spec of ``make_tokenizer``; vocabulary, the text that a
+        character-level model was trained on; activation, gelu or gelu_tanh, None for gelu.
+    Raises: CheckpointError if the file is malicious, damaged or of an unsupported model;
+        ConfigError; DataError; ResourceError.
     """
     folder = source if source.is_dir() else source.parent
     is_nanogpt = not (folder / CONFIG).is_file()
@@ -109,7 +109,7 @@ def import_pickled(
 
 
 def _load(path: Path) -> Any:
-    """Return the tensors and plain values of a pickle, without running any code of it."""
+    """Return the tensors and plain values of a pickle, without running any code in it."""
     try:
         with resource_errors(path), open_regular(path) as file:
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -120,31 +120,31 @@ def _load(path: Path) -> Any:
         if asked:
             raise CheckpointError(
                 f"{str(path)!r} asks to run {cut(asked[1])} when it is opened. Nothing was run: "
-                "only tensors and plain values are read. Save the state_dict of the model alone."
+                "only tensors and plain values are read. Save only the model's state_dict."
             ) from None
         if what := other_format(path):
             raise CheckpointError(f"{str(path)!r} {what}") from None
         raise CheckpointError(
-            f"{str(path)!r} is not a complete file of torch.save ({type(error).__name__}). "
+            f"{str(path)!r} is not a complete torch.save file ({type(error).__name__}). "
             "Write or download it again."
         ) from None
 
 
 def _state_dict(path: Path, value: Any) -> dict[str, Tensor]:
-    """Return a state_dict under the names that it had before torch.compile and DDP.
+    """Return a state_dict without the name prefixes of torch.compile and DDP.
 
     Raises: CheckpointError if a value is not a tensor, or a name occurs twice.
     """
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise CheckpointError(
-            f"{str(path)!r} holds no state_dict, which maps names to tensors. Choose another file."
+            f"{str(path)!r} has no state_dict, which maps names to tensors. Choose another file."
         )
     tensors: dict[str, Tensor] = {}
     for name, tensor in value.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckpointError(
-                f"{str(path)!r}: {cut(name)} is not a dense tensor. Save the state_dict of the "
-                "model alone."
+                f"{str(path)!r}: {cut(name)} is not a dense tensor. Save only the model's "
+                "state_dict."
             )
         plain = name.replace("_orig_mod.", "").removeprefix("module.")
         if tensors.setdefault(plain, tensor) is not tensor:
@@ -163,8 +163,8 @@ def _read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     args = checkpoint.get("model_args") if isinstance(checkpoint, Mapping) else None
     if not isinstance(args, Mapping) or "model" not in checkpoint:
         raise CheckpointError(
-            f"{str(path)!r} has no model_args beside its model, as {_NANOGPT} of nanoGPT has, and "
-            "there is no config.json beside it. Put the config.json of the model there."
+            f"{str(path)!r} has no model_args with its model, unlike nanoGPT's {_NANOGPT}, and "
+            "there is no config.json next to it. Put the model's config.json there."
         )
     if unknown := [str(name) for name in args if name not in (*_SHAPE, "bias")]:
         raise CheckpointError(
@@ -172,7 +172,7 @@ def _read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "cannot be imported."
         )
     if missing := [name for name in _SHAPE if name not in args]:
-        raise CheckpointError(f"{str(path)!r}: model_args lacks {missing[0]}. Write it again.")
+        raise CheckpointError(f"{str(path)!r}: model_args has no {missing[0]}. Write it again.")
     shape = {ours: args[theirs] for theirs, ours in _SHAPE.items()}
     tensors = _state_dict(path, checkpoint["model"])
     if args.get("bias", True) is False:
@@ -181,7 +181,7 @@ def _read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the biases that GPT-2 has and nanoGPT's model without biases lacks."""
+    """Return zeros for GPT-2's biases, for a nanoGPT model without biases."""
     biased = re.compile(r"transformer\.(.*\.c_\w+|.*\.ln_\d|ln_f)\.weight")
     return {
         f"{name.removesuffix('weight')}bias": weight.new_zeros(weight.shape[:1])
@@ -193,7 +193,7 @@ def _zero_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _write_nanogpt(
     folder: Path, shape: dict[str, Any], tensors: dict[str, Tensor], tokenizer: Tokenizer
 ) -> None:
-    """Write nanoGPT's model in GPT-2's layout: transposed matrices, and all biases."""
+    """Write nanoGPT's model in GPT-2's layout, with transposed matrices and all biases."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
     is_tied = head is None or (embedding is not None and torch.equal(head, embedding))
     try:
@@ -213,13 +213,13 @@ def _write_nanogpt(
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, which takes no tensors that share their memory."""
+    """Write a safetensors file, copying tensors that share memory, which it does not allow."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES.values():
             raise CheckpointError(
-                f"the tensor {cut(name)} in {str(path.parent)!r} is {tensor.dtype}, and only "
+                f"the tensor {cut(name)} in {str(path.parent)!r} is {tensor.dtype}, but only "
                 "floating-point weights are read. Save the model in float32 or bfloat16."
             )
         address = tensor.untyped_storage().data_ptr()
@@ -229,24 +229,24 @@ def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _tokenizer(vocab_size: Any, spec: str | None, text: Path | None) -> Tokenizer:
-    """Return the vocabulary of nanoGPT's model; meta.pkl, where it keeps one, is never opened."""
+    """Return the vocabulary of nanoGPT's model, without opening its pickle, meta.pkl."""
     if spec and text:
-        raise ConfigError("--tokenizer and --vocabulary exclude each other. Leave one of them out.")
+        raise ConfigError("--tokenizer and --vocabulary are mutually exclusive. Leave one out.")
     if text:
         return _characters(vocab_size, text)
     if not spec and vocab_size not in _GPT2_TOKENS:
         raise ConfigError(
-            f"the model has {str(vocab_size)[:20]} tokens, whose vocabulary nanoGPT keeps in "
-            "meta.pkl, which is never opened. Pass --vocabulary FILE with the text that it was "
-            "trained on (input.txt) if they are characters, or --tokenizer NAME."
+            f"the model has {str(vocab_size)[:20]} tokens, whose vocabulary nanoGPT stores in "
+            "meta.pkl, a pickle that is never opened. Pass --vocabulary FILE with the training "
+            "text (input.txt) if they are characters, or --tokenizer NAME."
         )
     kind = spec or "gpt2"
     if kind.partition(":")[0] == "bpe":
-        raise ConfigError(f"--tokenizer {kind} would be trained again. Name another one: gpt2.")
+        raise ConfigError(f"--tokenizer {kind} would be trained again. Name another, as gpt2.")
     tokenizer = make_tokenizer(kind, ())
     if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"--tokenizer {kind} has {tokenizer.vocab_size} tokens, and the model {vocab_size}. "
+            f"--tokenizer {kind} has {tokenizer.vocab_size} tokens, but the model {vocab_size}. "
             "Name the one that it was trained with."
         )
     return tokenizer
@@ -262,19 +262,19 @@ def _characters(vocab_size: Any, path: Path) -> Tokenizer:
             f"--vocabulary {str(path)!r} cannot be read as UTF-8 text: {str(error)[:80]}. "
             "Name another file."
         ) from None
-    # nanoGPT reads a text with Python's universal newlines.
+    # nanoGPT reads the text with Python's universal newlines.
     characters = sorted(set(text.replace("\r\n", "\n").replace("\r", "\n")))
     if len(characters) != vocab_size:
         raise DataError(
-            f"{str(path)!r} has {len(characters)} different characters, and the model "
-            f"{str(vocab_size)[:20]} tokens. Name the whole text that it was trained on."
+            f"{str(path)!r} has {len(characters)} different characters, but the model "
+            f"{str(vocab_size)[:20]} tokens. Name the complete text that it was trained on."
         )
     model = {"type": "BPE", "vocab": {c: i for i, c in enumerate(characters)}, "merges": []}
     return tokenizer_from_json(tokenizer_file(model=model, decoder={"type": "Fuse"}), "characters")
 
 
 def _write_hugging_face(folder: Path, source: Path, path: Path | None) -> None:
-    """Write a folder of Hugging Face with its pickles as safetensors, and all else as it is."""
+    """Copy a Hugging Face folder, converting its pickles to safetensors."""
     names = [path.name] if path else _bin_names(source)
     config = read_config(source)
     weight_map: dict[str, str] = {}
@@ -305,10 +305,10 @@ def _bin_names(folder: Path) -> list[str]:
         return shard_names(folder / _BIN_INDEX)
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         raise ConfigError(
-            f"{str(folder)!r} is a model folder already, which --model opens. There is nothing to "
-            "import."
+            f"{str(folder)!r} is already a model folder, which --model can open. There is nothing "
+            "to import."
         )
     raise CheckpointError(
-        f"{str(folder)!r} has no {_BIN}. Name a folder that has one beside its config.json, or "
-        f"nanoGPT's {_NANOGPT}."
+        f"{str(folder)!r} has no {_BIN}. Name a folder with config.json and {_BIN}, or nanoGPT's "
+        f"{_NANOGPT}."
     )

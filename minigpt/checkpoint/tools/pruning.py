@@ -1,4 +1,4 @@
-"""Pruning the checkpoints of a run: ``--keep`` and ``checkpoints prune``."""
+"""Prune the checkpoints of a run: ``--keep`` and ``checkpoints prune``."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ from minigpt.files import WRITING, remove, resource_errors
 def prunable(run: RunFolder, keep: int) -> list[int]:
     """Return the intact steps except best, latest and the newest ``keep`` others.
 
-    Damaged ones stay, as parts of them may be recovered by hand.
+    Damaged ones are kept, since parts of them may be recovered by hand.
     """
     protected = {pointer.step for pointer in (run.best(), run.latest()) if pointer}
     others = [step for step in run.steps() if step not in protected]
@@ -21,12 +21,12 @@ def prunable(run: RunFolder, keep: int) -> list[int]:
 
 
 def prune(run: RunFolder, keep: int) -> None:
-    """Delete the ``prunable`` checkpoints of a run, which is locked."""
+    """Delete the ``prunable`` checkpoints of a run that the caller has locked."""
     with resource_errors(run.path):
         for step in prunable(run, keep):
             folder = run.step_folder(step)
             doomed = folder.with_name(f"{WRITING}{folder.name}")
-            os.rename(folder, doomed)  # a partly deleted step must not look like one
+            os.rename(folder, doomed)  # a partly deleted step must not look like a step
             remove(doomed)
 
 

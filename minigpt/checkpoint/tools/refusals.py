@@ -1,4 +1,4 @@
-"""Errors for names that are not models, such as URLs and pickles, and of damaged checkpoints."""
+"""Errors for names that are not models, such as URLs and pickles, and for damaged checkpoints."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
 
 
 def other_format(path: Path) -> str:
-    """Return what a file of weights in another format is, and the remedy; "" if it is none."""
+    """Describe a weight file in an unsupported format, with the remedy; "" for any other file."""
     try:
         with open_regular(path) as file:
             start = file.read(9)
@@ -26,18 +26,18 @@ def other_format(path: Path) -> str:
         return ""
     if start.startswith(b"GGUF"):
         return (
-            "is a GGUF file, which minigpt writes and does not read. Take the Hugging Face folder "
-            "that it was made from, or make one with transformers: from_pretrained(FOLDER, "
+            "is a GGUF file, which minigpt writes but does not read. Use the Hugging Face folder "
+            "it was made from, or create one with transformers: from_pretrained(FOLDER, "
             "gguf_file=NAME) of AutoModelForCausalLM and AutoTokenizer, then save_pretrained."
         )
     if path.suffix == ".safetensors" and start[8:] == b"{":
         return (
-            "is a file of weights alone. Name a folder that has it as model.safetensors, with its "
+            "contains only weights. Name a folder that has it as model.safetensors, with its "
             "config.json and tokenizer.json."
         )
     if path.suffix in (".h5", ".msgpack", ".onnx", ".tflite"):
         return (
-            "has weights of another framework. Download the model.safetensors of this model, or "
+            "has weights for another framework. Download the model.safetensors of this model, or "
             "save it with transformers."
         )
     return ""
@@ -46,8 +46,8 @@ def other_format(path: Path) -> str:
 def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     """Return the error for a name that is not a model.
 
-    Args: places, where it was looked for; root, the folder of runs.
-    Raises: ResourceError if one of the places may not be read.
+    Args: places, paths where it was looked up; root, the folder of runs.
+    Raises: ResourceError if there is no permission to read one of them.
     """
     if not spec:
         return CheckpointError(f"the name of a model is empty. {remedy('', names_in(root))}")
@@ -63,7 +63,7 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
         advice = did_you_mean(spec, [*names_in(root), *nearby])
     advice = advice or remedy(Path(spec).name, names_in(root))
     if Path(spec).name == spec and not advice.startswith("Did"):
-        advice += " A model of the Hugging Face Hub is named org/name, as openai-community/gpt2."
+        advice += " Models on the Hugging Face Hub have names such as openai-community/gpt2."
     for place in places:
         if os.path.exists(place):  # unlike Path.exists, False for impossible names
             if os.path.isdir(place):
@@ -72,8 +72,8 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
             pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
             if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
                 return CheckpointError(
-                    f"{str(pickles[0])!r} is a pickle, which can run any code. Make a model folder "
-                    "from it, which runs none: `minigpt checkpoints import "
+                    f"{str(pickles[0])!r} is a pickle, which can run any code. Convert it without "
+                    "running code: `minigpt checkpoints import "
                     f"{shlex.quote(str(pickles[0]))} NEW_FOLDER`."
                 )
             if place.is_file() and (place.parent / "config.json").is_file():
@@ -90,7 +90,7 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
                     "PEFT's merge_and_unload, save the result, and name that."
                 )
             return CheckpointError(
-                f"{str(place)!r} holds no checkpoint: no step folder, no config.json. {advice}"
+                f"{str(place)!r} contains no checkpoint: no step folder, no config.json. {advice}"
             )
     where = f" in {str(root)!r}" if Path(spec).name == spec else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."

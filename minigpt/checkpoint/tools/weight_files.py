@@ -1,4 +1,4 @@
-"""The files of weights that were saved in several parts, or as a pickle."""
+"""Find the shards of a model's weights, or say why a folder has none."""
 
 import os
 import re
@@ -10,26 +10,26 @@ from minigpt.errors import CheckpointError
 from minigpt.files import read_json
 
 INDEX = "model.safetensors.index.json"
-"""Files of a sharded model's tensors."""
+"""Index of a sharded model: the file of each tensor."""
 
 
 def shards_in(folder: Path) -> list[str]:
-    """Return the names of the files of a sharded model.
+    """Return the file names of a sharded model.
 
-    Raises: CheckpointError if there is none; for a pickle, it names the command that reads it.
+    Raises: CheckpointError if there are none; for a pickle, it names the command that converts it.
     """
     if os.path.lexists(folder / INDEX):
         return shard_names(folder / INDEX)
     if pickled := [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.pt*"))]:
         raise CheckpointError(
             f"{str(folder)!r} has its weights in {pickled[0].name!r}, a pickle, which can run any "
-            "code. Make a model folder from it, which runs none: `minigpt checkpoints import "
+            "code. Convert it without running code: `minigpt checkpoints import "
             f"{shlex.quote(str(folder))} NEW_FOLDER`."
         )
     others = sorted(path.name for path in folder.glob("*.safetensors"))
     why, remedy = "", "Write or download it again."
     if others and "-of-" in others[0]:
-        why = f", and {INDEX}, which names the parts such as {others[0]!r}"
+        why = f", and so is {INDEX}, which lists shards such as {others[0]!r}"
     elif others:
         why = f": its weights are in {others[0]!r}"
         remedy = f"Rename that file to {WEIGHTS}."
@@ -37,9 +37,9 @@ def shards_in(folder: Path) -> list[str]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Return the files that an index of weights names, all of them in its folder.
+    """Return the files, all in the same folder, that an index of weights lists.
 
-    Raises: CheckpointError if it names others, or none.
+    Raises: CheckpointError if it lists none, or files elsewhere.
     """
     shards = read_json(index).get("weight_map")
     names = list(shards.values()) if isinstance(shards, dict) else []
