@@ -1,1 +1,1 @@
-"""The Transformer: torch only; no file is opened and nothing is printed here."""
+"""The models, in torch only: this package opens no files and prints nothing."""

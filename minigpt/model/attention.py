@@ -22,11 +22,11 @@ from minigpt.model.scores import Score, make_score, weighted_sum
 class AttentionPass:
     """The attention of one forward pass, in all layers.
 
-    The tensors are valid until the next forward pass: copy what is kept longer.
+    The tensors are valid until the next forward pass: copy them to keep them longer.
     """
 
     weights_LBHS: Tensor
-    """Attention weights of the last query, float32. In a decode step, those that the model used."""
+    """Attention weights of the last query, float32. In a decode step, the ones the model used."""
     context_LBHD: Tensor
     """Head outputs of the last query, before the output projection."""
     values_LBGSD: Tensor
@@ -34,30 +34,30 @@ class AttentionPass:
     n_new: int
     """Number of positions that this pass added, T."""
     queries: Sequence[Tensor] | None = None
-    """All queries of each layer (B, H, T, D), after ``Score.fold``; None unless needed, and for a
-    single one."""
+    """All queries of each layer (B, H, T, D), after ``Score.fold``. None for a single query, or
+    unless the recorder needs them."""
     keys: Sequence[Tensor] | None = None
     """Keys in view of each layer (B, G, S, D). None if ``queries`` is None."""
     residual_NBC: Tensor | None = None
     """Residual stream of the last position: the embedding, then after each layer's attention branch
     and after its MLP branch. None unless the recorder needs it."""
     replaced: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Layers in which an intervention replaced the outputs of heads at the last position: true for
-    these heads (H, 1), and what the output projection was given (B, H, D)."""
+    """Layer -> replacement of head outputs at the last position by an intervention: mask of these
+    heads (H, 1), and input of the output projection (B, H, D)."""
     first_state: int = 0
-    """Index in ``residual_NBC`` of the last state that an intervention put in; 0 for none."""
+    """Index in ``residual_NBC`` of the last state that an intervention replaced; 0 for none."""
 
 
 class Recorder(Protocol):
     """Receives the attention of every forward pass, once, and must not modify the tensors."""
 
     needs_queries: bool
-    """Whether to receive the weights of all queries of a prompt, not only those of the last one."""
+    """Whether to receive all queries and keys of a prompt, not only the last query's weights."""
     needs_residual: bool
     """Whether to receive the residual stream of the last position."""
 
     def record(self, attention: AttentionPass) -> None:
-        """Take the attention of a forward pass."""
+        """Record the attention of a forward pass."""
 
 
 class AttentionLayer(Protocol):
@@ -68,7 +68,7 @@ class AttentionLayer(Protocol):
 
 
 class PassCollector:
-    """Collects the attention of each layer during a forward pass, and hands it to a recorder."""
+    """Collects the attention of each layer during a forward pass, and passes it to a recorder."""
 
     def __init__(self, recorder: Recorder, n_new: int) -> None:
         self._recorder, self._n_new = recorder, n_new
@@ -100,9 +100,9 @@ class PassCollector:
 
     @torch.no_grad()
     def finish(self, values_LBGSD: Tensor | None = None) -> None:
-        """Hand the pass to the recorder.
+        """Pass the attention of all layers to the recorder.
 
-        Args: values_LBGSD, the values of all layers, if a cache holds them in one tensor.
+        Args: values_LBGSD, the values of all layers, if a cache has them in one tensor.
         Raises: ConfigError if the recorder needs the residual stream of a model that has none.
         """
         has_residual = self._recorder.needs_residual
@@ -138,7 +138,7 @@ def attend(
     """Return each head's output (B, H, T, D) for folded queries, and add it to the collector.
 
     For a single query, the weights are computed explicitly, and the collector gets the same tensor.
-    For more queries the fused kernel is faster, and the weights of the last one are computed again
+    For more queries, the fused kernel is faster, and the weights of the last query are recomputed
     for the collector.
     """
     if q_BHTD.shape[2] == 1:
@@ -188,7 +188,7 @@ class Attention(nn.Module):
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
-        """Attend to these positions and those in the cache, to which they are added.
+        """Attend to the cached and the new positions, and add the new ones to the cache.
 
         Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2);
             visible_BS, false for keys that are masked in a sequence.
@@ -206,7 +206,7 @@ class Attention(nn.Module):
         return self.output(context_BHTD.transpose(1, 2).flatten(2))  # (B, T, C)
 
     def rotate(self, x_BHTD: Tensor, rotary: Rotary) -> Tensor:
-        """Apply RoPE to queries or keys; a subclass may rotate a part of them, or none."""
+        """Apply RoPE to queries or keys; a subclass may rotate only some dimensions, or none."""
         return rotate(x_BHTD, *rotary)
 
     def _split_heads(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from minigpt.config import ModelConfig
 class KVCache:
     """One tensor pair for the whole model, whose first ``length`` positions are filled.
 
-    Each layer calls ``write``, and the model ``advance`` once per forward pass.
+    In each forward pass, every layer calls ``write``, and then the model calls ``advance``.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} positions; {end} were asked for")
 
     def advance(self, n_positions: int) -> None:
-        """Count the positions that every layer has now written."""
+        """Count new positions, which every layer has written."""
         self.length += n_positions
 
     def truncate(self, length: int) -> None:
-        """Forget every position from ``length`` on."""
+        """Remove all positions from ``length`` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot truncate a cache of {self.length} positions to {length}")
         self.length = length
@@ -85,6 +85,6 @@ class KVCache:
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 4) -> int:
     """Return the cache bytes of one position of one sequence.
 
-    An LSTM stores both states of each layer for each position, so that the cache can be truncated.
+    An LSTM stores both states of each layer at every position, so that the cache can be truncated.
     """
     return 2 * config.n_layer * config.n_kv_head * config.d_head * bytes_per_value

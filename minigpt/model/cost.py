@@ -1,4 +1,4 @@
-"""The cost of a model: parameters and FLOPs, from a model without memory, and what GPUs reach."""
+"""The cost of a model: parameters and FLOPs, from the meta device, and the peak FLOP/s of GPUs."""
 
 import re
 from functools import lru_cache
@@ -18,8 +18,8 @@ def parameter_count(config: ModelConfig) -> int:
 def training_flops_per_token(config: ModelConfig) -> int:
     """Return the FLOPs of a forward and backward pass over one token of a full context.
 
-    Six per parameter that multiplies (lookups do not), and what the score declares per attention
-    weight, for half the context on average, because the mask is causal, or for a sliding window.
+    Six per parameter of a matrix product (not of a lookup), and the score's ``flops_per_weight``
+    per attention weight: half the context on average, as it is causal, or less with a window.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
     return _counts(config)[1]
@@ -67,7 +67,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)
-    # Whole words: an L40 is no L4.
+    # Whole words only: an L40 is not an L4.
     return next((p for key, p in _BFLOAT16_PEAKS.items() if re.search(rf"\b{key}\b", name)), None)
 
 

@@ -10,7 +10,7 @@ from minigpt.errors import ConfigError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of a name: auto (the fastest available), cpu, cuda or mps.
+    """Return the device for a name: auto (the fastest available), cpu, cuda or mps.
 
     Raises: ConfigError if it is not available.
     """
@@ -33,16 +33,16 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name: auto (bfloat16 if it is fast), float32, tf32 or bfloat16.
+    """Return the dtype for a name: auto (bfloat16 if it is fast), float32, tf32 or bfloat16.
 
-    tf32, float32 with products in TF32, is turned on or off for the whole process.
+    tf32 is float32 with TF32 matrix products, which are enabled or disabled for the process.
 
     Raises: ConfigError for tf32 without CUDA.
     """
     is_tf32 = name == "tf32"
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = is_tf32  # the LSTM's; torch's default is True
+        torch.backends.cudnn.allow_tf32 = is_tf32  # used by LSTMs; True by default
     elif is_tf32:
         raise ConfigError(f"dtype tf32 needs a CUDA device: this is {device.type}. Use float32.")
     if name == "auto":
@@ -56,21 +56,21 @@ def widest_float(device: torch.device | str) -> torch.dtype:
 
 
 def inference_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of a name for evaluation and generation: auto is float32 on a CPU.
+    """Return the dtype for a name in evaluation and generation: auto is float32 on a CPU.
 
-    There, float32 gives the same loss on every CPU, and a small model decodes no slower in it.
+    float32 gives the same loss on every CPU, and small models decode no slower than in bfloat16.
     """
     is_default = name == "auto" and device.type == "cpu"
     return resolve_dtype("float32" if is_default else name, device)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Return the context in which float32 weights compute in ``dtype``."""
+    """Return the autocast context in which float32 weights compute in ``dtype``."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def to_device(tensors: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Return tensors of one dtype on a device; to a GPU, as one copy that is not waited for."""
+    """Move tensors of equal dtype to a device; to a GPU, in one non-blocking copy."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     sizes = [tensor.numel() for tensor in tensors]

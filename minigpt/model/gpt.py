@@ -21,12 +21,12 @@ from minigpt.model.scores import Score
 class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C).
 
-    A family's subclass may have other norms, or a forward of its own, which tells the collector the
-    residual stream after both branches.
+    A family's subclass may have other norms, or its own forward, which must add the residual stream
+    after each branch to the collector.
     """
 
     is_parallel = False
-    """Whether the MLP reads the input of the block, without what attention adds to it."""
+    """Whether the MLP reads the input of the block, without the output of attention."""
 
     def __init__(self, config: ModelConfig, attention: Attention) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """A causal language model: token ids in, logits of each next token out.
 
-    A family that computes something else is a subclass, which may change ``block_class``,
+    A family with another computation is a subclass, which may override ``block_class``,
     ``attention_class``, ``embed``, ``rotary_table`` and ``logits``.
 
     Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama).
@@ -113,7 +113,7 @@ class GPT(LanguageModel):
         return rotary_table(self.config, divisor, scale)
 
     def rotary(self, start: int, end: int) -> Rotary:
-        """Return cos and sin of the last positions of a text."""
+        """Return cos and sin of the positions from ``start`` to ``end``."""
         return self.rotary_cos[start:end], self.rotary_sin[start:end]
 
     def forward(
@@ -131,8 +131,8 @@ class GPT(LanguageModel):
         Args: tokens (B, T), ids below V, which follow the positions in the cache and are added to
             it; recorder receives the attention of all layers; visible_BS, false for positions in
             view that no query may attend to; logits_to_keep, number of last positions to return
-            logits for, 0 for all; recompute, activation checkpointing of each block (Chen et al.
-            2016, arXiv:1604.06174).
+            logits for, 0 for all; recompute, whether to use activation checkpointing for each block
+            (Chen et al. 2016, arXiv:1604.06174).
         Returns: (B, T, V), or (B, logits_to_keep, V).
         Raises: ValueError if more than context_length positions would be in view.
         """
@@ -161,9 +161,9 @@ class GPT(LanguageModel):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Draw initial weights in-place.
 
-        gpt2: normal, std 0.02, the residual branches' outputs shrunk by sqrt(2 n_layer) (Radford
-        et al. 2019). llama: normal, std 1 / sqrt(fan-in), and the residual branches' outputs zero,
-        so that every block begins as the identity (Zhang et al. 2019, arXiv:1901.09321).
+        gpt2: normal, std 0.02, divided by sqrt(2 n_layer) for outputs of residual branches (Radford
+        et al. 2019). llama: normal, std 1 / sqrt(fan-in), but zero for outputs of residual branches
+        and logits, so that blocks begin as the identity (Zhang et al. 2019, arXiv:1901.09321).
         Parameters of scores: see ``Score.init_weights``.
         """
         is_gpt2 = self.config.family == "gpt2"

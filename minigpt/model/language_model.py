@@ -1,4 +1,4 @@
-"""The base class of every architecture, a causal language model, and the class of a config.
+"""The base class of all architectures, causal language models, and the lookup of their classes.
 
 Shapes: B batch, T new tokens, C model dim, V vocabulary.
 """
@@ -41,14 +41,14 @@ class LanguageModel(nn.Module):
     """None if tied: logits use the transposed embedding."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Build with torch's own initial weights; ``init_weights`` draws ours."""
+        """Build with torch's default initial weights; ``init_weights`` draws minigpt's."""
         super().__init__()
         self.config = config
 
     @classmethod
     def without_weights(cls, config: ModelConfig) -> Self:
         """Build a model on the meta device: shapes without memory."""
-        # Drawing on the meta device would import torch's compiler: over a second, for nothing.
+        # Initializing on the meta device would import torch's compiler, which takes over a second.
         with torch.device("meta"), _WithoutInit():
             return cls(config)
 
@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def positions_of(self, tokens: Tensor, cache: KVCache | None) -> tuple[int, int]:
-        """Return the first position of new tokens, and one past the last; see ``forward``."""
+        """Return the first position of new tokens, and one past the last; raise as ``forward``."""
         start = cache.length if cache is not None else 0
         end = start + tokens.shape[1]
         if end > self.config.context_length:
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
         return start, end
 
     def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
-        """Return the logits of the last positions of x (B, T, C); 0 for all."""
+        """Return the logits of the last ``logits_to_keep`` positions of x (B, T, C); 0 for all."""
         x = self.final_norm(x[:, -logits_to_keep:])  # [-0:] is all of them
         head = self.unembedding
         logits: Tensor = head(x) if head is not None else F.linear(x, self.embedding.weight)
@@ -108,9 +108,9 @@ class LanguageModel(nn.Module):
 def model_class(config: ModelConfig) -> type[LanguageModel]:
     """Return the class that builds a model of this config.
 
-    Raises: ModuleNotFoundError if it is in a file that this installation does not have.
+    Raises: ModuleNotFoundError if its file is not installed.
     """
     if config.model_type == OWN_TYPE:
         return load_class(ARCHS[config.arch])
-    # Looked up by name: families are above this package.
+    # Imported by name, because families are in a higher layer than this package.
     return ring("checkpoint.families").model_class(config)

@@ -21,7 +21,7 @@ ACTIVATIONS = {
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm in the dtype of its input, which under autocast is not that of the weight."""
+    """nn.RMSNorm in the dtype of its input, which differs from the weight's under autocast."""
 
     @property
     def gain(self) -> Tensor:
@@ -76,7 +76,7 @@ class GatedMLP(nn.Module):
 def rotary_table(config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
-    Args: divisor, of each frequency (D / 2,); scale, of cos and sin.
+    Args: divisor, that of each frequency (D / 2,); scale, factor of cos and sin.
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     # Always computed on the CPU, so that all devices use the same angles.
@@ -94,8 +94,8 @@ def rotary_table(config: ModelConfig, divisor: Tensor | None = None, scale: floa
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + D/2}) by its position's angle.
 
-    The two halves are paired, as in Hugging Face, not neighbours, as in the paper; the results
-    differ by a fixed permutation of the head's dimensions.
+    Dimensions of the two halves are paired, as in Hugging Face, not adjacent ones, as in the paper;
+    the results differ by a fixed permutation of the head's dimensions.
 
     Args: x (B, H, T, D); cos, sin (T, D / 2).
     Returns: (B, H, T, D).

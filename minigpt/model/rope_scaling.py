@@ -1,4 +1,4 @@
-"""RoPE frequencies for a longer context than the one that a model was first trained for."""
+"""Scale RoPE frequencies for a longer context than a model was originally trained on."""
 
 import math
 
@@ -12,7 +12,7 @@ def scaled(frequency: Tensor, scale: float, config: ModelConfig) -> tuple[Tensor
     """Scale RoPE frequencies (D / 2,), and cos and sin, for a longer context than the original one.
 
     llama3 and yarn divide low frequencies by the factor, keep high ones and interpolate between;
-    linear divides all. dynamic changes only what is longer than the context, so it does nothing.
+    linear divides all. dynamic only affects sequences longer than the context, so nothing here.
 
     Source: llama3: its reference implementation, apply_scaling; Dubey et al. 2024,
         arXiv:2407.21783. yarn: Peng et al. 2023, arXiv:2309.00071, section 3.2. linear: Chen et
@@ -42,7 +42,7 @@ def _yarn_ramp(config: ModelConfig) -> Tensor:
     """Return how far each frequency is scaled, in [0, 1]: (D / 2,)."""
 
     def dimension(n_turns: float) -> float:
-        """Return the dimension of the frequency with so many turns in the original context."""
+        """Return the dimension whose frequency has ``n_turns`` in the original context."""
         wavelength = config.rope_original_context / (2 * math.pi * n_turns)
         return config.d_head * math.log(wavelength) / (2 * math.log(config.rope_theta))
 

@@ -22,9 +22,9 @@ from minigpt.rings import load_class
 class Score(nn.Module):
     """The scaled dot product of queries and keys, q . k / sqrt(D).
 
-    Subclasses that change only the queries, in ``fold``, keep its fused kernel. Others override
-    ``score``, ``weights`` and ``attend`` and declare that they are not dot products. All methods
-    but ``fold`` take queries that went through ``fold``.
+    Subclasses that change only the queries, in ``fold``, use the same fused kernel. Others override
+    ``score``, ``weights`` and ``attend`` and set ``is_dot_product`` to False. All methods except
+    ``fold`` expect folded queries.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1; groups: Ainslie et al. 2023,
         arXiv:2305.13245.
@@ -38,7 +38,7 @@ class Score(nn.Module):
     """FLOPs per attention weight and head dimension: 2 for the score, 2 for the weighted sum, and
     twice that backward."""
     kept_per_weight = 0
-    """Float32 values that the backward pass keeps for each attention weight."""
+    """Float32 values saved for the backward pass per attention weight."""
     fused: Callable[..., Tensor] | None = None
     """Fused kernel of ``attend``, with a faster backward pass than torch's. None for torch's."""
 
@@ -69,12 +69,12 @@ class Score(nn.Module):
     def attend(
         self, q_BHTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, visible_BS: Tensor | None = None
     ) -> Tensor:
-        """Return each head's output (B, H, T, D), by torch's fused kernel.
+        """Return each head's output (B, H, T, D), computed by a fused kernel.
 
         Args: visible_BS, false for keys that no query of a sequence may attend to.
         """
         n_query, n_key = q_BHTD.shape[2], k_BGSD.shape[2]
-        # Constants: computed from n_query, symbolic under torch.compile, they would not be bools.
+        # Constants: computed from n_query, which torch.compile makes symbolic, they are not bools.
         mask, is_causal = None, True
         # SDPA's own causal mask is aligned upper-left; after a cached prefix it must be
         # lower-right, so that the last query sees every key.
@@ -99,7 +99,7 @@ def scaled_dot_score(q_BHTD: Tensor, k_BGSD: Tensor) -> Tensor:
     """
     n_batch, n_head, n_query, d_head = q_BHTD.shape
     n_group, n_key = k_BGSD.shape[1], k_BGSD.shape[2]
-    # Folding the group into the rows of one product reads each key once and repeats none.
+    # With each group's queries as rows of one product, keys are read once and not repeated.
     q_BGRD = (in_float32(q_BHTD) * d_head**-0.5).reshape(n_batch, n_group, -1, d_head)
     score = q_BGRD @ in_float32(k_BGSD).mT  # (B, G, H / G * T, S)
     return score.reshape(n_batch, n_head, n_query, n_key)
@@ -161,5 +161,5 @@ def visibility(
 
 
 def in_float32(x: Tensor) -> Tensor:
-    """Return x as float32, or as float64 if it is that."""
+    """Return x in float32, or in float64 if it already is."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,1 +1,1 @@
-"""From a corpus and a config to weights: optimizers, schedule, the loop, and exact resume."""
+"""Training: optimizers, schedule, the loop, checkpoints and exact resume."""

@@ -1,4 +1,4 @@
-"""Validation passes and checkpoints."""
+"""Compute the validation loss of a run and save its checkpoints."""
 
 import math
 import time
@@ -35,8 +35,8 @@ class Checkpoints:
         result = self.validation()
         if not result.n_tokens:
             raise DataError(
-                "no token of the validation text counts in the loss, as no answer of the assistant "
-                "is among those evaluated. Give more text, or a larger eval_tokens."
+                "no token of the validation text counts in the loss: the evaluated part has no "
+                "assistant answer. Give more text, or a larger eval_tokens."
             )
         if not math.isfinite(result.nats):
             raise self._metrics.diverged(f"validation loss {result.nats_per_token:.4g}")
@@ -51,7 +51,7 @@ class Checkpoints:
         return self._evaluation
 
     def validation(self) -> Evaluation:
-        """Evaluate the model's current weights on the validation windows, always the same."""
+        """Evaluate the model's current weights on the validation windows, the same every time."""
         run, length = self._run, self._run.config.sequence_length
         batches = validation_windows(
             run.val_tokens,
@@ -76,14 +76,14 @@ class Checkpoints:
         run.saved_step = run.step
 
     def save(self, evaluation: EvalEvent | None) -> Iterator[SaveEvent]:
-        """Save a checkpoint; rank 0 yields its event. Args: evaluation, at this step."""
+        """Save a checkpoint; rank 0 yields its event. Args: evaluation, that of this step."""
         run, resume = self._run, self._resume
         state = run.world.gather(resume.training_tensors(run) if resume else ())
         if model := run.world.full_model(run.model):
             yield self._write(model, evaluation, state)
 
     def rescue(self) -> None:
-        """Save what a run that fails would lose; the ring of overfitting has such weights."""
+        """Save weights that a failing run would lose; only ``KeptCheckpoints`` has such weights."""
 
     def _write(
         self,
@@ -91,9 +91,9 @@ class Checkpoints:
         evaluation: EvalEvent | None,
         state: dict[str, Tensor] | None = None,
     ) -> SaveEvent:
-        """Write the checkpoint of this step, or the weights of the step of an earlier evaluation.
+        """Write the checkpoint of this step, or weights kept from an earlier evaluation.
 
-        Args: state, of the optimizers; None for weights that a run cannot resume from.
+        Args: state, the optimizers' tensors; None for weights that a run cannot resume from.
         """
         run, config = self._run, self._run.config
         step, losses = run.step, {}

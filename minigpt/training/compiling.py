@@ -1,4 +1,4 @@
-"""The compiled training step: when it pays, and what happens if it cannot be compiled."""
+"""Compile the training step if it pays off, and fall back to eager mode if that fails."""
 
 import warnings
 from typing import Any
@@ -13,10 +13,10 @@ from minigpt.training import fused, kernels
 from minigpt.training.run import Run
 
 LONG_S = 600
-"""Seconds of a run from which compiling, which takes about a minute, pays."""
+"""Planned seconds of training from which the minute that compiling takes pays off."""
 THREAD_FLOP_S = 5e10
-"""FLOP/s of a CPU thread in eager training, roughly. Not measured, so that each run of the same
-settings decides alike, and a resumed run as it did at first."""
+"""Rough FLOP/s of a CPU thread in eager training. A constant, so that all runs with the same
+settings, including resumed ones, make the same decision."""
 
 
 def is_compiled(
@@ -24,9 +24,9 @@ def is_compiled(
 ) -> bool:
     """Return whether to compile the training step.
 
-    By default it is, in a run of a GPT by one process on a CPU that is planned to take ten minutes.
+    By default, single-process runs of a GPT on a CPU are compiled if planned to take ten minutes.
 
-    Args: config, with ``max_steps``.
+    Args: config, after ``with_max_steps``.
     """
     training = config.training
     if training.compile is not None:
@@ -47,12 +47,12 @@ def use_kernels(run: Run) -> None:
 
 
 def loss_of(run: Run, loss: nn.Module, replica: Any) -> Any:
-    """Return what computes the loss of a run: fused, compiled, or its own modules.
+    """Return the callable that computes the loss of a run: fused, compiled or its plain modules.
 
     Args: as for ``CompiledLoss``.
     """
     eager = fused.fused_loss(run, loss) or replica
-    # Around DDP, which then averages some gradients while others are computed.
+    # Includes the DDP wrapper, which averages some gradients while others are still computed.
     return CompiledLoss(loss, replica, eager, run) if run.is_compiled else eager
 
 
@@ -60,30 +60,30 @@ NOTE = (
     "the training step is compiled, because the run is planned to take over ten minutes: the first "
     "one takes about a minute (--no-compile trains without)"
 )
-"""What a run says that is compiled by default."""
+"""Note of a run that is compiled by default."""
 FAILED_NOTE = (
     "the training step is not compiled, because torch.compile failed before the checkpoint was "
     "saved (--compile tries again)"
 )
-"""What a resumed run says that would be compiled by default."""
+"""Note of a resumed run that would be compiled by default, but failed to compile before."""
 
 
 class CompiledLoss:
-    """A compiled loss module; the plain module if the compiler fails and is used by default.
+    """A compiled loss module, replaced by eager mode if it was not requested and fails to compile.
 
-    Each shape of inputs is compiled by itself (``dynamic=False``), so that a run which is resumed
-    after the context warm-up has the kernels of one that was not stopped.
+    Each input shape is compiled separately (``dynamic=False``), so that a run that is resumed after
+    the context warm-up uses the same kernels as an uninterrupted one.
     """
 
     def __init__(self, loss: nn.Module, replica: Any, eager: Any, run: Run) -> None:
         """Args: replica, the loss or a wrapper that averages its gradients over ranks; eager, the
-        loss of an uncompiled run; run, which is told if the compiler fails."""
+        loss of an uncompiled run; run, whose ``compile_failed`` is set if the compiler fails."""
         for module in loss.modules():
             if type(module) is nn.Embedding:
                 module.__class__ = Embedding
         self._loss, self._eager, self._run = loss, eager, run
         self._compiled: Any = torch.compile(replica, dynamic=False)
-        self._is_rehearsed = replica is loss  # a wrapper expects one backward pass per forward
+        self._is_tested = replica is loss  # a wrapper expects one backward pass per forward
         self._shapes: set[torch.Size] = set()
 
     def __call__(self, inputs: Tensor, targets: Tensor, **options: bool) -> Tensor:
@@ -91,13 +91,13 @@ class CompiledLoss:
 
         Raises: ConfigError if it cannot be compiled and --compile was given.
         """
-        if self._is_rehearsed and inputs.shape not in self._shapes:
+        if self._is_tested and inputs.shape not in self._shapes:
             self._shapes.add(inputs.shape)
-            self._rehearse(inputs, targets, options)
+            self._test_compilation(inputs, targets, options)
         return self._compiled(inputs, targets, **options)
 
-    def _rehearse(self, inputs: Tensor, targets: Tensor, options: dict[str, bool]) -> None:
-        """Compile the passes for a shape; if that fails, use the eager loss from now on."""
+    def _test_compilation(self, inputs: Tensor, targets: Tensor, options: dict[str, bool]) -> None:
+        """Compile forward and backward pass for a shape; on failure, switch to the eager loss."""
         parameters = [p for p in self._loss.parameters() if p.requires_grad]
         try:
             with torch.random.fork_rng():
@@ -105,7 +105,7 @@ class CompiledLoss:
                 torch.autograd.grad(loss, parameters, allow_unused=True)
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as error:  # the compiler's own, the C++ compiler's, the linker's
+        except Exception as error:  # from torch.compile, the C++ compiler or the linker
             reason = " ".join(str(error).split())[:200]
             if self._run.config.training.compile:
                 raise ConfigError(
@@ -114,14 +114,14 @@ class CompiledLoss:
                 ) from error
             note = f"training without torch.compile, which failed: {reason}"
             warnings.warn(note, MinigptWarning, stacklevel=2)
-            self._compiled, self._is_rehearsed = self._eager, False
+            self._compiled, self._is_tested = self._eager, False
             self._run.is_compiled, self._run.compile_failed = False, True
 
 
 class Embedding(nn.Embedding):
-    """An embedding whose compiled gradient is the same in each run.
+    """An embedding whose compiled gradient is deterministic.
 
-    torch.compile's own adds to rows from several threads at once, in any order.
+    The kernel that torch.compile generates adds to rows from several threads in any order.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class _Embed(torch.autograd.Function):
 
 @torch.library.custom_op("minigpt::embedding_gradient", mutates_args=())
 def embedding_gradient(gradient: Tensor, tokens: Tensor, n_rows: int) -> Tensor:
-    """Return the gradient of an embedding's weight, by torch's own kernel."""
+    """Return the gradient of an embedding's weight, computed by torch's eager kernel."""
     return torch.ops.aten.embedding_dense_backward(gradient, tokens, n_rows, -1, False)
 
 

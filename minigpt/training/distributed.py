@@ -1,4 +1,4 @@
-"""Training with several processes, which torchrun starts: data parallel, or sharded with FSDP2."""
+"""Distributed training with torchrun: data parallel (DDP), or sharded (FSDP2)."""
 
 import ctypes
 import json
@@ -28,7 +28,7 @@ from minigpt.training.world import Batches, World, is_sharded
 # torch.distributed's tensor and fsdp modules take a second to import, so methods import them.
 
 _TIMEOUT = timedelta(hours=1)  # the other ranks wait while rank 0 saves or samples
-_CONNECT_TIMEOUT = timedelta(seconds=10)  # torchrun's store is there before the ranks
+_CONNECT_TIMEOUT = timedelta(seconds=10)  # torchrun starts its store before the ranks
 _PLAN = "plan"
 _POLL_S = 0.1
 
@@ -38,7 +38,7 @@ class DistributedWorld(World):
     """Several processes, one per GPU or several on the CPU."""
 
     local_rank: int = 0
-    """Index of this process on its machine, which is the index of its GPU."""
+    """Index of this process on its machine, and of its GPU."""
     local_size: int = 1
     """Number of processes on this machine."""
     mesh: DeviceMesh | None = None
@@ -47,7 +47,7 @@ class DistributedWorld(World):
     """Key-value store through which rank 0 sends its plan."""
 
     def on(self, device: torch.device, *, shard: bool) -> Self:
-        """Return this world on a device.
+        """Return this world with its device set.
 
         Raises: ConfigError if there are fewer GPUs than processes.
         """
@@ -111,7 +111,7 @@ class DistributedWorld(World):
         """Evaluate a model on batches, each rank on an equal number of them.
 
         Every rank evaluates the remaining batches, which are counted once: with sharded parameters
-        all ranks must take the same number of forward passes.
+        all ranks must run the same number of forward passes.
         """
         batches = list(batches)
         n_shared = len(batches) // self.size * self.size
@@ -120,7 +120,7 @@ class DistributedWorld(World):
         sums = torch.tensor([own.nats, own.n_tokens, own.n_bytes], dtype=torch.float64)
         dist.all_reduce(sums)
         nats, n_tokens, n_bytes = sums.tolist()
-        for module in model.modules():  # free full parameters, which no backward pass will
+        for module in model.modules():  # no backward pass will free the full parameters
             if self.is_sharded and hasattr(module, "reshard"):  # FSDP2's own modules
                 cast("Any", module).reshard()
         return Evaluation(
@@ -132,13 +132,13 @@ class DistributedWorld(World):
     def place(self, model: LanguageModel) -> LanguageModel:
         """Move a model to this rank's device, or shard it with FSDP2.
 
-        Source: Zhao et al. 2023, arXiv:2304.11277, as torch's fully_shard.
+        Source: Zhao et al. 2023, arXiv:2304.11277, in torch's fully_shard.
         """
         if not self.is_sharded:
             return super().place(model)
         from torch.distributed.fsdp import fully_shard
 
-        for block in model.blocks:  # a block's parameters are full only while it computes
+        for block in model.blocks:  # parameters are gathered one block at a time
             fully_shard(block, mesh=self.mesh)
         fully_shard(model, mesh=self.mesh)
         return model
@@ -157,7 +157,7 @@ class DistributedWorld(World):
     def gather(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         gathered = {}
         for name, tensor in tensors:
-            # One at a time to the CPU: all full tensors together may not fit on the device.
+            # Moved to the CPU one at a time: all full tensors together may not fit on the device.
             full = self.full_tensor(tensor).cpu() if self.is_sharded else tensor
             if self.rank == 0:
                 gathered[name] = full
@@ -176,10 +176,10 @@ class DistributedWorld(World):
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], matrices: Tensor, parameter: Tensor
     ) -> Tensor:
-        """Apply a function to a stack of matrices: each rank to some of them, in full.
+        """Apply a function to a stack of matrices; each rank computes some full matrices.
 
         Args: function, (n, R, C) -> (n, R, C); matrices, (N, R, C) or this rank's shard of it;
-            parameter, one of them as the model holds it.
+            parameter, one of the model's parameters in the stack.
         """
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -204,7 +204,7 @@ class DistributedWorld(World):
 def join() -> DistributedWorld:
     """Join the process group that torchrun's environment variables describe.
 
-    Raises: ResourceError if torchrun has ended already; ConfigError if they are not its own.
+    Raises: ResourceError if torchrun has exited; ConfigError if torchrun did not set the variables.
     """
     _require_environment()
     timeout = _TIMEOUT
@@ -220,11 +220,11 @@ def join() -> DistributedWorld:
         ) from None
     store.set_timeout(_TIMEOUT)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    # On one machine torchrun restarts with the store of the failed attempt, which still holds its
-    # plan. Several machines get a new store, and may not agree on the number of restarts.
+    # On one machine, torchrun restarts with the store of the failed attempt, which still has its
+    # plan. On several machines, the store is new, and their restart counts may differ.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_size == size else "0"
     store = dist.PrefixStore(f"minigpt-{attempt}", store)  # type: ignore[attr-defined]
-    # Numbers that ranks agree on go over the CPU, so that no step waits for its GPU.
+    # Scalars that ranks exchange use the CPU backend, so that no step waits for its GPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     return DistributedWorld(
@@ -237,7 +237,7 @@ def join() -> DistributedWorld:
 
 
 def _require_environment() -> None:
-    """Raise ConfigError if WORLD_SIZE was set by something else than torchrun."""
+    """Raise ConfigError if WORLD_SIZE was set by something other than torchrun."""
     numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
     values = {name: os.environ.get(name, "") for name in (*numbers, "MASTER_ADDR")}
     bad = next((name for name in numbers if not values[name].isdecimal()), None)
@@ -255,7 +255,7 @@ def _require_environment() -> None:
 def _end_with_torchrun() -> None:
     """Have Linux send SIGTERM to this process when torchrun, its parent, is killed.
 
-    Else the ranks of a run would train on unseen, and hold its lock.
+    Otherwise the ranks of a run would continue in the background and hold its lock.
     """
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl

@@ -9,15 +9,15 @@ from minigpt.model.language_model import LanguageModel
 
 @dataclass(frozen=True)
 class Event:
-    """What happened in a run; rings have events of their own, which describe themselves."""
+    """Base class of the events of a run; rings define further ones, with ``describe``."""
 
     kind: ClassVar[str] = ""
-    """Name in metrics.jsonl. Empty for what is not logged."""
+    """Name in metrics.jsonl. Empty for events that are not logged."""
     step: int
     """Number of optimizer steps taken."""
 
     def describe(self) -> str:
-        """Return what happened, in a line. Empty for an event of the core."""
+        """Return a description in one line. Empty for events of the core."""
         return ""
 
 

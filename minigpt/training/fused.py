@@ -1,8 +1,8 @@
-"""The training loss of a GPT on a CPU, in fewer operations than its modules need.
+"""The training loss of a GPT on a CPU, in fewer operations than its modules use.
 
-A step of a small model is hundreds of short operations, which take longer than its products. Here,
-weights are cast once per pass, queries, keys and values come from one product, as do gate and up
-projections, and norms, RoPE, SwiGLU and cross-entropy have backward passes of their own.
+A step of a small model has hundreds of short operations, which take longer than its matrix
+products. Here, weights are cast once per pass, one product computes queries, keys and values, one
+gate and up projections, and norms, RoPE, SwiGLU and cross-entropy have custom backward passes.
 
 Shapes: B batch, T positions, C model dim, H query heads, G key/value heads, D head dim, F MLP dim,
 N = B T, V vocabulary.
@@ -28,13 +28,13 @@ from minigpt.training.run import Run
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 BLOCK = 1 << 17
-"""Logits whose loss is computed at a time, few enough for the cache of a core; at least 32 rows."""
+"""Logits per block of the cross-entropy: few enough for a core's cache, but at least 32 rows."""
 
 
 def is_fused(config: RunConfig, device_type: str, n_ranks: int) -> bool:
-    """Return whether a run's loss is computed here, if its step is not compiled.
+    """Return whether a run uses the fused loss, unless its step is compiled.
 
-    It is not for other devices and models, with activation checkpointing, or on several ranks.
+    It must be a plain GPT on the CPU, on one rank and without activation checkpointing.
     """
     model = config.model
     is_plain = model_class(model) is GPT and model.attention == "scaled_dot"
@@ -42,9 +42,9 @@ def is_fused(config: RunConfig, device_type: str, n_ranks: int) -> bool:
 
 
 def fused_loss(run: Run, loss: nn.Module) -> Any:
-    """Return what computes the loss of a run's model as its modules do, except for rounding.
+    """Return the fused loss of a run, which equals that of the model's modules except for rounding.
 
-    None if it is not fused; with a warning if the code of the model was changed.
+    None if it is not supported, or, with a warning, if the model's code was changed.
 
     Args: loss, a ``TrainingLoss``.
     """
@@ -52,8 +52,8 @@ def fused_loss(run: Run, loss: nn.Module) -> Any:
         return None
     if not _agrees(loss):
         warnings.warn(
-            "the code of the model computes another loss than training/fused.py. Training takes "
-            "the model's, which is slower unless it is compiled.",
+            "the code of the model computes another loss than training/fused.py. Training uses "
+            "the model's code, which is slower unless it is compiled.",
             MinigptWarning,
             stacklevel=2,
         )
@@ -62,9 +62,9 @@ def fused_loss(run: Run, loss: nn.Module) -> Any:
 
 
 def _agrees(loss: nn.Module) -> bool:
-    """Return whether the fused loss has the values and gradients of a loss, on a few tokens.
+    """Return whether the fused loss and its gradients equal those of a loss on a few tokens.
 
-    They are those of random weights: initial ones that are zero hide what comes before them.
+    The weights are random, because a zero-initialized one would hide errors in earlier layers.
     """
     twin: Any = copy.deepcopy(loss).train()
     generator = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ def _agrees(loss: nn.Module) -> bool:
     tokens = torch.arange(min(64, config.context_length) + 1)[None] % config.vocab_size
 
     def backward(loss_of: Any) -> tuple[Tensor, list[Tensor]]:
-        torch.manual_seed(0)  # of dropout
+        torch.manual_seed(0)  # equal dropout masks
         value = loss_of(tokens[:, :-1], tokens[:, 1:])
         value.backward()
         found = [torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters()]
@@ -87,9 +87,9 @@ def _agrees(loss: nn.Module) -> bool:
         right, theirs = backward(twin)
         try:
             value, ours = backward(FusedLoss(twin.model, torch.float32, twin))
-        except Exception:  # other parts, or other shapes
+        except Exception:  # the model has other modules or shapes
             return False
-    # Rounding is more of a gradient than of the loss: it switches single units of a ReLU.
+    # Rounding affects gradients more than the loss: it can switch single units of a ReLU.
     rounding = 1e-3 * torch.stack([gradient.norm() for gradient in theirs]).norm()
     return bool((value - right).abs() <= 2e-5 * right.abs()) and all(
         (mine - gradient).norm() <= 1e-2 * gradient.norm() + rounding
@@ -101,7 +101,7 @@ class FusedLoss:
     """The loss of a GPT with scaled dot-product attention."""
 
     def __init__(self, model: GPT, dtype: torch.dtype, loss: nn.Module) -> None:
-        """Args: dtype, of the products; loss, the ``TrainingLoss`` of the model."""
+        """Args: dtype, that of the products; loss, the ``TrainingLoss`` of the model."""
         self._model, self._dtype, self._loss = model, dtype, loss
         self._blocks = cast(list[Block], list(model.blocks))
         products: list[list[Any]] = []
@@ -111,10 +111,10 @@ class FusedLoss:
             products += [[own.query, own.key, own.value], [own.output], hidden, [mlp.down]]
         products.append([model.unembedding or model.embedding])
         self._weights = [[layer.weight for layer in group] for group in products]
-        """Weights whose outputs come from one product, in the order of the products."""
+        """Weights of each matrix product, in order."""
         biases = [[getattr(layer, "bias", None) for layer in group] for group in products]
         self._biases = [group if group[0] is not None else [] for group in biases]
-        # Dropout is called; the other modules are not, unless they have hooks.
+        # Modules other than dropout are not called, unless one has hooks.
         self._bypassed = [
             module
             for module in model.modules()
@@ -126,7 +126,7 @@ class FusedLoss:
         if any(getattr(module, kind) for module in self._bypassed for kind in _HOOKS):
             return self._loss(inputs, targets, **options)
         with torch.autocast("cpu", enabled=False):
-            self._model.__dict__["forward"] = self._logits  # so that hooks of the model are called
+            self._model.__dict__["forward"] = self._logits  # so that the model's hooks are called
             try:
                 logits_NV = self._model(inputs).flatten(0, 1)
             finally:
@@ -176,7 +176,7 @@ class FusedLoss:
             yield weight, next(biases) if group else None
 
     def _norm(self, x: Tensor, branch: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
-        """Return the residual stream with a branch added, and what a norm makes of it."""
+        """Return the residual stream with a branch added, and its norm."""
         if not isinstance(norm, nn.LayerNorm):
             pair: Any = _AddNorm.apply(x, branch, norm.weight, norm.eps, self._dtype)
             return pair[0], pair[1]
@@ -185,7 +185,7 @@ class FusedLoss:
 
 
 def _hidden(mlp: MLP | GatedMLP, x: Tensor) -> Tensor:
-    """Return the hidden layer of an MLP, (B, T, F), from the product of its inner weights."""
+    """Return the hidden layer of an MLP, (B, T, F), from its up, or gate and up, projections."""
     hidden: Tensor
     if isinstance(mlp, MLP):
         hidden = mlp.activation(x)
@@ -198,7 +198,7 @@ def _hidden(mlp: MLP | GatedMLP, x: Tensor) -> Tensor:
 
 
 class _Join(torch.autograd.Function):
-    """Concatenate the tensors of each group along their rows, in a dtype."""
+    """Concatenate the tensors of each group along their rows, cast to a dtype."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, sizes: list[int], *tensors: Tensor) -> Any:
@@ -222,7 +222,7 @@ class _Join(torch.autograd.Function):
 
 
 def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the rows of x divided by their RMS, and the factor of each row."""
+    """Return the rows of x divided by their RMS, and the scale of each row."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return x * scale, scale
@@ -231,7 +231,7 @@ def _normalize(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _normalize_backward(
     gradient: Tensor, normed: Tensor, scale: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradient of the input of an RMSNorm, and the terms of that of its gain."""
+    """Return the gradient of an RMSNorm's input, and the terms that sum to that of its gain."""
     terms = gradient * normed
     dots = (terms * gain).sum(-1, keepdim=True).div_(-gain.shape[-1])
     return (gradient * gain).addcmul_(normed, dots).mul_(scale), terms
@@ -319,9 +319,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The cross-entropy of logits (N, V), its sum or its mean over tokens with a target.
+    """Cross-entropy of logits (N, V): its sum, or its mean over tokens with a target.
 
-    Their gradient is computed with the loss, and takes the only memory of their size.
+    The gradient is computed with the loss, and is the only allocation as large as the logits.
     """
 
     @staticmethod
@@ -331,7 +331,7 @@ class _CrossEntropy(torch.autograd.Function):
         weights = is_counted.float() if is_sum else is_counted / is_counted.sum()
         gradient, losses = torch.empty_like(logits_NV), torch.empty_like(weights)
         n_rows = max(32, BLOCK // logits_NV.shape[1])
-        # One buffer: small tensors between those of each block would fragment the heap.
+        # One buffer for all blocks: allocating one for each would fragment the heap.
         buffer = torch.empty_like(logits_NV[:n_rows], dtype=torch.float32)
         parts = (part.split(n_rows) for part in (logits_NV, targets, weights, gradient, losses))
         for logits, target, weight, out, loss in zip(*parts, strict=True):

@@ -2,9 +2,9 @@
 
 torch's fused kernel is fast forward, but in bfloat16 its backward pass takes 6 to 23 times as long
 (measured with torch 2.13 on an Intel Xeon with AMX). Here, the forward pass is torch's and the
-backward pass consists of batched matrix products. Those need the CPU's bfloat16 instructions:
-without them, they are slower than torch's. The weights are computed again, a block of queries at a
-time, so that memory does not grow with the square of the sequence.
+backward pass consists of batched matrix products. Without bfloat16 instructions of the CPU, these
+are slower than torch's. The weights are recomputed for one block of queries at a time, so memory
+does not grow with the square of the sequence length.
 
 Shapes: B batch, H query heads, G key/value heads, R = H / G, T positions, D head dim.
 """
@@ -19,11 +19,11 @@ from minigpt.model.device import has_fast_bfloat16
 from minigpt.model.scores import Score
 
 BLOCK = 128
-"""Queries in a block. The keys after the last query of a block are left out of its products."""
+"""Queries per block. Keys after the last query of a block are left out of its products."""
 
 
 def use_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Use these kernels in training, if it is in bfloat16 on a CPU with instructions for that."""
+    """Train with these kernels, if in bfloat16 on a CPU with bfloat16 instructions."""
     if device.type == "cpu" and dtype == torch.bfloat16 and has_fast_bfloat16(device):
         for module in model.modules():
             if isinstance(module, Score):
@@ -39,9 +39,9 @@ def attention(
     is_causal: bool = False,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Return what F.scaled_dot_product_attention returns: (B, H, T, D), in the values' dtype.
+    """Compute F.scaled_dot_product_attention: (B, H, T, D), in the values' dtype.
 
-    With a mask, or in another dtype than bfloat16, it is that function.
+    It calls that function except for causal attention in bfloat16 without another mask.
     """
     q_BHTD, k_BGTD = q_BHTD.to(v_BGTD.dtype), k_BGTD.to(v_BGTD.dtype)
     if attn_mask is None and is_causal and v_BGTD.dtype == torch.bfloat16:
@@ -68,7 +68,7 @@ class _CausalAttention(torch.autograd.Function):
 def attention_backward(
     gradient_BHTD: Tensor, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of causal attention's queries, keys and values.
+    """Return the gradients of the queries, keys and values of causal attention.
 
     Args: gradient of the outputs, (B, H, T, D).
     Source: Dao et al. 2022, arXiv:2205.14135, appendix B.2, with a softmax of whole rows.

@@ -1,4 +1,4 @@
-"""The events of a run: one JSON object per line in metrics.jsonl, and scalars for TensorBoard."""
+"""Log the events of a run: a JSON object per line in metrics.jsonl, and scalars for TensorBoard."""
 
 import json
 import math
@@ -47,7 +47,7 @@ class MetricsLog:
 
 
 def _step_of(line: bytes) -> float:
-    """Return the step of a line, inf for one that is damaged, as a kill or a disk may leave it."""
+    """Return the step of a line; inf if the line is damaged, for example by a kill."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"}\n") else None
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -76,7 +76,7 @@ def summary_writer() -> Any:
 
 @contextmanager
 def _logging_scalars(folder: Path, from_step: int | None) -> Iterator[Callable[[Event], None]]:
-    """Yield a function that adds the scalars of an event, and flushes at each checkpoint."""
+    """Yield a function that logs the scalars of an event, and flushes at each checkpoint."""
     # TensorBoard drops the points of earlier files from purge_step on.
     purge_step = 0 if from_step is None else from_step + 1
     with summary_writer()(str(folder), purge_step=purge_step, flush_secs=_FLUSH_S) as writer:
@@ -98,9 +98,9 @@ def logging_to(
 ) -> Iterator[Callable[[Event], None]]:
     """Yield a function that writes an event to a run's metrics.jsonl, and to TensorBoard if wanted.
 
-    Args: report_to, ``tensorboard`` or ``none``; None for what the run did before. from_step, the
-        step that the run resumes from; None for a new run.
-    Raises: ConfigError if TensorBoard is asked for and not installed; ResourceError.
+    Args: report_to, ``tensorboard`` or ``none``; None to log as before. from_step, the step that
+        the run resumes from; None for a new run.
+    Raises: ConfigError if TensorBoard is requested but not installed; ResourceError.
     """
     board = run / TENSORBOARD_FOLDER
     has_board = from_step is not None and board.is_dir()

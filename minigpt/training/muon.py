@@ -1,4 +1,4 @@
-"""Muon with a batched orthogonalization, several times as fast on a CPU as torch's."""
+"""Muon with a batched orthogonalization, several times faster on a CPU than torch's."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def orthogonalize(
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with a batched orthogonalization of equal shapes, in a chosen dtype.
+    """torch's Muon with orthogonalization batched over matrices of equal shape, in a chosen dtype.
 
     torch's own orthogonalizes one matrix at a time and always in bfloat16, which a CPU without
     bfloat16 instructions computes several times more slowly than float32 (see
@@ -48,7 +48,7 @@ class Muon(torch.optim.Muon):
     def __init__(
         self, params: Any, *, product_dtype: torch.dtype, world: Any = ALONE, **options: Any
     ) -> None:
-        """Args: product_dtype, of the matrix products in the orthogonalization."""
+        """Args: product_dtype, that of the matrix products in the orthogonalization."""
         super().__init__(params, **options)
         self.product_dtype = product_dtype
         self.world = world

@@ -20,11 +20,11 @@ def is_muon_parameter(name: str, parameter: Tensor) -> bool:
 def make_optimizers(
     model: nn.Module, config: TrainingConfig, product_dtype: torch.dtype, world: World = ALONE
 ) -> list[Optimizer]:
-    """Return the optimizers, which together hold every parameter once.
+    """Return the optimizers, which together update every trainable parameter once.
 
     Each parameter group has ``peak_lr``, which the schedule scales into ``lr``.
 
-    Args: product_dtype and world, of Muon (see muon.py).
+    Args: product_dtype and world, options of Muon (see muon.py).
     """
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     matrices = [p for n, p in named if is_muon_parameter(n, p)]

@@ -1,4 +1,4 @@
-"""What is done against overfitting: settings by the size of the text, averages, early stopping."""
+"""Reduce overfitting: settings that depend on text size, weight averaging, early stopping."""
 
 import math
 import time
@@ -28,24 +28,24 @@ LARGE_TEXT = 2.0
 SMALL_TEXT = 0.015
 """Training tokens per parameter below which a text counts as small."""
 EVAL_SHARE = 0.1
-"""Share of the arithmetic of training that evaluation may add."""
+"""Maximum FLOPs of evaluation, as a fraction of those of training."""
 LEAST_EVAL_STEPS = 5
-"""Fewest steps between evaluations by default, in a text of more than as many."""
+"""Default minimum of steps between evaluations, unless an epoch has fewer."""
 LEAST_EVAL_TOKENS = 8192
-"""Fewest validation tokens of a pass by default, if the text has as many."""
+"""Default minimum of validation tokens per pass, unless the text has fewer."""
 SHORT_RUN = 50
-"""Steps that any run is expected to have, and steps between evaluations of one that is short."""
+"""Steps that every run is expected to take, and steps between evaluations of a short run."""
 STEPS_PER_MINUTE = 1000
-"""Steps per minute of a run that ends by the clock, to plan evaluations; a CPU has fewer."""
+"""Assumed steps per minute of a run with a time limit, to plan evaluations; a CPU takes fewer."""
 MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 6.0, 200, 4096
 LEAST_PATIENCE = 100
-"""Fewest steps without a lower validation loss before a run stops early."""
+"""Minimum number of steps without a lower validation loss before a run stops early."""
 
 
 def suited_to_text(
     config: RunConfig, overrides: Mapping[str, Any], data: PreparedData
 ) -> RunConfig:
-    """Set what depends on the size of the text, such as dropout, where the user gives no value."""
+    """Set the settings that depend on text size, such as dropout, unless the user set them."""
     n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
     step_tokens = config.training.batch_size * config.sequence_length
     suited = for_text(max(n_train_tokens, 1), parameter_count(config.model), step_tokens)
@@ -59,11 +59,11 @@ def suited_to_text(
 
 
 def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:
-    """Return the settings that depend on the size of the text: those against overfitting.
+    """Return the settings against overfitting, which depend on the size of the text.
 
-    They depend on the text and the model, never on the budget, so that a larger budget is the same
-    run with a longer schedule; and the budget is limited where more epochs did not lower the
-    validation loss. docs/training.md has the measurements.
+    They depend on the text and the model, never on the budget, so that a larger budget gives the
+    same run with a longer schedule. The epochs are limited to a number beyond which the validation
+    loss did not fall. docs/training.md has the measurements.
 
     Args: step_tokens, tokens per step.
     Returns: settings, nested as in RunConfig; ``training.max_epochs`` is an upper limit.
@@ -73,7 +73,7 @@ def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[s
     if size >= LARGE_TEXT:
         return {"training": training}
     training["dropout_start"] = 1.5
-    if n_train_tokens >= LEAST_TOKENS:  # a few pages are only for trying things out
+    if n_train_tokens >= LEAST_TOKENS:  # shorter texts are only for trying things out
         training["max_epochs"] = max(MOST_EPOCHS, LEAST_STEPS * step_tokens / n_train_tokens)
     return {"model": {"dropout": 0.25 if size < SMALL_TEXT else 0.1}, "training": training}
 
@@ -81,11 +81,11 @@ def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[s
 def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) -> RunConfig:
     """Derive ``eval_every`` and ``eval_tokens`` where they are None.
 
-    The best step is seen: there is an evaluation at least once an epoch (or a hundredth of the run,
-    if that is longer), and more often if the validation text is short. Evaluations cost at most a
-    tenth of the arithmetic of training, unless the windows are fewer than ``LEAST_EVAL_TOKENS``.
-    The clock may end a run long before its last step, so then a pass costs no more than in a run
-    of ``SHORT_RUN`` steps.
+    To find the best step, a run is evaluated at least once per epoch (or per hundredth of the run,
+    if that is longer), and more often if the validation text is short. Evaluation adds at most a
+    tenth of the training FLOPs, unless ``LEAST_EVAL_TOKENS`` requires more. A time limit may end a
+    run long before its last step, so a pass then costs no more than in a run of ``SHORT_RUN``
+    steps.
     """
     training = config.training
     n_steps = training.max_steps
@@ -109,7 +109,7 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
 
 
 def watch(run: Run) -> None:
-    """Have a run average its weights and stop early, as its config says."""
+    """Enable weight averaging and early stopping of a run, as set in its config."""
     if run.config.training.average:
         run.average = WeightAverage(run.model, run.config.training.average)
     run.early_stop = EarlyStop()
@@ -123,8 +123,8 @@ class WeightAverage:
     """Exponential moving average of a model's weights, over fewer steps at the start of a run.
 
     Training oscillates around weights that are better than those of any single step, and on a small
-    text the average overfits later. It covers some eighth of the steps taken, until the decay
-    covers less: the first weights of a short run are far from its last.
+    text the average overfits later. It covers about an eighth of the steps taken, until the decay
+    covers fewer: the first weights of a short run are far from its last.
 
     Source: Polyak and Juditsky 1992, doi:10.1137/0330046; Izmailov et al. 2018, arXiv:1803.05407;
         Shamir and Zhang 2013, arXiv:1212.1824, section 4.
@@ -136,7 +136,7 @@ class WeightAverage:
         self.tensors = {p: p.detach().clone() for p in model.parameters()}
         """Average of each parameter, sharded as the parameter is."""
         self.is_in_model = False
-        """Whether the model has the average now, and ``tensors`` its own weights."""
+        """Whether the two are swapped: the model has the average, ``tensors`` the weights."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -147,7 +147,7 @@ class WeightAverage:
 
     @contextmanager
     def in_model(self) -> Iterator[None]:
-        """Exchange the model's weights and their averages during the block."""
+        """Swap the model's weights and their averages within the block."""
         self._exchange()
         try:
             yield
@@ -188,25 +188,25 @@ class EarlyStopEvent(Event):
 
 @dataclass(kw_only=True)
 class EarlyStop:
-    """Ends a run whose validation loss has not fallen for the epochs of ``patience``.
+    """Stops a run whose validation loss has not fallen for ``patience`` epochs.
 
-    Only the evaluations that are due count; the best is that of the lowest validation loss.
+    Only scheduled evaluations count.
     """
 
     best_step: int = 0
     val_loss: float | None = None
-    """Its loss, in nats/token. None before the first evaluation."""
+    """Lowest validation loss, in nats/token. None before the first evaluation."""
     evaluated_step: int = 0
     """Step of the latest evaluation."""
 
     def add(self, step: int, val_loss: float) -> None:
-        """Add an evaluation. An equal loss is not lower."""
+        """Add an evaluation. An equal loss is no improvement."""
         self.evaluated_step = step
         if self.val_loss is None or val_loss < self.val_loss:
             self.best_step, self.val_loss = step, val_loss
 
     def is_due(self, run: Run) -> bool:
-        """Return whether to stop."""
+        """Return whether the run should stop."""
         patience = run.config.training.patience
         if not patience:
             return False
@@ -219,9 +219,9 @@ class EarlyStop:
 
 
 class KeptCheckpoints(Checkpoints):
-    """Evaluates the averaged weights too, and saves the best weights between two checkpoints.
+    """Also evaluates the averaged weights, and saves the best weights between two checkpoints.
 
-    The weights of the lowest validation loss since the last checkpoint are kept in memory.
+    The weights with the lowest validation loss since the last checkpoint are kept in memory.
     """
 
     def __init__(self, run: Run, metrics: Metrics) -> None:
@@ -230,12 +230,12 @@ class KeptCheckpoints(Checkpoints):
         loss = best.facts.get("val_loss") if best else None
         self._lowest = run.world.broadcast(loss if isinstance(loss, float) else math.inf)
         self._kept: tuple[EvalEvent, dict[str, Tensor]] | None = None
-        """An evaluation, and its weights, which only rank 0 has."""
+        """An evaluation and its weights, which are only on rank 0."""
 
     def evaluate(self) -> EvalEvent:
         """Compute the validation loss of the weights, or of their average if it is lower.
 
-        Between checkpoints, the weights are kept if they are best.
+        Between checkpoints, the best weights so far are kept.
         """
         run, config = self._run, self._run.config.training
         event = super().evaluate()
@@ -261,19 +261,19 @@ class KeptCheckpoints(Checkpoints):
 
     def save(self, evaluation: EvalEvent | None) -> Iterator[SaveEvent]:
         """Save the best weights since the last checkpoint, and a checkpoint."""
-        # Before the latest checkpoint: if it is not written, resuming finds this step again.
+        # Before the latest checkpoint: if a crash prevents this, the resumed run repeats the step.
         yield from self._save_kept(evaluation)
         with self._weights_of(evaluation):
             saved = list(super().save(evaluation))
         yield from saved
 
     def rescue(self) -> None:
-        """Save the best weights if possible, as the run fails and has another error to report."""
+        """Save the best weights if possible; errors are ignored in favor of the run's own."""
         with suppress(MinigptError, OSError):
             self._save_kept(None)
 
     def _save_kept(self, latest: EvalEvent | None) -> list[SaveEvent]:
-        """Save what is kept, unless the latest evaluation, whose checkpoint follows, is as good."""
+        """Save the kept weights, unless those of the checkpoint that follows are as good."""
         run, kept = self._run, self._kept
         self._kept = None
         if latest and latest.val_loss < self._lowest:
@@ -284,6 +284,6 @@ class KeptCheckpoints(Checkpoints):
         return [self._write(model_class(config).from_tensors(config, kept[1]), kept[0])]
 
     def _weights_of(self, evaluation: EvalEvent | None) -> AbstractContextManager[None]:
-        """Return the context in which the model has the weights of an evaluation at this step."""
+        """Return a context in which the model has the weights of an evaluation at this step."""
         is_averaged = evaluation is not None and evaluation.is_averaged
         return self._run.average.in_model() if is_averaged else nullcontext()

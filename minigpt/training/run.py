@@ -22,7 +22,7 @@ from minigpt.training.world import ALONE, World
 
 
 def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSpan, TokenSpan]:
-    """Return a config with what depends on the text, and the training and validation tokens.
+    """Return a config with settings that depend on the text, and training and validation tokens.
 
     Raises: DataError if the text is too short.
     """
@@ -31,12 +31,12 @@ def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSp
     if overfitting := find_ring("training.overfitting"):
         config = overfitting.with_evaluations(config, len(train_tokens), len(val_tokens))
     parts = (train_tokens, val_tokens or train_tokens)  # there may be no validation text
-    require_length(min(parts, key=len), config.sequence_length)  # it says what both can have
+    require_length(min(parts, key=len), config.sequence_length)  # an error names the shorter part
     return config, train_tokens, val_tokens
 
 
 class Run:
-    """What a training step changes, and what it needs; each process of a run has its own."""
+    """The state that training steps read and update; each process of a run has its own."""
 
     def __init__(
         self,
@@ -54,10 +54,10 @@ class Run:
         """Start a run, or resume it from a checkpoint.
 
         Args: dtype of autocast (weights stay float32); start_from, a float32 model to fine-tune;
-            resume_from, a checkpoint folder; carried, from the folder of one of these.
+            resume_from, a checkpoint folder; carried, files and tensors to keep from one of these.
         Raises: DataError if the corpus is too short, or differs from that of the checkpoint;
-            CheckpointError if the checkpoint is damaged or has another model; ConfigError for a
-            batch or GPUs that the ranks cannot share.
+            CheckpointError if the checkpoint is damaged or has another model; ConfigError if the
+            ranks cannot divide the batch equally or outnumber the GPUs.
         """
         self.data, self.folder, self.carried = data, folder, carried
         self.world = world.on(device, shard=config.training.shard)
@@ -93,14 +93,14 @@ class Run:
         self.average: Any = None
         """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
         self.early_stop: Any = None
-        """End of the run without progress, an ``overfitting.EarlyStop``."""
+        """Early stopping, an ``overfitting.EarlyStop``. None without it."""
         find = ring if training.average or training.patience else find_ring
         if overfitting := find("training.overfitting"):
             overfitting.watch(self)
         self.seam: Any = None
-        """Smoothed change of the schedule, a ``state.Seam``. None in a run that has none."""
+        """Latest change of the schedule, a ``state.Seam``. None if it never changed."""
         self.moved_from: str | None = None
-        """Where the checkpoint was computed, if resume is not bit-exact for that reason."""
+        """Where the checkpoint was computed, if resuming is not bit-exact because of that."""
         if resume_from:
             ring("training.state").restore(self, resume_from)
 
@@ -113,7 +113,7 @@ class Run:
             # On the CPU, so that every device starts from the same weights.
             model.init_weights(torch.Generator().manual_seed(self.config.training.seed))
             return model
-        # Dropout has no weights, and may be changed when a run is resumed.
+        # Dropout has no weights, and may change when a run is resumed.
         if replace(start_from.config, dropout=config.dropout) != config:
             raise CheckpointError(
                 f"{str(resume_from)!r} has a model of another shape than the run's config. "
@@ -150,12 +150,12 @@ class Run:
         return self.config.training.batch_size * self.config.sequence_length
 
     def epochs(self, n_steps: int) -> float:
-        """Return the passes over the training text that steps make."""
+        """Return the number of passes over the training text in some steps."""
         return n_steps * self.step_tokens / len(self.train_tokens)
 
     @property
-    def has_run_out(self) -> bool:
-        """Whether the validation loss has not fallen for the epochs of ``patience``."""
+    def is_early_stop_due(self) -> bool:
+        """Whether the validation loss has not fallen for ``patience`` epochs."""
         return self.early_stop is not None and self.early_stop.is_due(self)
 
     def set_dropout(self) -> None:

@@ -22,9 +22,9 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
-    """Return the fraction of the budget used, in [0, 1]: the larger one of steps and minutes.
+    """Return the fraction of the budget used, in [0, 1]: of steps or of minutes, if that is larger.
 
-    Without ``max_minutes`` it only depends on the step. With it, the schedule ends when the time is
+    Without ``max_minutes`` it depends only on the step. With it, the schedule ends when the time is
     up, on any machine.
     """
     assert config.max_steps or config.max_minutes, "with_max_steps has not been called"
@@ -58,5 +58,5 @@ def lr_scale(config: TrainingConfig, progress: float) -> float:
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """Return whether something is due after a step; None and 0 are never."""
+    """Return whether something is due after a step; never if ``every`` is None or 0."""
     return step % every == 0 if every else False

@@ -1,4 +1,4 @@
-"""Optimizer steps left out because their loss or gradient is NaN or inf (``on_nan`` is skip)."""
+"""Skip optimizer steps whose loss or gradient is NaN or inf (if ``on_nan`` is skip)."""
 
 from dataclasses import dataclass
 
@@ -37,9 +37,9 @@ class Skipping:
         self._step, self._n_in_a_row = 0, 0
 
     def event(self) -> SkipEvent:
-        """Count and return the event of the last step, which was skipped.
+        """Count the last step, which was skipped, and return its event.
 
-        Raises: DivergedError if too many in a row were.
+        Raises: DivergedError if too many steps in a row were skipped.
         """
         run, metrics = self._run, self._metrics.last()
         self._n_in_a_row = self._n_in_a_row + 1 if self._step == run.step - 1 else 1

@@ -1,4 +1,4 @@
-"""What a resumed run needs besides the weights, as safetensors and JSON.
+"""Save and restore the state of a run in addition to the weights, as safetensors and JSON.
 
 The order of the data and the dropout masks are pure functions of seed and step, so no RNG state is
 saved.
@@ -32,7 +32,7 @@ from minigpt.training.run import Run
 from minigpt.training.world import World, is_sharded
 
 LARGEST_RISE = 1.2
-"""Most that the learning rate is multiplied by in one step after a change of the schedule."""
+"""Maximum factor by which the learning rate rises per step after a change of the schedule."""
 _MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "progress.json"
@@ -42,29 +42,29 @@ _ADAMW_KEYS, _MUON_KEYS = {"step", "exp_avg", "exp_avg_sq"}, {"momentum_buffer"}
 
 @dataclass(frozen=True, kw_only=True)
 class Seam(Checked):
-    """A step at which a resumed run got another schedule, for example by a larger budget.
+    """A step at which a resumed run changed its schedule, for example because of a larger budget.
 
-    The learning rate continues from where it was: it rises by at most ``LARGEST_RISE`` a step until
-    it meets the new schedule. Sequences that have left the context warm-up do not become short
-    again.
+    The learning rate continues from its last value, and rises by at most a factor of
+    ``LARGEST_RISE`` per step until it reaches the new schedule. A context warm-up that was over is
+    not repeated.
     """
 
     step: int = setting(bounds="[0, inf)")
     """Number of steps taken under the old schedule."""
     lr_scale: float = setting(bounds="[0, inf)")
-    """Learning rate of the last of them as a fraction of the peak."""
+    """Learning rate of the last of these steps, as a fraction of the peak."""
     is_warm: bool
     """Whether the context warm-up was over."""
 
     def limit(self, lr_scale: float, step: int) -> float:
-        """Return the learning rate of a step after the seam: that of the new schedule, limited."""
+        """Return the new schedule's learning rate at a step, with its rise limited."""
         n_rises = min(step + 1 - self.step, _MOST_RISES)
         return min(lr_scale, self.lr_scale * LARGEST_RISE**n_rises)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lowest(Checked):
-    """The lowest validation loss of the evaluations that were due."""
+    """The lowest validation loss of the scheduled evaluations."""
 
     step: int = setting(0, "[0, inf)")
     val_loss: float | None = setting(None, "[0, inf)")
@@ -94,13 +94,13 @@ class TrainingState(Checked):
     is_warm: bool = False
     """Whether the context warm-up is over."""
     lowest: Lowest = field(default_factory=Lowest)
-    """Lowest validation loss of the evaluations that were due."""
+    """Lowest validation loss of the scheduled evaluations."""
     seam: Seam | None = None
-    """Where a change of the schedule was last smoothed."""
+    """Latest change of the schedule. None if it never changed."""
 
 
 def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) -> str:
-    """Describe everything besides the config that affects rounding: resume is exact if it is equal.
+    """Describe everything except the config that affects rounding; if equal, resume is bit-exact.
 
     Other kernels, or sums in another order, round differently.
     """
@@ -152,9 +152,9 @@ def training_state(run: Run) -> TrainingState:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Continue a run from a checkpoint, whose model it has.
+    """Restore a run, whose model is already loaded, from a checkpoint.
 
-    Raises: CheckpointError as ``restore_state``; DataError if the corpus is another one.
+    Raises: CheckpointError as ``restore_state``; DataError if the corpus differs.
     """
     state = restore_state(folder, run.model, run.optimizers, run.average)
     if state.corpus != run.data.tokens.fingerprint:
@@ -195,7 +195,7 @@ def write_state(
 ) -> None:
     """Write training_state/ into a checkpoint folder.
 
-    Args: tensors, the full ``training_tensors``; exact, the model, if its weights were rounded.
+    Args: tensors, the full ``training_tensors``; exact, the float32 model if it was saved rounded.
     Raises: ResourceError if the disk is full or the folder is not writable.
     """
     folder = folder / STATE_FOLDER
@@ -229,8 +229,8 @@ def restore_state(
 ) -> TrainingState:
     """Load the optimizers' state from a checkpoint, and return its counters.
 
-    Args: model, with the weights of the checkpoint's model, which may be averaged ones: they are
-        replaced by those of the step; average, started from the same weights.
+    Args: model, with the checkpoint's weights: averaged ones are replaced by those of the step;
+        average, initialized with the same weights.
     Raises: CheckpointError if it is missing, damaged, or of another model or optimizer.
     """
     path, counters = folder / STATE_FOLDER, read_state(folder)
@@ -272,9 +272,9 @@ def restore_state(
 
 
 def _shard_like(tensor: Tensor, parameter: Any) -> Tensor:
-    """Move a full tensor, which every rank has, to a parameter's device, sharded as that is.
+    """Move a full tensor, which every rank has, to the device of a parameter, sharded like it.
 
-    A tensor of another shape, for example a step counter, stays full.
+    A tensor of another shape, for example a step counter, is not sharded.
     """
     tensor = tensor.to(parameter.device)
     if tensor.shape != parameter.shape or not is_sharded(parameter):

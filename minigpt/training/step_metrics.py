@@ -1,6 +1,6 @@
-"""Loss and gradient norm of the optimizer steps, and the divergence that they show.
+"""Loss and gradient norm of the optimizer steps, and the detection of divergence.
 
-They are computed on the device, and read, which waits for it, when a line of the log is due.
+They stay on the device, and are read, which synchronizes with it, only when a log line is due.
 """
 
 import math
@@ -45,10 +45,10 @@ class Metrics:
         self._run = run
         self._pending: list[tuple[int, float, Tensor, Tensor]] = []
         self._last: StepMetrics | None = None
-        # Steps, seconds and progress when this process began, and at the last log line.
+        # Steps, seconds and progress at the start of this process, and at the last log line.
         self._begun = self._logged = (run.step, run.elapsed_s, run.progress)
         self.before_divergence: Callable[[], None] = lambda: None
-        """Called before the error of a divergence is made, which names the last checkpoint."""
+        """Called before the error of a divergence is created, which names the last checkpoint."""
 
     def add(self, step: int, lr: float, loss: Tensor, grad_norm: Tensor) -> None:
         """Add a step. Args: loss, the mean over this rank's part of the batch."""
@@ -82,7 +82,7 @@ class Metrics:
                 raise self.divergence(str(metrics))
 
     def step_event(self) -> StepEvent:
-        """Return the event of the last step, and the speed since the one before."""
+        """Return the event of the last step, with the throughput since the previous event."""
         run, metrics = self._run, self.last()
         now = (run.step, run.elapsed_s, run.progress)
         n_steps, seconds, _ = (a - b for a, b in zip(now, self._logged, strict=True))

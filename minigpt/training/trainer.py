@@ -34,7 +34,7 @@ class TrainingLoss(nn.Module):
     ) -> Tensor:
         """Return the cross-entropy in nats, its mean over tokens or its sum.
 
-        Args: inputs and targets (B, T); targets may be NO_TARGET, which are ignored; recompute,
+        Args: inputs and targets (B, T); targets of NO_TARGET are ignored; recompute, whether to use
             activation checkpointing.
         """
         logits = self.model(inputs, recompute=recompute).float().flatten(0, 1)
@@ -43,10 +43,10 @@ class TrainingLoss(nn.Module):
 
 
 class Trainer(Run):
-    """Takes the steps of a run, and evaluates and saves it when that is due."""
+    """Takes the steps of a run, and evaluates and saves it on schedule."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        """Start a run, or resume it. Args: those of ``Run``, which raises the errors."""
+        """Start a run, or resume it. Args and errors: those of ``Run``."""
         super().__init__(*args, **options)
         loss = TrainingLoss(self.model)
         self._replica = self.world.replicate(loss)
@@ -65,7 +65,7 @@ class Trainer(Run):
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
 
-        An error saves the best weights since the last checkpoint, but no checkpoint.
+        On an error, the best weights since the last checkpoint are saved, but no checkpoint.
 
         Raises: DivergedError on NaN or inf, or on a loss above the divergence threshold.
         """
@@ -80,7 +80,7 @@ class Trainer(Run):
         self.model.train()
         if self.config.from_ and self.saved_step is None:
             yield self.checkpoints.evaluate()  # the loss before fine-tuning
-        while self.progress < 1 and not self.has_run_out and not self._must_stop():
+        while self.progress < 1 and not self.is_early_stop_due and not self._must_stop():
             is_taken = self.take_step()
             is_last = self.progress >= 1
             if not is_taken:
@@ -96,12 +96,12 @@ class Trainer(Run):
                 if model is not None:
                     yield SampleEvent(self.step, model.to(self.device))
         if self.saved_step != self.step:
-            if self.has_run_out:
+            if self.is_early_stop_due:
                 yield self.early_stop.event(self)
             yield from self.checkpoints.evaluate_and_save()
 
     def take_step(self) -> bool:
-        """Take one optimizer step on the next batch, and return whether it was not skipped.
+        """Take one optimizer step on the next batch; return False if its update was skipped.
 
         Raises: DivergedError, as ``run``, if ``on_nan`` is skip.
         """
@@ -172,7 +172,7 @@ class Trainer(Run):
     @property
     def was_stopped(self) -> bool:
         """Whether ``request_stop`` ended the run before its budget was used."""
-        return self._stop_is_requested and self.progress < 1 and not self.has_run_out
+        return self._stop_is_requested and self.progress < 1 and not self.is_early_stop_due
 
     def _must_stop(self) -> bool:
         """Return whether any rank was asked to stop, so that all stop at the same step."""

@@ -20,9 +20,9 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 class World:
     """One process that trains alone: most of its methods return their argument.
 
-    Under torchrun it is one of several, the subclass in distributed.py: only rank 0 writes files
-    and messages, and all ranks call the same methods in the same order, because each call may wait
-    for the others.
+    The subclass in distributed.py is one of several under torchrun: only rank 0 writes files and
+    messages, and all ranks call the same methods in the same order, because each call may wait for
+    the others.
     """
 
     rank: int = 0
@@ -32,17 +32,17 @@ class World:
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     """Device of this rank."""
     is_sharded: bool = False
-    """Whether each rank holds only a shard of every parameter."""
+    """Whether each rank has only a shard of every parameter."""
 
     def on(self, device: torch.device, *, shard: bool) -> Self:
-        """Return this world on a device.
+        """Return this world with its device set.
 
-        Args: shard, whether ranks share parameters, gradients and optimizer state.
+        Args: shard, whether to shard parameters, gradients and optimizer state among the ranks.
         """
         return replace(self, device=device)
 
     def micro_batch_size(self, batch_size: int, largest: int) -> int:
-        """Return the sequences per forward pass of a rank: equal parts of at most ``largest``."""
+        """Return the sequences per forward pass of a rank: equal parts, at most ``largest``."""
         return gcd(batch_size // self.size, largest)
 
     def broadcast(self, number: float) -> float:
@@ -89,11 +89,11 @@ class World:
 
 
 ALONE = World()
-"""One process."""
+"""The world of a single process."""
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this rank holds only a shard of a tensor: a DTensor."""
+    """Return whether this rank has only a shard of a tensor: a DTensor."""
     return hasattr(tensor, "placements")
 
 

@@ -149,7 +149,7 @@ def test_a_run_whose_loss_rises_stops_early_and_saves_its_best_weights(
     assert not trainer.was_stopped
 
     again = trainer_of(config, short, tmp_path, resume=True)
-    assert again.has_run_out
+    assert again.is_early_stop_due
     assert list(again.run()) == []
     unlimited = replace(config, training=replace(config.training, patience=0.0, max_steps=200))
     on = trainer_of(unlimited, short, tmp_path, resume=True)

@@ -62,7 +62,7 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
         yield "note", line
     if trainer.progress >= 1:
         yield "", "already complete: raise --max-steps or --max-minutes to continue"
-    elif trainer.has_run_out:
+    elif trainer.is_early_stop_due:
         yield "", "stopped early: raise --patience to continue, or 0 for no limit"
 
 

@@ -1,4 +1,4 @@
-"""Models for comparison: recurrent networks."""
+"""Models for comparison: LSTMs, and attention scores other than the scaled dot product."""
 
 from typing import TYPE_CHECKING
 
@@ -9,9 +9,9 @@ if TYPE_CHECKING:
 
 
 def check_lstm(config: "ModelConfig") -> None:
-    """Check that a model's settings go with its architecture, one of the LSTMs.
+    """Check that a config's settings are valid for its architecture, one of the LSTMs.
 
-    Raises: ConfigError for one that does not.
+    Raises: ConfigError for a setting that is not.
     """
     has_none = config.arch == "lstm"
     require(

@@ -22,7 +22,7 @@ class RecurrentBlock(nn.Module):
     """An LSTM layer: (B, T, C) -> its hidden states (B, T, C).
 
     Source: Hochreiter & Schmidhuber 1997, doi:10.1162/neco.1997.9.8.1735, with the forget gate of
-        Gers et al. 2000; dropout between layers and not in time: Zaremba et al. 2014,
+        Gers et al. 2000; dropout between layers, not time steps: Zaremba et al. 2014,
         arXiv:1409.2329.
     """
 
@@ -81,7 +81,7 @@ class StateAttention(nn.Module):
         collector: PassCollector | None = None,
         visible_BS: Tensor | None = None,
     ) -> Tensor:
-        """Attend to states that end with those of h."""
+        """Attend to the states up to and including those of h."""
         q_B1TC = self.score.fold(h_BTC[:, None])
         context_B1TC = attend(self.score, q_B1TC, states_B1SC, states_B1SC, visible_BS, collector)
         return torch.tanh(self.output(context_B1TC[:, 0]) + self.own(h_BTC))
@@ -154,9 +154,9 @@ class LSTM(LanguageModel):
         """Draw initial weights in-place.
 
         Matrices are normal with std 1 / sqrt(fan-in), where input and state (or context and state)
-        count as one input. Biases are zero, but the forget gates' are one, so that states are kept
-        at first (Jozefowicz et al. 2015). The embedding has std 1, as no norm follows it, and the
-        output projection is zero; tied, they have std 1 / sqrt(C).
+        count as one input. Biases are zero, except for the forget gates': one, so that states are
+        remembered at first (Jozefowicz et al. 2015). The embedding has std 1, as no norm follows
+        it, and the output projection is zero; if tied, both have std 1 / sqrt(C).
         """
         d_model = self.config.d_model
         for name, parameter in self.named_parameters():

@@ -1,4 +1,4 @@
-"""Attention scores that are the dot product of the keys with changed queries; learned scores.
+"""Attention scores that are dot products of keys and transformed queries; base of learned scores.
 
 Shapes: B batch, H query heads, T queries, D head dim.
 """
@@ -23,7 +23,7 @@ class DotScore(Score):
 
 
 class LearnedScore(Score):
-    """A score with parameters of each head."""
+    """A score with parameters for each head."""
 
     def parameter(self, *inputs: int) -> nn.Parameter:
         """Return a parameter with D outputs for each head, stacked as in a projection: (H D, ...).

@@ -1,7 +1,7 @@
-"""Scores by a small tanh network, computed for some queries at a time.
+"""Attention scores from a small tanh network, computed for some queries at a time.
 
-All B H T S A hidden values together would not fit into memory. The backward pass computes them
-again (activation checkpointing: Chen et al. 2016, arXiv:1604.06174), so memory beyond inputs and
+All B H T S A hidden values together would not fit into memory. The backward pass recomputes them
+(activation checkpointing: Chen et al. 2016, arXiv:1604.06174), so memory in addition to inputs and
 outputs does not grow with T, forward or backward.
 
 Shapes: B batch, H query heads, G key/value heads, T queries, S keys, D head dim, A hidden units.
@@ -20,24 +20,24 @@ from minigpt.model.scores import causal_softmax, in_float32, weighted_sum
 from minigpt.model.variants.products import LearnedScore
 
 _MAX_HIDDEN = 2**22
-"""Hidden values computed together: the fastest of 2**18 to 2**24."""
+"""Maximum hidden values computed together: the fastest of 2**18 to 2**24."""
 _MAX_HIDDEN_ON_GPU = 2**26
-"""A quarter of a GiB: few and large kernels."""
+"""The same on a GPU, a quarter of a GiB, so that kernels are few and large."""
 
 
 class TanhScore(LearnedScore):
-    """A score v . tanh(W q + U k), with W, U and v of each head."""
+    """A score v . tanh(W q + U k), with separate W, U and v for each head."""
 
     is_dot_product = False
-    flops_per_weight = 18  # a sum and a tanh more for each hidden value
+    flops_per_weight = 18  # a sum and a tanh in addition for each hidden value
 
     v: nn.Parameter
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Draw normal weights: hidden values of variance 1 before the tanh, scores as scaled dot's.
+        """Draw normal weights: hidden values of variance 1 before the tanh, scores like scaled dot.
 
-        Near 0, as in the sources, each matrix would have no gradient until the others grow.
+        Near 0, as in the sources, each matrix has almost no gradient until the others grow.
         """
         for name, parameter in self.named_parameters():
             fan_in = self.d_head if name == "v" else 2 * self.d_head

@@ -1,1 +1,1 @@
-"""What a run reports besides its events: plans, curves, TensorBoard."""
+"""Reports about a run: its plan, its memory and its loss curves."""

@@ -1,4 +1,4 @@
-"""Loss curves from the metrics.jsonl of a finished or running run."""
+"""Read loss curves from the metrics.jsonl of a finished or running run."""
 
 import json
 import math
@@ -18,7 +18,7 @@ _LOSSES = {"step": "train_loss", "eval": "val_loss"}
 
 @dataclass(frozen=True)
 class LossPoint:
-    """A loss, with the training steps, tokens and seconds before it."""
+    """A loss, and the training steps, tokens and seconds before it."""
 
     steps: int
     tokens: int | None
@@ -40,14 +40,14 @@ class LossCurves:
     """Name of the tokenizer, or None if config.toml cannot be read. Losses per token cannot be
     compared between tokenizers."""
     train: tuple[LossPoint, ...]
-    """Losses of a batch each."""
+    """Losses of one batch each."""
     val: tuple[LossPoint, ...]
 
 
 def find_run(spec: str | None, root: Path = ROOT) -> Path:
     """Return the folder of a run that has metrics.
 
-    Args: spec, the folder, or a name under root; None is the newest run under root.
+    Args: spec, the folder, or a name under root; None for the newest run under root.
     Raises: CheckpointError if there is none.
     """
     known = {path.parent: path.lstat().st_mtime_ns for path in root.glob(f"*/{METRICS_FILE}")}
@@ -63,10 +63,10 @@ def find_run(spec: str | None, root: Path = ROOT) -> Path:
 
 
 def read_curves(run: Path) -> LossCurves:
-    """Read the losses of a run, without a last line that is only half written.
+    """Read the losses of a run, without an incomplete last line.
 
     Raises: CheckpointError if another line is not an event with numeric losses, or the file cannot
-        be read; ResourceError if it may not be read.
+        be read; ResourceError if permission to read it is denied.
     """
     try:
         config = build(RunConfig, read_toml(run / CONFIG_FILE))

@@ -1,4 +1,4 @@
-"""How much memory training takes, by formula, and how much the machine has."""
+"""Estimate the memory that training needs, and look up how much the machine has."""
 
 import os
 from collections import Counter
@@ -43,8 +43,8 @@ def estimate_memory(
         evaluation  the larger of logits and the MLP's hidden layer, without gradients
 
     All but the update add the weights in ``dtype``, which autocast caches. A block keeps
-    ``_block_bytes_per_token``, or only its input with activation checkpointing. ``hidden`` is what
-    the backward pass of a tanh score holds; earlier gradients are those of other micro-batches.
+    ``_block_bytes_per_token``, or only its input with activation checkpointing. ``hidden`` is the
+    memory of a tanh score's backward pass; earlier gradients are those of other micro-batches.
 
     Returns: bytes of weights, gradients, optimizer and activations, and their total.
     """
@@ -89,7 +89,7 @@ def estimate_memory(
     )
     n_averages = n_parameters if training.average else 0
     parts = {
-        "weights": gradients,  # as many, in the same dtype
+        "weights": gradients,  # as many as gradients, in the same dtype
         "gradients": gradients,
         "optimizer": (optimizer_values(config) + n_averages) * _FLOAT32 // n_shares,
         "activations": max(0, peak - gradients),  # with logits and temporary tensors
@@ -106,8 +106,8 @@ def _block_bytes_per_token(
     the output in ``dtype``. The rest is in ``dtype``: queries, keys, values and context; with
     QK-norm, its inputs, normalized inputs and outputs; and the MLP's hidden values (gate, up,
     activation and product; not gated: up and activation). Some scores keep weights. An LSTM keeps
-    its gates and states. A fused loss keeps of an RMSNorm the normalized input in float32 and the
-    output in ``dtype``, the inputs of queries, keys and values, and no activation of SwiGLU.
+    its gates and states. A fused loss keeps an RMSNorm's normalized input in float32 and output in
+    ``dtype``, also the inputs of queries, keys and values, and no activation of SwiGLU.
     """
     if model.arch != "gpt":
         n_values = _LSTM_VALUES + (_ATTENTION_VALUES if model.n_attention_layer else 0)
@@ -148,9 +148,9 @@ def optimizer_values(config: RunConfig) -> int:
 
 
 def parameters(model: ModelConfig) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield the name of each parameter, one without memory, and the number of its kind.
+    """Yield the name of each parameter, the parameter on the meta device, and how often it occurs.
 
-    All blocks have the same shape, so only one is built, however many layers there are.
+    All blocks have the same shapes, so only one is built, and its parameters occur n_layer times.
     """
     one = replace(model, n_layer=1)
     for name, parameter in model_class(one).without_weights(one).named_parameters():
@@ -158,7 +158,7 @@ def parameters(model: ModelConfig) -> Iterator[tuple[str, Tensor, int]]:
 
 
 def machine_bytes(device: torch.device) -> int | None:
-    """Return the memory of a device, of a GPU what is free of it; None if it is unknown."""
+    """Return the bytes of a machine's memory, or of a GPU's free memory; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -168,7 +168,7 @@ def machine_bytes(device: torch.device) -> int | None:
 
 
 def require_memory(config: RunConfig, device: torch.device, n_ranks: int = 1) -> None:
-    """Raise ResourceError if the machine has less memory than a lower bound of what is needed.
+    """Raise ResourceError if the machine has less memory than a lower bound of the memory needed.
 
     The bound counts weights, gradients and one value of optimizer state per weight; the batch; the
     logits; and the input of each block in bfloat16.

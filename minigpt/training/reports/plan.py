@@ -1,4 +1,4 @@
-"""The plan of a run before it begins: sizes, counts, memory and time."""
+"""Plan a run before it starts: sizes, counts, memory and time."""
 
 import math
 import statistics
@@ -46,11 +46,11 @@ def make_plan(
 ) -> dict[str, Any]:
     """Plan a run: sizes, counts and estimates, with a few timed steps of a new model.
 
-    The timed steps are taken by this process alone, uncompiled, on about a second's worth of
-    tokens; the time of a whole step is scaled by its FLOPs.
+    The steps are timed in this process alone, uncompiled, on about a second's worth of tokens; the
+    time of a full step is extrapolated by its FLOPs.
 
     Args: done, the state that the run resumes from; None for a new run.
-    Returns: the facts that ``--json`` prints; None for what is not known of the hardware.
+    Returns: the facts that ``--json`` prints; None for unknown properties of the hardware.
     Raises: DataError if the corpus is too short; ConfigError if the batch cannot be divided.
     """
     done = done or TrainingState()
@@ -87,13 +87,13 @@ def make_plan(
         "max_steps": max_steps,
         "n_steps_left": max_steps - done.step,
         "epochs": max_steps * step_tokens / len(train_tokens),
-        "training_flops": flops,  # of the steps left
+        "training_flops": flops,  # of the remaining steps
         "memory": memory,
         "machine_bytes": available,
         "checkpoint_bytes": 4
         * (n_parameters * (2 if training.average else 1) + optimizer_values(config)),
         "step_s": step_s,
-        "training_s": training_s,  # of the steps left, without evaluation and saving
+        "training_s": training_s,  # of the remaining steps, without evaluation and saving
         "is_compiled": is_compiled,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -176,10 +176,10 @@ def _measure(
 def tokens_to_measure(token_s: Callable[[int], float], few: int, most: int) -> int:
     """Return how many tokens take about a second, from ``few`` to ``most``.
 
-    The number grows until the time is proportional to it: on a GPU, a step on few tokens only takes
-    as long as it takes to launch its kernels.
+    The number grows until the time is proportional to it: on a GPU, a step on few tokens takes only
+    the time to launch its kernels.
 
-    Args: token_s, measures the seconds per token for a number of tokens.
+    Args: token_s, which measures the seconds per token for a number of tokens.
     """
     n_tokens = few
     while n_tokens < most:
