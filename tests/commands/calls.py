@@ -1,4 +1,4 @@
-"""Helpers that run the program and check its output."""
+"""Functions that run the program and check its output."""
 
 import json
 import shlex
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The project's own folder."""
+"""The project folder."""
 
 _TINY = """
 --tokenizer bytes --max-steps 4 --context-length 64 --batch-size 2
@@ -16,12 +16,12 @@ _TINY = """
 --set training.eval_tokens=256 --set training.log_every=1
 """
 TINY = _TINY.split()
-"""Options of a run that takes a moment."""
+"""Options of a training run that takes a moment."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """How a call of the program ended."""
+    """The result of a call of the program."""
 
     code: int
     out: str
@@ -32,18 +32,18 @@ Run = Callable[..., Result]
 
 
 def error_line(result: Result) -> str:
-    """Return what a failed call says, having checked that it says it as all errors are said."""
+    """Return the error message of a failed call, after checking its one-line form."""
     assert result.out == ""
     assert result.err.startswith("error: "), result.err
     assert result.err.endswith("\n")
     line = result.err.removeprefix("error: ").removesuffix("\n")
-    assert line.isprintable(), line  # no line break either
+    assert line.isprintable(), line  # and no line breaks
     assert "bug of minigpt" not in line, line
     return line
 
 
 def proposed(err: str, label: str) -> list[list[str]]:
-    """Return the commands below a label at the end of stderr, as words after the program's."""
+    """Return the commands suggested below a label at the end of stderr, each as its arguments."""
     lines = err[err.index(f"\n{label}") + 1 :].splitlines()
     commands = [shlex.split(line[7:]) for line in lines]
     assert all(command[0].endswith("minigpt") for command in commands), commands
@@ -51,7 +51,7 @@ def proposed(err: str, label: str) -> list[list[str]]:
 
 
 TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "6"]
-"""Words of a trace of six tokens."""
+"""Arguments for a trace of six tokens."""
 
 
 def objects(result: Result) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""One tiny trained run, and ways to call the program as a user would."""
+"""Fixtures: one tiny trained run, and calls of the program as by a user."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ from minigpt.commands.layout import Commands
 
 @pytest.fixture(scope="session", autouse=True)
 def _commands_are_made_once() -> Iterator[None]:
-    """Make the options of a command once, not for each of a thousand calls in this process."""
+    """Build the options of each command once instead of for each of a thousand calls."""
     make, made = Commands.get_command, {}
 
     def get_command(program: Commands, ctx: Any, name: str) -> Any:
@@ -35,7 +35,7 @@ def _commands_are_made_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with corpus.txt and the run checkpoints/tiny; not to be written to."""
+    """Return a shared, read-only folder with corpus.txt and the run checkpoints/tiny."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, where nothing of the user's own is seen."""
+    """Return an empty working directory, isolated from the user's environment."""
     for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(trained / "cache"))
@@ -61,13 +61,13 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def in_trained(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Work where the tiny run is, with commands that write nothing."""
+    """Change to the shared folder of the tiny run, for commands that write nothing."""
     monkeypatch.chdir(trained)
 
 
 @pytest.fixture
 def at_trained(trained: Path, workplace: Path) -> Path:
-    """The working directory, with a copy of the tiny run and its text in it."""
+    """Return the working directory with a copy of the tiny run and its text."""
     shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
     shutil.copy(trained / "corpus.txt", workplace)
     return workplace
@@ -94,7 +94,7 @@ def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
 
 @pytest.fixture
 def start(workplace: Path) -> Callable[..., "subprocess.Popen[bytes]"]:
-    """Start the program as a process of its own: start("train", ..., cwd=...) -> Popen."""
+    """Start the program as a separate process: start("train", ..., cwd=...) -> Popen."""
 
     def begin(
         *words: str, cwd: Path = workplace, env: dict[str, str] | None = None

@@ -1,4 +1,4 @@
-"""A terminal in the place of stdout and stderr, and what could steer it."""
+"""A terminal that replaces stdout and stderr, and characters that could control it."""
 
 import os
 import re
@@ -8,15 +8,15 @@ import threading
 
 import pytest
 
-pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe\r\x7f"
-# What rich itself writes to a terminal: colours, and cursor moves to redraw the live line.
+# Sequences written by rich: colours, and cursor movements that redraw the live line.
 OURS = re.compile(r"\x1b\[[\d;]*[mKA]|\x1b\[\?25[lh]|\r\n|\r")
 
 
 class Screen:
-    """A terminal in the place of stdout and stderr, and all that was written to it."""
+    """A terminal that replaces stdout and stderr and records everything written to it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, width: int = 80) -> None:
         self.master, slave = pty.openpty()
@@ -34,11 +34,11 @@ class Screen:
         try:
             while data := os.read(self.master, 4096):
                 self.received += data
-        except OSError:  # so Linux says that the other end is closed
+        except OSError:  # Linux raises it once the other end is closed
             pass
 
     def text(self) -> str:
-        """Close the terminal and return what it got."""
+        """Close the terminal and return its contents."""
         self.stream.close()
         self.reader.join()
         os.close(self.master)
@@ -46,5 +46,5 @@ class Screen:
 
 
 def steering(shown: str) -> set[str]:
-    """Return the characters that could steer a terminal and are not our own doing."""
+    """Return control characters that rich did not write."""
     return {c for c in OURS.sub("", shown) if not c.isprintable()} - {"\n", "\t"}

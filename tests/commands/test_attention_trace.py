@@ -14,7 +14,7 @@ from minigpt.tracing.config import SAMPLING
 pytestmark = pytest.mark.usefixtures("in_trained")
 
 
-def test_the_text_is_that_of_generate(run: Run) -> None:
+def test_a_trace_prints_the_text_of_generate(run: Run) -> None:
     steps = objects(run(*TRACE, "--json"))[1:-1]
     generated = json.loads(run("generate", *TRACE[1:], "--json").out)
     assert "".join(step["certain_text"] for step in steps) == generated["text"]
@@ -33,7 +33,7 @@ def test_json_is_a_header_a_step_per_token_and_a_footer(run: Run) -> None:
     assert result.err == "model checkpoints/tiny/step-000004\nseed 7\n"
 
 
-def test_n_sources_and_heads_select_sources_and_heads(run: Run) -> None:
+def test_n_sources_and_heads_select_the_traced_sources_and_heads(run: Run) -> None:
     header, step, *_ = objects(run(*TRACE, "--json", "--sources", "2", "--heads", "1.0"))
     assert header["heads"] == "1.0"
     assert len(step["rows"][0]["sources"]) == 2
@@ -45,7 +45,7 @@ def test_each_sample_has_its_own_header_and_seed(run: Run) -> None:
     assert result.err == "model checkpoints/tiny/step-000004\nseed 7\nseed 8\n"
 
 
-def test_the_token_that_samples_are_compared_with_is_named_once(run: Run) -> None:
+def test_the_alternative_token_is_named_once_for_all_samples(run: Run) -> None:
     result = run(*TRACE, "--measure", "logit", "--against", "be", "--num-samples", "3")
     assert result.err.count("compared with b, the first of 2 tokens") == 1
 
@@ -108,7 +108,7 @@ def test_page_dense_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> N
     ],
     ids=str,
 )
-def test_an_invalid_option_is_one_line_on_stderr(
+def test_invalid_options_are_refused_in_one_line_on_stderr(
     run: Run, words: list[str], code: int, message: str
 ) -> None:
     result = run(*TRACE, *words)
@@ -117,14 +117,14 @@ def test_an_invalid_option_is_one_line_on_stderr(
     assert result.err.count("\n") == 1
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_is_one_line_that_names_the_file(run: Run) -> None:
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_a_one_line_error_that_names_the_file(run: Run) -> None:
     result = run(*TRACE, "--out", "/dev/full")
     assert result.code == 6
     assert "'/dev/full': No space left on device" in result.err.splitlines()[-1]
 
 
-def test_a_file_that_is_not_a_trace_is_bad_data(run: Run, tmp_path: Path) -> None:
+def test_replaying_a_file_that_is_not_a_trace_is_a_data_error(run: Run, tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("hello\n")
     for words in (["--replay", str(path)], ["--diff", str(path), str(path)]):
@@ -133,7 +133,7 @@ def test_a_file_that_is_not_a_trace_is_bad_data(run: Run, tmp_path: Path) -> Non
         assert result.err.startswith("error: line 1 of ")
 
 
-def test_the_rows_of_a_given_text_alone(run: Run) -> None:
+def test_zero_new_tokens_trace_only_the_given_text(run: Run) -> None:
     words = ("attention-trace", "The king", "--max-new-tokens", "0")
     header, *steps, footer = objects(run(*words, "--json", "--candidates", "2"))
     assert [step["position"] for step in steps] == list(range(1, len(header["prompt"])))
@@ -144,7 +144,7 @@ def test_the_rows_of_a_given_text_alone(run: Run) -> None:
 
 @pytest.mark.parametrize("measure", ["weight", "both", "logit"])
 @pytest.mark.parametrize("view", ["lines", "text", "matrix", "heads"])
-def test_rows_of_queries_before_the_sink_have_nothing_on_it(
+def test_queries_before_the_sink_have_no_attention_on_it(
     run: Run, view: str, measure: str, workplace: Path
 ) -> None:
     words = ("attention-trace", "The king", "--prompt-rows", "--sink", "2", "--measure", measure)
@@ -154,7 +154,9 @@ def test_rows_of_queries_before_the_sink_have_nothing_on_it(
     assert (one["sink"], two["sink"]) == (0, 0)
     assert [source["position"] for source in one["sources"]] == [0]
     assert {source["position"] for source in two["sources"]} == {0, 1}
-    assert {source["position"] for source in three["sources"]} == {0, 1}, "position 2 is the sink"
+    assert {source["position"] for source in three["sources"]} == {0, 1}, (
+        "position 2 is the sink, not a source"
+    )
     out = workplace / "o.jsonl"
     shown = run(*words, "--view", view, "--out", str(out), "--html", str(workplace / "h.html"))
     assert shown.code == 0, shown.err
@@ -176,7 +178,7 @@ def test_every_view_and_file_shows_the_rows_of_a_given_text(
     assert run("attention-trace", "--replay", str(out), "--view", view).out == live.out
 
 
-def test_lines_name_the_tokens_of_the_prompt_and_the_candidates(run: Run) -> None:
+def test_lines_show_the_tokens_of_the_prompt_and_the_candidates(run: Run) -> None:
     out = run(*TRACE, "--prompt-rows", "--candidates", "3").out
     names = [line[5:9].strip() for line in out.splitlines() if line[:4].strip().isdigit()]
     assert names[:7] == list("he␣king")
@@ -196,16 +198,14 @@ def test_forced_text_is_generated_first(run: Run) -> None:
     assert "ln p of the 3 forced tokens" in result.err
 
 
-def test_no_tokens_to_generate_is_refused_with_the_remedy(run: Run) -> None:
+def test_tracing_nothing_is_refused_with_the_remedy(run: Run) -> None:
     result = run("generate", "The king", "--max-new-tokens", "0")
     assert result.code == 2
     assert "attention-trace with --max-new-tokens 0" in result.err
 
 
 @pytest.mark.parametrize("measure", ["logit", "gradient", "integrated"])
-def test_rows_in_logits_have_signs_and_account_for_the_whole_logit(
-    run: Run, tmp_path: Path, measure: str
-) -> None:
+def test_signed_rows_and_parts_add_up_to_the_logit(run: Run, tmp_path: Path, measure: str) -> None:
     words = [*TRACE, "--measure", measure, "--prompt-rows", "--against", "be"]
     header, *steps, _ = objects(run(*words, "--json"))
     assert (header["units"], header["against"]["n_tokens"]) == (["logits"], 2)
@@ -259,7 +259,7 @@ def test_the_diff_names_the_interventions_of_two_traces(run: Run, workplace: Pat
         (["--ablate", "0.0", "--compile"], "--compile has no effect with --ablate"),
     ],
 )
-def test_interventions_that_are_not_possible_are_usage_errors(
+def test_invalid_interventions_are_usage_errors(
     run: Run, command: str, words: list[str], says: str
 ) -> None:
     result = run(command, "The king", *words)
@@ -267,7 +267,7 @@ def test_interventions_that_are_not_possible_are_usage_errors(
     assert says in result.err
 
 
-def test_a_trace_has_40_new_tokens_by_default_and_generate_256(run: Run) -> None:
+def test_defaults_are_40_new_tokens_for_a_trace_and_256_for_generate(run: Run) -> None:
     import minigpt
 
     words = ("The king", "--temperature", "0", "--ignore-eos")
@@ -281,7 +281,7 @@ def test_a_trace_has_40_new_tokens_by_default_and_generate_256(run: Run) -> None
     assert "generated tokens [256]" in " ".join(help_pages["generate"].split())
 
 
-def test_each_source_can_be_looked_up_among_the_tokens_of_the_prompt(run: Run) -> None:
+def test_positions_of_sources_are_listed_with_the_tokens_of_the_prompt(run: Run) -> None:
     out = run(*TRACE).out
     listed = dict(re.findall(r"(\d+) (\S+)", out[out.index("prompt") : out.index("from 8 on")]))
     assert "".join(listed.values()) == "The␣king"

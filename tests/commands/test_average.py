@@ -1,4 +1,4 @@
-"""minigpt checkpoints average: the mean of a run's last steps is an ordinary model."""
+"""minigpt checkpoints average: the mean of a run's last steps is a regular model."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from minigpt.checkpoint.folder import RunFolder
 
 @pytest.fixture(autouse=True)
 def tiny(trained: Path, workplace: Path) -> RunFolder:
-    """The run tiny, with steps 1 to 4 that differ in their weights."""
+    """Return the run tiny with steps 1 to 4 that have different weights."""
     tiny = workplace / "checkpoints" / "tiny"
     shutil.copytree(trained / "checkpoints" / "tiny", tiny)
     run = RunFolder(tiny)
@@ -33,19 +33,19 @@ def tiny(trained: Path, workplace: Path) -> RunFolder:
     return run
 
 
-def test_mean_of_the_last_steps_is_a_model_with_a_name(run: Run, tiny: RunFolder) -> None:
+def test_the_average_of_the_last_steps_is_a_model_with_a_name(run: Run, tiny: RunFolder) -> None:
     result = run("checkpoints", "average", "tiny", "--last", "3")
     assert (result.code, result.err) == (0, "")
     assert result.out == "the mean of 3 checkpoints, steps 2 to 4, is in checkpoints/tiny-mean\n"
     mean = load_file("checkpoints/tiny-mean/model.safetensors")
     for name, tensor in load_file(tiny.step_folder(4) / "model.safetensors").items():
-        torch.testing.assert_close(mean[name], tensor * 2)  # of 2, 3 and 1 times it
+        torch.testing.assert_close(mean[name], tensor * 2)  # mean of 2, 3 and 1 times the tensor
     assert run("checkpoints", "verify", "tiny-mean").code == 0
     assert run("generate", "--model", "tiny-mean", "--max-new-tokens", "2", "The").code == 0
     assert not list(Path("checkpoints").glob(".*"))
 
 
-def test_run_can_be_the_working_directory(
+def test_the_run_to_average_can_be_the_working_directory(
     run: Run, tiny: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tiny.path)

@@ -1,4 +1,4 @@
-"""The text chart: dots at their values, within the width, on any terminal."""
+"""The text chart: dots at the right positions, and any terminal size."""
 
 import math
 import re
@@ -16,7 +16,7 @@ def plain(series: list[Series], width: int, height: int, **options: bool) -> lis
 
 
 def dots_of(lines: list[str]) -> set[tuple[int, int]]:
-    """Return the dots of a chart's braille characters, (x, y) from the lower left corner."""
+    """Return the dots of a chart's braille characters as (x, y) from the lower left corner."""
     left = lines[-2].index("└") + 1
     rows = lines[:-2]
     dots = set()
@@ -25,7 +25,7 @@ def dots_of(lines: list[str]) -> set[tuple[int, int]]:
             bits = ord(character) - 0x2800
             if not 0 < bits < 256:
                 continue
-            # Unicode numbers a cell's dots 1 2 3 7 down its left and 4 5 6 8 down its right.
+            # Unicode numbers the dots of a cell 1 2 3 7 down its left and 4 5 6 8 down its right.
             for number, (x, y) in enumerate(
                 [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (0, 3), (1, 3)]
             ):
@@ -42,7 +42,7 @@ def test_every_point_has_a_dot_and_lines_join_them() -> None:
     for x, y in points:
         assert (round(x / 100 * last_x), round(y / 100 * last_y)) in dots
     assert {x for x, _ in dots} == set(range(last_x + 1))
-    for x in range(last_x):  # no gap: some dot of the next column is beside one of this column
+    for x in range(last_x):  # no gap: a dot of the next column is adjacent to one of this column
         near = [abs(y - z) for i, y in dots if i == x for j, z in dots if j == x + 1]
         assert min(near) <= 1
     rising = [y for x, y in sorted(dots) if x < last_x / 2]
@@ -84,7 +84,7 @@ def test_each_axis_has_at_least_two_distinct_labels(low: float, height: float) -
     lines = plain([Series(points, "")], 60, 8)
     numbers = [float(m[1]) for line in lines if (m := re.match(r" *(\S+) ┤", line))]
     assert len(numbers) >= 2
-    assert len(set(numbers)) == len(numbers), "with enough decimals to tell them apart"
+    assert len(set(numbers)) == len(numbers), "labels must have enough decimals to differ"
     assert all(low - 1e-9 <= number <= low + height for number in numbers)
     assert len(re.findall(r"\d\S*", lines[-1])) >= 2
 
@@ -99,12 +99,12 @@ def test_marks_are_drawn_over_lines_in_their_own_style() -> None:
     assert (str(style.color.name if style.color else None), style.dim) == ("red", None)
 
 
-def test_a_steep_start_is_cut_off_at_the_top() -> None:
+def test_a_chart_cuts_off_a_steep_start_at_the_top() -> None:
     steep: list[Point] = [(1.0, 1e30), *((float(x), 2.0 + x % 2) for x in range(2, 41))]
     assert y_limits([steep]) == (2.0, 3.0)
     assert plain([Series(steep, "")], 60, 10)[:8] != plain([Series(steep[2:], "")], 60, 10)[:8]
     few = [(1.0, 5.0), (2.0, 1.0)]
-    assert y_limits([few]) == (1.0, 5.0), "every point of a short curve counts"
+    assert y_limits([few]) == (1.0, 5.0), "every point of a short curve must be visible"
 
 
 @pytest.mark.parametrize("points", [[(0.0, 2.5)], [(5.0, 0.0), (6.0, 0.0)], [(0.0, -1e9)]])

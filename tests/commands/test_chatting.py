@@ -1,4 +1,4 @@
-"""generate --chat and attention-trace --chat: the template's ids, turns, and the end of a turn."""
+"""generate --chat and attention-trace --chat: template ids, turns, and the end of a turn."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ GREEDY = ["--temperature", "0", "--json", "--max-new-tokens"]
 
 @pytest.fixture
 def folder(workplace: Path) -> Path:
-    """A chat model with random weights."""
+    """Return the folder of a chat model with random weights."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     specials = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
     encoding = make_encoding("chat", r"(?s:.)", ranks, specials)
@@ -71,7 +71,7 @@ def test_each_turn_continues_the_conversation(run: Run, folder: Path) -> None:
     assert (first["prompt"], second["prompt"]) == ("a", "b")
 
 
-def test_a_full_window_loses_the_oldest_turns_and_says_so(run: Run, folder: Path) -> None:
+def test_a_full_context_drops_the_oldest_turns_and_reports_it(run: Run, folder: Path) -> None:
     words = ["generate", "--chat", "--interactive", "--model", "model", *GREEDY, "8"]
     lines = "".join(f"question {n}\n" for n in range(5)).encode()
     slid = run(*words, "--overflow", "slide", stdin=lines)
@@ -84,7 +84,7 @@ def test_a_full_window_loses_the_oldest_turns_and_says_so(run: Run, folder: Path
     assert "--overflow slide" in stopped.err
 
 
-def test_a_message_longer_than_the_window_is_refused_and_the_next_one_answered(
+def test_a_message_longer_than_the_context_is_refused_and_the_chat_continues(
     run: Run, folder: Path
 ) -> None:
     words = ["generate", "--chat", "--interactive", "--model", "model", *GREEDY, "4"]
@@ -95,7 +95,7 @@ def test_a_message_longer_than_the_window_is_refused_and_the_next_one_answered(
 
 def test_an_answer_ends_with_the_end_of_turn_token(run: Run, folder: Path) -> None:
     words = ["generate", "--chat", "--model", "model", "Hi", "--max-new-tokens", "100", "--json"]
-    # Hot enough to sample every token soon.
+    # A temperature at which every token is sampled soon.
     fact = facts(run(*words, "--temperature", "1000", "--seed", "4", "--overflow", "slide").out)[0]
     n = fact["n_tokens"]
     plain = minigpt.generate(
@@ -116,7 +116,7 @@ def test_an_answer_ends_with_the_end_of_turn_token(run: Run, folder: Path) -> No
         assert fact["finish_reason"] == "end_of_text"
 
 
-def test_options_of_a_chat_are_refused_where_they_do_nothing(run: Run, folder: Path) -> None:
+def test_chat_options_are_refused_where_they_have_no_effect(run: Run, folder: Path) -> None:
     for command in ("generate", "attention-trace"):
         calls = {
             "--system": ["Hi", "--system", "s"],
@@ -131,7 +131,7 @@ def test_options_of_a_chat_are_refused_where_they_do_nothing(run: Run, folder: P
             assert "--chat" in result.err
 
 
-def test_a_model_without_a_template_needs_one(run: Run, folder: Path) -> None:
+def test_chatting_with_a_model_without_a_template_requires_one(run: Run, folder: Path) -> None:
     Path("model/chat_template.jinja").rename("own.jinja")
     for command in ("generate", "attention-trace"):
         result = run(command, "--model", "model", "--chat", "Hi")

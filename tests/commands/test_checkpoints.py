@@ -26,7 +26,7 @@ NAMES = ["list", "show", "verify", "prune", "average", "export", "import"]
 
 @pytest.fixture(autouse=True)
 def runs(trained: Path, workplace: Path) -> Path:
-    """The working directory, with the run tiny (steps 1 to 4; best 2) and the model plain."""
+    """Return the working directory with the run tiny (steps 1 to 4; best 2) and the model plain."""
     tiny = workplace / "checkpoints" / "tiny"
     shutil.copytree(trained / "checkpoints" / "tiny", tiny)
     run = RunFolder(tiny)
@@ -45,7 +45,7 @@ def flip_a_byte(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def test_list_agrees_with_json_and_the_log(run: Run, runs: Path) -> None:
+def test_the_list_agrees_with_json_and_the_log(run: Run, runs: Path) -> None:
     shown, as_json = run("checkpoints", "list"), run("checkpoints", "list", "--json")
     assert (shown.code, shown.err, as_json.code, as_json.err) == (0, "", 0, "")
     document = json.loads(as_json.out)
@@ -71,7 +71,7 @@ def test_list_agrees_with_json_and_the_log(run: Run, runs: Path) -> None:
     assert not any(line.endswith(" ") for line in lines)
 
 
-def test_list_accepts_a_folder_or_a_run_and_marks_damage(run: Run, runs: Path) -> None:
+def test_the_list_accepts_a_folder_or_a_run_and_marks_damage(run: Run, runs: Path) -> None:
     (runs / "checkpoints" / "tiny" / "step-000003" / "model.safetensors").unlink()
     for spec in ("tiny", "checkpoints/tiny", "checkpoints"):
         result = run("checkpoints", "list", spec)
@@ -83,7 +83,7 @@ def test_list_accepts_a_folder_or_a_run_and_marks_damage(run: Run, runs: Path) -
     assert result.code == 4
 
 
-def test_empty_list_is_a_note_on_stderr(run: Run, runs: Path) -> None:
+def test_an_empty_list_is_a_note_on_stderr(run: Run, runs: Path) -> None:
     (runs / "empty").mkdir()
     result = run("checkpoints", "list", "empty")
     assert (result.code, result.out) == (0, "")
@@ -117,7 +117,7 @@ def test_hostile_names_are_escaped_on_one_line(run: Run, runs: Path) -> None:
         assert len(out.split("\n")) == (11 if words == ["list"] else 6)
 
 
-def test_list_fits_80_columns(runs: Path, run: Run) -> None:
+def test_the_list_fits_80_columns(runs: Path, run: Run) -> None:
     entries = take_inventory(runs / "checkpoints")
     assert all(line.cell_len <= 80 for line in inventory_lines(entries, 80))
     facts = describe(runs / "checkpoints" / "plain")
@@ -138,7 +138,7 @@ def test_show_lists_every_tensor_in_json_and_identical_blocks_once(run: Run, run
     assert facts["n_parameters"] == sum(tensor.numel() for tensor in stored.values())
     assert facts["n_bytes"] == 4 * facts["n_parameters"]
     assert (facts["config"]["n_layer"], facts["config"]["model_type"]) == (2, "qwen3")
-    # keys and values of two layers and two heads of 8, in four bytes or two
+    # keys and values of two layers and two heads of width 8, in four or two bytes
     assert facts["float32_cache_bytes_per_token"] == 2 * 2 * 16 * 4
     assert facts["bfloat16_cache_bytes_per_token"] == 2 * 2 * 16 * 2
     shown = run("checkpoints", "show", "plain")
@@ -149,7 +149,7 @@ def test_show_lists_every_tensor_in_json_and_identical_blocks_once(run: Run, run
     assert shown.out.count("q_proj") == 1
 
 
-def test_different_blocks_are_shown_apart(run: Run, runs: Path) -> None:
+def test_different_blocks_are_shown_separately(run: Run, runs: Path) -> None:
     path = runs / "checkpoints" / "plain" / "model.safetensors"
     tensors = load_file(path)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -162,7 +162,7 @@ def test_different_blocks_are_shown_apart(run: Run, runs: Path) -> None:
 
 def test_show_accepts_every_form_of_model_name(run: Run) -> None:
     newest = json.loads(run("checkpoints", "show", "--json").out)
-    assert newest["folder"] == "checkpoints/tiny/step-000002"  # its best
+    assert newest["folder"] == "checkpoints/tiny/step-000002"  # the best step
     step = json.loads(run("checkpoints", "show", "checkpoints/tiny/step-000001", "--json").out)
     assert step["folder"] == "checkpoints/tiny/step-000001"
     result = run("checkpoints", "show", "tinny")
@@ -170,7 +170,7 @@ def test_show_accepts_every_form_of_model_name(run: Run) -> None:
     assert result.code == 4
 
 
-def test_verify_checks_all_before_it_fails(run: Run, runs: Path) -> None:
+def test_verify_checks_all_folders_before_failing(run: Run, runs: Path) -> None:
     good = run("checkpoints", "verify")
     assert (good.code, good.err) == (0, "")
     assert len(good.out.splitlines()) == 5
@@ -198,7 +198,7 @@ def test_verify_compares_the_headers_of_a_folder_without_manifest(run: Run, runs
     assert re.match(r"bad  checkpoints/plain  .*has shape \[16, 16\], not \[16, 17\]", result.out)
 
 
-def test_step_pruned_meanwhile_is_not_bad(
+def test_a_step_pruned_during_verify_is_not_reported(
     run: Run, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = inspection.check
@@ -252,7 +252,7 @@ def test_prune_reports_what_it_removes(run: Run, runs: Path) -> None:
 
 
 def test_prune_asks_on_a_terminal_and_no_removes_nothing(runs: Path) -> None:
-    pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+    pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 
     def answer(text: bytes) -> subprocess.CompletedProcess[str]:
         ours, theirs = pty.openpty()
@@ -352,7 +352,7 @@ def test_help_lists_the_commands_and_fits_80_columns(run: Run) -> None:
             for line in lines
             if (match := re.match(r"  (?=[A-Z-])\S.*?  +(?=\S)", line)) and "  " in line.strip()
         }
-        assert len(columns) == 1, "one column for all groups"
+        assert len(columns) == 1, "all groups must be aligned in one column"
     without = run("checkpoints")
     assert (without.code, without.out) == (2, "")
     assert without.err == run("checkpoints", "--help").out

@@ -12,7 +12,7 @@ from minigpt.studies.claims import learning
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make --quick quicker: these tests check the format of the output, not its numbers."""
+    """Make --quick faster: these tests check the format of the output, not its numbers."""
     size = learning.Size(
         n_steps=2,
         batch_tokens=64,
@@ -74,7 +74,7 @@ def test_out_writes_claims_json_and_pictures(run: Run) -> None:
         (["--seeds", "two"], "takes a whole number"),
     ],
 )
-def test_a_usage_error_is_one_line(run: Run, words: list[str], message: str) -> None:
+def test_usage_errors_of_claims_are_one_line(run: Run, words: list[str], message: str) -> None:
     result = run("claims", *words)
     assert result.code == 2
     assert message in error_line(result)

@@ -1,4 +1,4 @@
-"""minigpt compare: its runs, how it resumes, and its table, JSON and picture."""
+"""minigpt compare: runs, resuming, and the table, JSON and picture."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def events(name: str, kind: str) -> list[dict[str, Any]]:
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
-    """Press Ctrl-C during a step, counted over all runs."""
+    """Simulate Ctrl-C during the n-th step, counted over all runs."""
     take_step, n_taken = Trainer.take_step, 0
 
     def stopped(self: Trainer) -> bool:
@@ -89,9 +89,9 @@ def test_table_json_and_metrics_agree(run: Run) -> None:
             assert one["steps"] == 4
 
 
-def test_each_run_equals_a_training_run_with_the_same_settings(run: Run) -> None:
+def test_each_compared_run_equals_a_training_run_with_the_same_settings(run: Run) -> None:
     assert run("compare", *TWO, "--name", "cmp").code == 0
-    # compare chooses dropout and averaging by the size of the text, as train does, but stops none.
+    # Like train, compare derives dropout and averaging from the text, but never stops a run early.
     words = ["--max-steps", "4", "--set", "training.eval_every=1", "--patience", "0"]
     assert run("train", *TINY, *words, "--name", "own", "--seed", "1338").code == 0
     assert weights("own") == weights("cmp-scaled_dot-s1338")
@@ -159,13 +159,13 @@ def test_after_ctrl_c_the_same_command_resumes_to_the_same_bits(
         for seed in (1337, 1338):
             assert weights(f"parted-{variant}-s{seed}") == weights(f"whole-{variant}-s{seed}")
     third = run("compare", *TWO, "--name", "parted")
-    assert "run " not in third.err, "nothing is left to do"
+    assert "run " not in third.err, "nothing must be left to do"
     losses = [[line.split()[:6] for line in r.out.splitlines()] for r in (again, third)]
     assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("budget", ["steps:2", "seconds:0.001"])
-def test_the_same_command_finds_its_runs_when_the_text_sets_how_they_are_evaluated(
+def test_the_same_command_finds_its_runs_despite_derived_evaluation_settings(
     run: Run, budget: str
 ) -> None:
     words = [*TINY[:3], *SETTINGS[: SETTINGS.index("training.eval_tokens=256") - 1]]
@@ -173,7 +173,7 @@ def test_the_same_command_finds_its_runs_when_the_text_sets_how_they_are_evaluat
     first, again = (run("compare", *words, "--json") for _ in range(2))
     assert (first.code, again.code) == (0, 0), again.err
     assert "run 1 of 1" in first.err
-    assert "run 1 of 1" not in again.err, "nothing is left to do"
+    assert "run 1 of 1" not in again.err, "nothing must be left to do"
     losses = [json.loads(result.out)["variants"][0]["val_loss"] for result in (first, again)]
     assert losses[0] == losses[1]
 
@@ -206,7 +206,7 @@ def test_more_seeds_and_variants_are_added_to_the_existing_runs(run: Run) -> Non
         (["--set", "model.d_mlp=50"], "with another model.d_mlp: 48, not 50"),
     ],
 )
-def test_other_settings_under_the_same_name_are_an_error(
+def test_comparing_with_other_settings_under_the_same_name_is_an_error(
     run: Run, change: list[str], message: str
 ) -> None:
     words = [*TINY, "--variants", "scaled_dot", "--seeds", "1", "--name", "cmp"]
@@ -218,7 +218,7 @@ def test_other_settings_under_the_same_name_are_an_error(
     assert message in line
 
 
-def test_another_text_under_the_same_name_is_an_error_but_a_moved_one_is_not(run: Run) -> None:
+def test_another_text_under_the_same_name_is_an_error_unless_it_was_moved(run: Run) -> None:
     words = [*TINY[1:], "--variants", "dot", "--seeds", "1", "--budget", "steps:2", "--name", "cmp"]
     assert run("compare", "corpus.txt", *words).code == 0
     shutil.copy("corpus.txt", "moved.txt")
@@ -247,7 +247,7 @@ def test_another_text_under_the_same_name_is_an_error_but_a_moved_one_is_not(run
         (["--budget", "steps", "--set", "training.max_minutes=1"], ["as in steps:500"]),
     ],
 )
-def test_a_usage_error_is_one_line(run: Run, words: list[str], parts: list[str]) -> None:
+def test_usage_errors_of_compare_are_one_line(run: Run, words: list[str], parts: list[str]) -> None:
     result = run("compare", *TINY, *words)
     line = error_line(result)
     assert result.code == 2
@@ -255,7 +255,7 @@ def test_a_usage_error_is_one_line(run: Run, words: list[str], parts: list[str])
     assert not Path("checkpoints").exists()
 
 
-def test_a_variant_that_diverges_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_diverging_variant_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Trainer._loss
 
     def spoilt(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
@@ -286,13 +286,13 @@ def test_the_picture_has_a_line_per_run_and_a_name_per_variant(run: Run) -> None
     assert len([e for e in marks if "#4c9bc6" in e.get("style", "")]) == 2 * 4 + 1
 
 
-def test_a_budget_of_seconds_ends_every_run(run: Run) -> None:
+def test_a_budget_in_seconds_ends_every_run(run: Run) -> None:
     words = [*TINY, "--variants", "dot,additive", "--seeds", "1", "--budget", "seconds:0.1"]
     facts = json.loads(run("compare", *words, "--json").out)
     for variant in facts["variants"]:
         (one,) = variant["runs"]
         *earlier, last = [event["elapsed_s"] for event in events(one["name"], "step")]
-        assert all(seconds < 0.1 for seconds in earlier), "no step begins after the budget"
+        assert all(seconds < 0.1 for seconds in earlier), "no step may start after the budget"
         assert one["seconds"] == last >= 0.1
         assert one["steps"] == pytest.approx(
             one["seconds"] * variant["train_tokens_per_s"] / (2 * 32)

@@ -1,4 +1,4 @@
-"""Completion in the shells themselves, set up by the lines that docs/guide.md gives."""
+"""Completion in real shells, set up by the lines in docs/guide.md."""
 
 import os
 import re
@@ -11,12 +11,12 @@ import pytest
 from calls import ROOT
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
-# What each shell runs to print the completions of $LINE.
+# Commands with which each shell prints the completions of $LINE.
 ASK = {
     "bash": "COMP_WORDS=($LINE); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); "
     '_minigpt_completion minigpt; printf "%s\\n" "${COMPREPLY[@]}"',
     "fish": 'complete -C "$LINE"',
-    # zsh completes only at a prompt: what its function evaluates is printed instead.
+    # zsh completes only at a prompt, so the arguments of its completion function are printed.
     "zsh": 'whence -w _minigpt_completion >&2; env _TYPER_COMPLETE_ARGS="$LINE" '
     "_MINIGPT_COMPLETE=complete_zsh minigpt",
 }
@@ -24,11 +24,11 @@ ASK = {
 
 @pytest.mark.integration
 @pytest.mark.parametrize("shell", ASK)
-def test_the_line_in_the_guide_makes_a_shell_complete(shell: str, tmp_path: Path) -> None:
+def test_the_setup_line_of_the_guide_enables_completion(shell: str, tmp_path: Path) -> None:
     if os.name == "nt" or shutil.which(shell) is None:
-        pytest.skip(f"needs {shell}, and not on Windows")
+        pytest.skip(f"needs {shell}, not on Windows")
     found = re.search(rf"^\| {shell} \|.*\| `(.*)` \|$", GUIDE, re.MULTILINE)
-    assert found, "the guide has no line for it"
+    assert found, "the guide has no setup line for this shell"
     setup = found[1].replace("\\|", "|")  # as Markdown escapes it in a table
     program = tmp_path / "minigpt"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m minigpt "$@"\n')

@@ -12,12 +12,12 @@ from calls import Run, error_line
 
 @pytest.fixture(autouse=True)
 def tiny(trained: Path, workplace: Path) -> Path:
-    """The run tiny."""
+    """Return the run tiny."""
     return Path(shutil.copytree(trained / "checkpoints" / "tiny", "checkpoints/tiny"))
 
 
-def test_export_says_what_was_written_and_how_to_run_it(run: Run) -> None:
-    pytest.importorskip("gguf", reason="writes GGUF files with the package gguf")
+def test_export_reports_the_file_and_how_to_run_it(run: Run) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf to write GGUF files")
     result = run("checkpoints", "export", "tiny", "--gguf", "out/tiny it.gguf")
     assert (result.code, result.err) == (0, "")
     n_kb = Path("out/tiny it.gguf").stat().st_size / 1000
@@ -29,7 +29,7 @@ def test_export_says_what_was_written_and_how_to_run_it(run: Run) -> None:
 
 
 def test_export_as_json_has_type_and_size(run: Run) -> None:
-    pytest.importorskip("gguf", reason="writes GGUF files with the package gguf")
+    pytest.importorskip("gguf", reason="needs the package gguf to write GGUF files")
     result = run("checkpoints", "export", "tiny", "--gguf", "t.gguf", "--type", "q8_0", "--json")
     facts = json.loads(result.out)
     assert (facts["file"], facts["type"]) == ("t.gguf", "q8_0")
@@ -38,7 +38,7 @@ def test_export_as_json_has_type_and_size(run: Run) -> None:
 
 
 def test_export_refuses_bad_input_in_one_line(run: Run) -> None:
-    pytest.importorskip("gguf", reason="writes GGUF files with the package gguf")
+    pytest.importorskip("gguf", reason="needs the package gguf to write GGUF files")
     Path("there.gguf").write_text("mine")
 
     def refused(code: int, message: str, *words: str) -> None:
@@ -55,7 +55,7 @@ def test_export_refuses_bad_input_in_one_line(run: Run) -> None:
     assert not Path("a.gguf").exists()
 
 
-def test_import_says_where_the_model_is_and_generate_opens_it(run: Run) -> None:
+def test_import_reports_the_model_and_generate_opens_it(run: Run) -> None:
     text = "The king said: once upon a time.\n"
     Path("input.txt").write_text(text)
     vocab_size, width = len(set(text)), 8

@@ -1,4 +1,4 @@
-"""minigpt train --dry-run: the plan of a run, which leaves nothing."""
+"""minigpt train --dry-run: the plan of a run, which writes nothing."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ def plan_lines(out: str) -> dict[str, str]:
     return {line[:19].strip(): line[19:].strip() for line in out.splitlines()}
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
+def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Run) -> None:
     words = ["train", "corpus.txt", "--name", "a", *TINY, "--dry-run"]
     result = run(*words)
     assert (result.code, result.err) == (0, "")
@@ -27,7 +27,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
     assert not Path("checkpoints").exists()
     assert run(*words[:-1]).code == 0
     weights = Path("checkpoints/a/step-000004/model.safetensors").stat().st_size
-    assert 4 * facts["n_parameters"] == pytest.approx(weights, rel=0.2)  # and a header
+    assert 4 * facts["n_parameters"] == pytest.approx(weights, rel=0.2)  # plus a header
     assert (facts["max_steps"], facts["step_tokens"]) == (4, 2 * 64)
     assert facts["n_train_tokens"] + facts["n_val_tokens"] == 2971
     assert facts["memory"]["total"] > 16 * facts["n_parameters"] > 0
@@ -39,7 +39,7 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(run: Run) -> None:
     assert "MFU unknown" in shown["device"]
 
 
-def test_the_plan_names_the_model_and_the_tokenizer_as_the_run_does(run: Run) -> None:
+def test_the_plan_names_model_and_tokenizer_like_the_run(run: Run) -> None:
     words = ["train", "corpus.txt", "--name", "a", *TINY, "--tokenizer", "bpe"]
     shown = plan_lines(run(*words, "--dry-run").out)
     said = run(*words).err
@@ -52,7 +52,7 @@ def test_the_plan_names_the_model_and_the_tokenizer_as_the_run_does(run: Run) ->
 
 
 @pytest.mark.integration
-def test_a_dry_run_says_whether_the_run_is_compiled(run: Run) -> None:
+def test_a_dry_run_reports_whether_the_run_is_compiled(run: Run) -> None:
     words = ["train", "corpus.txt", *TINY, "--set", "training.max_epochs=0", "--dry-run"]
     long = [*words, "--set", "training.max_steps=100000000"]
     for call, expected in (
@@ -68,7 +68,7 @@ def test_a_dry_run_says_whether_the_run_is_compiled(run: Run) -> None:
         assert json.loads(run(*call, "--json").out)["is_compiled"] is bool(expected)
 
 
-def test_a_dry_run_of_a_resumed_run_plans_what_is_left(run: Run, trained: Path) -> None:
+def test_a_dry_run_of_a_resumed_run_plans_the_remaining_steps(run: Run, trained: Path) -> None:
     shutil.copytree(trained / "checkpoints", "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in Path("checkpoints").rglob("*")}
     words = ["--resume", "--name", "tiny", "--max-steps", "10", "--dry-run", "--json"]

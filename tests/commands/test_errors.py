@@ -1,4 +1,4 @@
-"""Every user error ends in one line: what, the value, the remedy."""
+"""Every user error is one line with the problem, the value and the remedy."""
 
 import json
 import shutil
@@ -168,7 +168,7 @@ def test_an_unusable_corpus_is_refused(
 
 
 @pytest.mark.parametrize("words", [["train"], ["prepare", "--out", "p"], ["evaluate"]])
-def test_an_empty_path_is_not_the_working_directory(
+def test_an_empty_path_is_refused_and_not_read_as_the_working_directory(
     run: Run, at_trained: Path, words: list[str]
 ) -> None:
     result = run(words[0], "", *words[1:])
@@ -227,9 +227,7 @@ def test_heads_not_in_the_model_are_refused(
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_without_checkpoints_the_error_names_the_command_that_makes_one(
-    run: Run, command: str
-) -> None:
+def test_without_checkpoints_the_error_suggests_training(run: Run, command: str) -> None:
     result = run(command, "text")
     line = error_line(result)
     assert result.code == 4
@@ -254,7 +252,7 @@ def test_a_missing_model_gets_the_nearest_suggestion(run: Run, at_trained: Path)
 
 
 @pytest.mark.parametrize("part", ["model.safetensors", "config.json", "tokenizer.json"])
-def test_the_damaged_file_of_a_checkpoint_is_named(run: Run, at_trained: Path, part: str) -> None:
+def test_a_damaged_file_of_a_checkpoint_is_named(run: Run, at_trained: Path, part: str) -> None:
     path = at_trained / "checkpoints/tiny/step-000004" / part
     path.write_bytes(path.read_bytes()[:-9])
     result = run("generate", "text", "--model", str(path.parent))
@@ -293,7 +291,7 @@ def test_a_run_locked_by_another_process_is_refused(
         ("--tokenizer bpe:300", ["--tokenizer", "'bytes'", "'bpe:300'"]),
         ("--preset mini", ["preset", "'nano'", "'mini'"]),
         ("--set training.optimizer=adamw", ["training.optimizer", "'muon'", "'adamw'"]),
-        # Also where the run's other settings would not fit the new value.
+        # Even if the run's other settings would not fit the new value.
         ("--batch-size 3", ["--batch-size", "2", "3"]),
         ("--context-length 100", ["--context-length", "64", "100"]),
         ("--arch lstm", ["--arch", "'gpt'", "'lstm'", "another --name"]),
@@ -303,7 +301,7 @@ def test_a_run_locked_by_another_process_is_refused(
         ("--set model.n_layr=3", ["model.n_layr", "Did you mean n_layer?"]),
     ],
 )
-def test_resume_refuses_to_change_what_its_checkpoint_depends_on(
+def test_resume_refuses_settings_that_the_checkpoint_depends_on(
     run: Run, at_trained: Path, words: str, said: list[str]
 ) -> None:
     result = run("train", "--resume", "--name", "tiny", *words.split())
@@ -319,7 +317,9 @@ def test_resume_refuses_another_text(run: Run, at_trained: Path) -> None:
     assert "the text of 'corpus.txt' has changed" in error_line(result)
 
 
-def test_resume_names_the_setting_that_reads_the_text_otherwise(run: Run, workplace: Path) -> None:
+def test_resume_names_a_setting_that_changes_how_the_text_is_read(
+    run: Run, workplace: Path
+) -> None:
     row = {"text": "Once upon a time. " * 20, "body": "The king said. " * 20}
     Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
     assert run("train", "rows.jsonl", "--name", "rows", *TINY).code == 0
@@ -328,9 +328,7 @@ def test_resume_names_the_setting_that_reads_the_text_otherwise(run: Run, workpl
     assert "data.field is 'text' in this run, not 'body'. Leave it out" in error_line(result)
 
 
-def test_resume_says_what_is_damaged_and_does_not_suggest_the_run_itself(
-    run: Run, at_trained: Path
-) -> None:
+def test_resume_reports_damage_without_suggesting_the_same_run(run: Run, at_trained: Path) -> None:
     (weights,) = Path("checkpoints/tiny").glob("step-*/model.safetensors")
     weights.write_bytes(b"")
     result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
@@ -342,7 +340,9 @@ def test_resume_says_what_is_damaged_and_does_not_suggest_the_run_itself(
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
-def test_resume_does_not_train_on_a_changed_byte(run: Run, at_trained: Path, name: str) -> None:
+def test_resume_refuses_a_checkpoint_with_a_changed_byte(
+    run: Run, at_trained: Path, name: str
+) -> None:
     (first,) = Path("checkpoints/tiny").glob("step-*")
     resume = ("train", "--resume", "--name", "tiny", "--max-steps")
     assert run(*resume, "6").code == 0

@@ -1,4 +1,4 @@
-"""minigpt evaluate against the loss of the run, a plain loop, and the bytes of the text."""
+"""minigpt evaluate, compared with the loss of a run, a plain loop, and the bytes of the text."""
 
 import json
 import math
@@ -27,7 +27,7 @@ TEXT = "The king said: né, once upon a time.\n" * 12
 
 
 AS_TRAINED = ["--dtype", str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")]
-"""The dtype of a run's own validation passes; by default, evaluate computes in float32."""
+"""The dtype of validation during training; by default, evaluate uses float32."""
 
 
 def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:
@@ -39,19 +39,21 @@ def evaluated(run: Run, *words: str, stdin: bytes = b"") -> dict[str, Any]:
     return facts
 
 
-def test_the_validation_text_of_a_run_has_its_validation_loss(run: Run) -> None:
+def test_evaluate_reproduces_the_validation_loss_of_a_run(run: Run) -> None:
     best = RunFolder(Path("checkpoints/tiny")).best()
     assert best is not None
     words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.1", *AS_TRAINED]
-    facts = evaluated(run, *words, "--eval-tokens", "256")  # as the run is told by TINY
+    facts = evaluated(run, *words, "--eval-tokens", "256")  # the setting in TINY
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
     assert facts["model"] == str(best.folder)
     assert (facts["val_fraction"], facts["n_tokens"]) == (0.1, 256)
-    assert evaluated(run, *words)["n_tokens"] == 298 - 1  # of 2971 tokens, but for the first
+    assert (
+        evaluated(run, *words)["n_tokens"] == 298 - 1
+    )  # the last tenth of 2971 tokens, without its first
 
 
-def test_so_has_a_run_with_documents_bpe_dropout_and_short_sequences(
+def test_evaluate_reproduces_the_loss_with_documents_bpe_and_dropout(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -70,7 +72,7 @@ def test_so_has_a_run_with_documents_bpe_dropout_and_short_sequences(
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
 
 
-def test_without_data_a_run_with_val_is_evaluated_on_that_text_and_says_so(
+def test_without_data_a_run_with_val_is_evaluated_on_that_text(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,7 +109,7 @@ def test_the_loss_equals_a_plain_loop_over_the_text(run: Run, tmp_path: Path) ->
         model_at = ["--model", str(tmp_path / "m"), "--stride", str(stride)]
         facts = evaluated(run, str(tmp_path / "a.txt"), *model_at, "--dtype", "float32")
         mean = nats / (len(tokens) - 1)
-        # float32 logits of order ten, softmaxed.
+        # softmax of float32 logits of order ten
         assert facts["nats_per_token"] == pytest.approx(mean, rel=1e-5)
         assert facts["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
         n_bytes = len(TEXT.encode())
@@ -117,10 +119,10 @@ def test_the_loss_equals_a_plain_loop_over_the_text(run: Run, tmp_path: Path) ->
         assert facts["tokens_per_s"] == pytest.approx(facts["n_tokens"] / facts["seconds"])
 
 
-def test_bytes_are_those_of_the_text_for_any_tokenizer(
+def test_bits_per_byte_counts_the_bytes_of_the_text_for_any_tokenizer(
     run: Run, shared: Path, tmp_path: Path
 ) -> None:
-    """SentencePiece puts a space before each document; it is none of the text's bytes."""
+    """SentencePiece adds a space before each document, which is not counted."""
     texts = ["Once upon a time, né\n", "there was a  dog"]
     lines = [json.dumps({"text": text}) for text in texts]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
@@ -131,12 +133,12 @@ def test_bytes_are_those_of_the_text_for_any_tokenizer(
     assert tokenizer is not None
     tokens = [token for text in texts for token in tokenizer.encode(text)]
     assert len(tokenizer.decode_bytes(tokens)) == facts["n_bytes"] + len(texts)
-    # </s><s> parts documents; what is before the first <s> has no place in what a model knows.
+    # </s><s> separates documents; the first <s> is not predicted.
     assert tokenizer.separator == (2, 1)
     assert facts["n_tokens"] == len(tokens) + 2
 
 
-def test_text_is_read_from_arguments_options_globs_and_standard_input(run: Run) -> None:
+def test_evaluate_reads_text_from_paths_globs_and_standard_input(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     given = [["corpus.txt"], ["--data", "corpus.txt"], ["corp*.txt"], ["-"]]
     all_facts = [evaluated(run, *words, "--model", "tiny", stdin=text) for words in given]
@@ -145,7 +147,7 @@ def test_text_is_read_from_arguments_options_globs_and_standard_input(run: Run) 
     assert all_facts[0]["n_bytes"] == len(text)
     both = evaluated(run, "corpus.txt", "--data", "corpus.txt")
     assert both["data"] == ["corpus.txt"] * 2
-    assert both["n_bytes"] == len(text), "a file that is named twice is read once"
+    assert both["n_bytes"] == len(text), "a file that is named twice must be read once"
 
 
 def test_the_loss_does_not_depend_on_the_batch_size(run: Run) -> None:
@@ -163,7 +165,7 @@ def test_windows_are_at_most_1024_tokens_by_default(run: Run, tmp_path: Path) ->
     assert evaluated(run, *words, "--context-length", "2000")["context_length"] == 2000
     short = evaluated(run, *words, "--context-length", "5000")
     assert (short["context_length"], short["stride"]) == (2970, 2970), (
-        "a text is one window at most"
+        "a text must be at most one window"
     )
 
 
@@ -183,7 +185,7 @@ speed       \S+ tok/s, \d+\.\d s on \w+ in \w+
     assert re.fullmatch(expected, result.out), result.out
 
 
-def test_a_terminal_shows_progress_and_is_left_clean(
+def test_progress_of_evaluate_is_shown_on_a_terminal_and_erased(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -197,11 +199,13 @@ def test_a_terminal_shows_progress_and_is_left_clean(
     assert "nats/token" in after
 
 
-def test_a_pipe_gets_a_plain_line_now_and_then(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipe_gets_occasional_plain_progress_lines(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
     result = run("evaluate", "corpus.txt", "--batch-size", "20")
     lines = result.err.splitlines()
-    assert lines[0] == "model checkpoints/tiny/step-000004"  # before anything long begins
+    assert lines[0] == "model checkpoints/tiny/step-000004"  # before any long work
     assert re.fullmatch(r"evaluating  0 of 2.97k tokens  0 tok/s", lines[1])
     assert re.fullmatch(r"evaluating  1.28k of 2.97k tokens  \S+ tok/s", lines[2])
     assert "evaluating" not in result.out
@@ -238,7 +242,9 @@ def test_bad_values_are_refused_in_one_line(
 def test_a_text_too_short_to_predict_is_refused(run: Run, tmp_path: Path) -> None:
     empty = run("evaluate", "-")
     assert (empty.code, "the corpus is empty" in error_line(empty)) == (3, True)
-    assert evaluated(run, "-", stdin=b"x")["n_tokens"] == 1  # after what begins a document
+    assert (
+        evaluated(run, "-", stdin=b"x")["n_tokens"] == 1
+    )  # after the separator that starts a document
     ranks = {bytes([b]): b for b in range(256)}
     no_ends = TiktokenTokenizer("plain", make_encoding("plain", r"(?s:.)", ranks, {}))
     write_model(tmp_path / "m", small_model(vocab_size=256), no_ends)
@@ -281,7 +287,7 @@ def test_a_changed_byte_of_the_weights_is_refused(run: Run, tmp_path: Path) -> N
     assert "'model.safetensors' has changed" in error_line(refused)
 
 
-def test_a_hostile_name_cannot_steer_a_terminal(run: Run, tmp_path: Path) -> None:
+def test_a_hostile_name_cannot_control_a_terminal(run: Run, tmp_path: Path) -> None:
     name = str(tmp_path / "a\x1b[2J\nb.txt")
     shutil.copy("corpus.txt", name)
     result = run("evaluate", name)

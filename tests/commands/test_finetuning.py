@@ -1,4 +1,4 @@
-"""minigpt train --from: what it starts from, what it writes, and what it refuses."""
+"""minigpt train --from: base models, written folders, and refusals."""
 
 import json
 import shutil
@@ -40,14 +40,16 @@ SEPARATORS = {"gpt2": [0], "llama": [1, 0], "bare": []}
 @pytest.fixture(scope="session")
 def transformers() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its imports
-        module = pytest.importorskip("transformers", reason="fine-tunes models that it saved")
+        warnings.simplefilter("ignore")  # raised by its imports
+        module = pytest.importorskip(
+            "transformers", reason="needs transformers to save base models"
+        )
     module.logging.set_verbosity_error()
     return module
 
 
-def learnt_tokenizer(kind: str) -> Any:
-    """Byte-level BPE; the Llama's has a token that begins a text and another that ends it."""
+def trained_tokenizer(kind: str) -> Any:
+    """Train a byte-level BPE; the Llama one has tokens that begin and end a text."""
     import tokenizers
 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -69,9 +71,10 @@ def learnt_tokenizer(kind: str) -> Any:
 
 @pytest.fixture(scope="session")
 def folders(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models that transformers saved as gpt2, llama and bare; not to be written to.
+    """Return a read-only folder of models saved by transformers: gpt2, llama and bare.
 
-    They have more rows than tokens, and no weight is 0 or 1. bare, a gpt2, has no special tokens.
+    They have more embeddings than tokens, and no weight is 0 or 1. bare is a gpt2 without special
+    tokens.
     """
     root = tmp_path_factory.mktemp("published")
     for kind, ids in {"gpt2": (0, 0), "llama": (0, 1), "bare": (None, None)}.items():
@@ -87,7 +90,7 @@ def folders(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
             for parameter in model.parameters():
                 parameter.normal_(std=0.1, generator=generator)
         model.save_pretrained(root / kind)
-        tokenizer = learnt_tokenizer(kind)
+        tokenizer = trained_tokenizer(kind)
         transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(
             root / kind
         )
@@ -96,7 +99,7 @@ def folders(transformers: Any, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def at_text(folders: Path, workplace: Path) -> Path:
-    """A working directory with text.txt and copies of the published folders."""
+    """Return a working directory with text.txt and copies of the saved models."""
     (workplace / "text.txt").write_text(TEXT)
     shutil.copytree(folders, workplace, dirs_exist_ok=True)
     return workplace
@@ -104,7 +107,7 @@ def at_text(folders: Path, workplace: Path) -> Path:
 
 @torch.no_grad()
 def loss_by_transformers(transformers: Any, folder: Path, separator: list[int]) -> float:
-    """Nats/token over the last tenth of the text, in windows of 32."""
+    """Return the nats per token over the last tenth of the text, in windows of 32."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor(separator + tokenizer(TEXT, add_special_tokens=False).input_ids)
@@ -119,7 +122,7 @@ def loss_by_transformers(transformers: Any, folder: Path, separator: list[int]) 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "bare"])
-def test_fine_tuning_reads_and_writes_folders_of_transformers(
+def test_fine_tuning_reads_and_writes_transformers_folders(
     run: Run, at_text: Path, transformers: Any, kind: str
 ) -> None:
     words = ["--max-steps", "40", "--lr", "0.01", "--sample-every", "40", "--dtype", "float32"]
@@ -130,11 +133,11 @@ def test_fine_tuning_reads_and_writes_folders_of_transformers(
     assert (first, last) == (0, 40)
     assert f"step      0  val loss {before:.4f} nats/token" in result.err
     step = Path("checkpoints/a/step-000040")
-    # The same tokens and windows; sums in another order.
+    # The same tokens and windows, with sums in another order.
     expected = loss_by_transformers(transformers, at_text / kind, SEPARATORS[kind])
     assert before == pytest.approx(expected, abs=1e-4)
     expected = loss_by_transformers(transformers, step, SEPARATORS[kind])
-    # The loss is that of the float32 weights; the Llama's are saved in bfloat16.
+    # The loss is that of float32 weights, but the Llama model is saved in bfloat16.
     assert after == pytest.approx(expected, abs=1e-2 if kind == "llama" else 1e-4)
     assert after < before - 1
 
@@ -175,8 +178,8 @@ def test_a_learning_rate_near_zero_keeps_every_byte_of_the_weights(
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
 
 
-def make_somebodys(folder: Path) -> dict[str, bytes]:
-    """Add what an instruct model's folder has, and return its files but weights and config.json."""
+def make_instruct_folder(folder: Path) -> dict[str, bytes]:
+    """Add the files of an instruct model; return all but weights and config.json."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | {
         "eos_token": "<|end|>",
@@ -218,10 +221,10 @@ def make_somebodys(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_fine_tuning_resume_and_averages_keep_every_file_and_field_of_the_model(
+def test_fine_tuned_and_averaged_models_keep_all_files_and_fields_of_the_base(
     run: Run, at_text: Path
 ) -> None:
-    files = make_somebodys(at_text / "llama")
+    files = make_instruct_folder(at_text / "llama")
     config = json.loads((at_text / "llama/config.json").read_text())
     result = run("train", "text.txt", "--from", "llama", "--name", "a", *SHORT)
     assert result.code == 0, result.err
@@ -241,7 +244,7 @@ def test_fine_tuning_resume_and_averages_keep_every_file_and_field_of_the_model(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_save_dtype_is_that_of_the_weights_and_of_config_json(
+def test_save_dtype_sets_the_dtype_of_weights_and_config_json(
     run: Run, at_text: Path, dtype: str
 ) -> None:
     words = ["--name", "a", *SHORT, "--save-dtype", dtype]
@@ -275,8 +278,10 @@ def test_a_killed_fine_tuning_run_resumes_with_the_same_bytes_without_its_base_m
     assert run("train", "text.txt", "--from", kind, "--name", "a", *SHORT).code == 0
     last = Path("checkpoints/a/step-000006")
     before = {path: path.read_bytes() for path in last.rglob("*.safetensors")}
-    assert len(before) == (3 if kind == "llama" else 2)  # bfloat16, so the float32 weights too
-    shutil.rmtree(last)  # as if it had been killed before
+    assert len(before) == (
+        3 if kind == "llama" else 2
+    )  # saved in bfloat16, plus the float32 master weights
+    shutil.rmtree(last)  # as if killed before saving it
     shutil.rmtree(kind)
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(at_text / "empty"))
     result = run("train", "--resume", "--name", "a")
@@ -358,12 +363,12 @@ def test_an_unusable_base_model_is_refused_in_one_line(
     assert not list(Path().glob("checkpoints/*/step-*"))
 
 
-def test_settings_equal_to_the_model_s_own_are_accepted(run: Run, at_text: Path) -> None:
+def test_model_settings_equal_to_those_of_the_base_are_accepted(run: Run, at_text: Path) -> None:
     words = ["--n-layer", "2", "--tokenizer", "gpt2", "--family", "gpt2"]
     assert run("train", "text.txt", "--from", "gpt2", *SHORT, *words).code == 0
 
 
-def test_a_resumed_fine_tuning_keeps_its_model_and_its_sequences(run: Run, at_text: Path) -> None:
+def test_resumed_fine_tuning_keeps_its_model_and_sequence_length(run: Run, at_text: Path) -> None:
     assert run("train", "text.txt", "--from", "gpt2", "--name", "a", *SHORT).code == 0
     for words, said in {
         "--set from=llama": ["from", "'gpt2'", "'llama'"],
@@ -376,7 +381,9 @@ def test_a_resumed_fine_tuning_keeps_its_model_and_its_sequences(run: Run, at_te
         assert all(part in line for part in said), line
 
 
-def test_a_fresh_run_is_not_evaluated_before_its_first_step(run: Run, at_text: Path) -> None:
+def test_training_from_scratch_is_not_evaluated_before_its_first_step(
+    run: Run, at_text: Path
+) -> None:
     assert run("train", "text.txt", "--name", "a", *TINY).code == 0
     assert [step for step, _ in evaluations("a")] == [4]
     assert "from" not in read_toml(Path("checkpoints/a/config.toml"))

@@ -1,4 +1,4 @@
-"""minigpt train --from: the settings of a run, from a run, a small model and a large one."""
+"""minigpt train --from: default settings for a run, a small model and a large one."""
 
 import json
 import math
@@ -23,13 +23,13 @@ SHORT = ["--max-steps", "6", "--context-length", "32", "--batch-size", "2", "--s
 
 @pytest.fixture
 def at_text(trained: Path, workplace: Path) -> Path:
-    """The working directory, with a text and a copy of the tiny run."""
+    """Return the working directory with a text and a copy of the tiny run."""
     (workplace / "text.txt").write_text("The king said: once upon a time.\n" * 120)
     shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
     return workplace
 
 
-def test_fine_tuning_starts_from_a_run_by_its_name(run: Run, at_text: Path) -> None:
+def test_fine_tuning_can_start_from_a_run_by_its_name(run: Run, at_text: Path) -> None:
     result = run("train", "text.txt", "--from", "tiny", "--max-steps", "2")
     assert result.code == 0
     first = re.search(r"step +0  val loss ([\d.]+) nats/token", result.err)
@@ -73,7 +73,7 @@ def shape(**changes: Any) -> ModelConfig:
     ],
     ids=["GPT-2", "Llama 3.2 3B", "stories260K", "a million tokens"],
 )
-def test_the_fine_tuning_defaults_fit_a_laptop_and_the_width(
+def test_fine_tuning_defaults_fit_the_memory_of_a_laptop(
     model: ModelConfig, length: int, micro: int, lr: tuple[float, float]
 ) -> None:
     base = Base("somewhere", GPT.without_weights(model), BytesTokenizer())
@@ -93,14 +93,14 @@ def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: 
     result = run("train", "play.txt", "--from", str(folder), *words)
     assert result.code == 0, result.err
     (_, before), (_, after) = evaluations("play-stories260K")
-    assert 4 < before < 6  # it knows English, and no plays
+    assert 4 < before < 6  # trained on English stories, not on plays
     assert after < before - 0.3
     step = Path("checkpoints/play-stories260K/step-000008")
     tokenizers = [read_base(str(place)).tokenizer for place in (folder, step)]
     assert tokenizers[0].fingerprint == tokenizers[1].fingerprint
     data = prepare(DataConfig(paths=("play.txt",)), tokenizer=tokenizers[0])
     tokens = data.tokens.split(0.1)[0].windows(torch.zeros(1, dtype=torch.int64).numpy(), 9)[0]
-    # </s> <s> before a document, as before a prompt; the oracle is llama2.c's own table of tokens.
+    # </s> <s> before a document, as before a prompt; llama2.c's token table is the oracle.
     names = json.loads((folder / "sp_vocab.json").read_text(encoding="utf-8"))["tokens"]
     assert tokens[:2].tolist() == [2, 1]
     assert "".join(names[token] for token in tokens[2:]).startswith(" F")

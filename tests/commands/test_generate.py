@@ -1,4 +1,4 @@
-"""minigpt generate: what is on stdout, what is on stderr, and when it ends."""
+"""minigpt generate: stdout, stderr, and the end of a text."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from minigpt.generation.fast.graph import GraphStep
 pytestmark = pytest.mark.usefixtures("in_trained")
 
 
-def test_stdout_is_the_text_of_the_json_and_a_line_break(run: Run) -> None:
+def test_stdout_is_the_text_in_the_json_and_a_line_break(run: Run) -> None:
     words = ["generate", "The king", "--seed", "3", "--max-new-tokens", "30", "--temperature", "0"]
     plain, as_json = run(*words), run(*words, "--json")
     facts = json.loads(as_json.out)
@@ -46,7 +46,7 @@ def test_the_same_seed_gives_the_same_text_and_a_random_seed_is_printed(run: Run
     assert run(*words).out != first.out
 
 
-def test_temperature_0_is_greedy_for_any_seed(run: Run) -> None:
+def test_temperature_0_gives_the_same_text_for_any_seed(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "20", "--temperature", "0", "--seed"]
     assert run(*words, "1").out == run(*words, "2").out
 
@@ -62,7 +62,7 @@ def test_standard_input_is_the_prompt_byte_for_byte(run: Run) -> None:
             assert given["text"] == facts["text"]
 
 
-def test_no_prompt_starts_a_new_document(run: Run) -> None:
+def test_without_a_prompt_a_new_document_starts(run: Run) -> None:
     facts = json.loads(run("generate", "--json", "--max-new-tokens", "3").out)
     assert facts["prompt"] == ""
     assert facts["n_prompt_tokens"] == 1  # <|endoftext|>
@@ -72,7 +72,7 @@ def test_a_full_context_ends_the_text_and_is_reported(run: Run) -> None:
     result = run("generate", "x" * 60, "--json", "--temperature", "0", "--max-new-tokens", "99")
     facts = json.loads(result.out)
     assert facts["finish_reason"] == "context"
-    assert facts["n_tokens"] == 64 - 60 + 1  # the last token needs no place of its own
+    assert facts["n_tokens"] == 64 - 60 + 1  # the last token needs no position
     assert "context window is full" in result.err
 
 
@@ -85,13 +85,13 @@ def test_the_text_ends_before_a_stop_string(run: Run) -> None:
     assert facts["finish_reason"] == "stop"
 
 
-def test_a_stop_string_may_have_escapes(run: Run) -> None:
+def test_a_stop_string_may_contain_escapes(run: Run) -> None:
     words = ["generate", "x", "--json", "--max-new-tokens", "1", "--stop", r"\n\n", "--stop"]
     facts = json.loads(run(*words, r"a\\n\t").out)
     assert facts["sampling"]["stop"] == ["\n\n", "a\\n\t"]
 
 
-def test_each_of_several_samples_can_be_reproduced_alone(run: Run) -> None:
+def test_each_of_several_samples_can_be_reproduced_by_its_seed(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "12", "--temperature", "5"]
     both = run(*words, "--seed", "5", "--num-samples", "2").out
     singles = [run(*words, "--seed", seed).out for seed in ("5", "6")]
@@ -101,7 +101,7 @@ def test_each_of_several_samples_can_be_reproduced_alone(run: Run) -> None:
 
 
 def test_many_samples_are_shown_in_order_and_in_full(run: Run) -> None:
-    """They end at different places; each is as it is alone, streamed or not, in text and JSON."""
+    """Each equals a single sample, streamed or not, in text and JSON; their lengths differ."""
     words = ["generate", "The", "--max-new-tokens", "40", "--temperature", "9", "--stop", "e"]
     singles = [run(*words, "--seed", str(seed)).out for seed in range(5, 13)]
     assert len({len(single) for single in singles}) > 4
@@ -122,7 +122,7 @@ def test_logprobs_are_in_the_json_and_on_stderr(run: Run) -> None:
     facts = json.loads(run(*words, "--json").out)
     assert result.out == facts["text"] + "\n"
     assert len(facts["steps"]) == 6
-    _, *lines = result.err.splitlines()  # the model comes first
+    _, *lines = result.err.splitlines()  # the first line names the model
     assert len(lines) == 7
     for step, line in zip(facts["steps"], lines, strict=False):
         values = [best["log_probability"] for best in step["best"]]
@@ -143,7 +143,7 @@ def test_a_sliding_window_is_reported(run: Run) -> None:
     result = run(*words, "--max-new-tokens", "50")
     facts = json.loads(run(*words, "--json", "--max-new-tokens", "50").out)
     assert (facts["n_tokens"], facts["finish_reason"]) == (50, "length")
-    # 65 tokens, of which 36 are kept; then 29 more.
+    # The window slides at 65 tokens and keeps 36; then again after 29 more.
     assert (facts["n_slides"], facts["n_forgotten"]) == (2, 58)
     assert "; the window slid 2 times, 58 tokens are forgotten" in result.err
     short = json.loads(run(*words, "--json", "--max-new-tokens", "5").out)
@@ -188,7 +188,7 @@ def test_a_trace_refuses_a_sliding_window(run: Run) -> None:
 def interrupt_after(
     n_writes: int, monkeypatch: pytest.MonkeyPatch, number: int = signal.SIGINT
 ) -> None:
-    """Let a signal come after some writes to stdout."""
+    """Send a signal after some writes to stdout."""
     write, written = samples.write_result, []
 
     def write_and_press(text: str) -> None:
@@ -221,7 +221,7 @@ def test_sigterm_ends_with_its_code_and_no_traceback(
     assert result.out
 
 
-def test_ctrl_c_while_loading_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_while_loading_prints_one_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from minigpt.commands import loading
 
     monkeypatch.setattr(loading, "resolve_model", lambda spec: signal.raise_signal(signal.SIGINT))
@@ -252,13 +252,13 @@ def test_ctrl_c_leaves_valid_json(run: Run, monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("0", [], True),
         ("never", [], False),
-        (None, [], False),  # no terminal
+        (None, [], False),  # without a terminal
         ("3600", [], False),
         ("0", ["--no-compile"], False),
         ("0", ["--num-samples", "2"], False),
     ],
 )
-def test_decoding_for_long_enough_compiles_in_the_background_and_says_so(
+def test_long_decoding_starts_a_reported_background_compilation(
     run: Run,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -282,7 +282,7 @@ def test_decoding_for_long_enough_compiles_in_the_background_and_says_so(
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_a_graph_in_the_cache_is_used_and_named_without_a_flag(
+def test_a_compiled_graph_in_the_cache_is_used_by_default_and_reported(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     def uncompiled(step: GraphStep, **_: object) -> compiled.Run:
@@ -299,4 +299,4 @@ def test_a_graph_in_the_cache_is_used_and_named_without_a_flag(
     assert cached.out == eager.out
     assert "compiled graph" not in run(*words, "--no-compile").err
     n_said = run(*words, "--num-samples", "2").err.count("compiled graph")
-    assert n_said == (command == "attention-trace")  # a batch has no compiled graph
+    assert n_said == (command == "attention-trace")  # the graph does not support batches

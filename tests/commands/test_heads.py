@@ -1,4 +1,4 @@
-"""minigpt heads prints the roles and costs that the library finds."""
+"""minigpt heads prints the roles and ablation costs computed by the library."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from minigpt.tracing.analysis.roles import head_effects, head_logits, head_roles
 
 @pytest.fixture
 def folder(workplace: Path) -> Path:
-    """A model of two layers of four heads; some have a role."""
+    """Return a model of two layers with four heads, some of which have a role."""
     model = small_model("gpt2", vocab_size=257, context_length=64)
     write_model(workplace / "m", model, BytesTokenizer())
     return workplace / "m"

@@ -1,4 +1,4 @@
-"""--help and --version: golden pages in 80 columns, with the defaults that apply."""
+"""--help and --version: golden pages in 80 columns, with the actual defaults."""
 
 import dataclasses
 import os
@@ -47,7 +47,7 @@ def test_help_fits_80_columns_in_aligned_lines(words: list[str]) -> None:
     first = next(i for i, line in enumerate(lines) if re.fullmatch("[A-Z][a-z]+:", line))
     options = [line for line in lines[first:] if re.match(r"  (-h, )?--", line)]
     columns = {match.end() for line in options if (match := re.match(r"  \S.*?  +(?=\S)", line))}
-    assert len(columns) == 1, "one column for all groups"
+    assert len(columns) == 1, "all groups must be aligned in one column"
     assert not any(line.rstrip("]").endswith(".") for line in options)
 
 
@@ -69,21 +69,21 @@ def test_train_shows_the_values_of_the_default_preset() -> None:
     assert re.search(r"--preset NAME +Starting point: nano, mini or small \[nano\]", text)
 
 
-def test_every_option_of_a_config_is_named_and_described_as_its_field() -> None:
+def test_every_option_of_a_config_has_the_name_and_docstring_of_its_field() -> None:
     text = " ".join(help_of("generate").split())
     for field in dataclasses.fields(SamplingConfig):
         assert f"--{field.name.replace('_', '-')} " in text.replace("[no-]", ""), field.name
     assert "Seed of the sampling RNG" in text
 
 
-def test_help_of_attention_trace_states_its_convention_and_escapes() -> None:
+def test_help_of_attention_trace_explains_its_conventions_and_escapes() -> None:
     text = " ".join(help_of("attention-trace").split())
     assert "the row of the query that produced it, at the position before it" in text
     assert r"␣ is a space, \n a line break, and \xe2 a byte that is not valid text." in text
 
 
 @pytest.mark.parametrize("words", CALLS, ids=" ".join)
-def test_the_help_of_a_command_that_draws_pictures_says_how_to_install_matplotlib(
+def test_help_of_commands_that_draw_says_how_to_install_matplotlib(
     words: list[str],
 ) -> None:
     text = help_of(*words)
@@ -104,7 +104,7 @@ def test_the_program_lists_a_command_with_the_first_line_of_its_help(command: st
     assert help_of(command).splitlines()[2].strip() == COMMANDS[command]
 
 
-def test_no_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:
+def test_calling_without_a_command_shows_the_help_and_is_a_usage_error(run: Run) -> None:
     result, asked = run(), run("--help")
     assert (result.code, result.out) == (2, "")
     assert result.err == asked.out

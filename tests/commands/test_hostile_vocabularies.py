@@ -1,4 +1,4 @@
-"""Vocabularies and model cards of strangers: no token or name steers a terminal or a page."""
+"""Hostile vocabularies and model cards: no token or name controls a terminal or a page."""
 
 import json
 import re
@@ -47,7 +47,7 @@ VIEWS = ["lines", "heads", "lens", "matrix", "text"]
 
 
 def word_level() -> Tokenizer:
-    """Each hostile text is a word."""
+    """Return a vocabulary in which each hostile text is a word."""
     words = ["<unk>", "a", "b", *TOKENS]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -55,7 +55,7 @@ def word_level() -> Tokenizer:
 
 
 def added() -> Tokenizer:
-    """Single bytes, and each hostile text as a special token."""
+    """Return a byte vocabulary with each hostile text as a special token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -66,7 +66,7 @@ def added() -> Tokenizer:
 
 @pytest.fixture(params=[word_level, added])
 def model(request: pytest.FixtureRequest, workplace: Path) -> Path:
-    """A folder with a model of random weights, the vocabulary, and a hostile model card."""
+    """Return a folder with a random model, the vocabulary, and a hostile model card."""
     tokenizer: Tokenizer = request.param()
     folder = workplace / "\x1b[2Jmodel"
     n = tokenizer.get_vocab_size()
@@ -89,7 +89,7 @@ def model(request: pytest.FixtureRequest, workplace: Path) -> Path:
 
 @pytest.fixture
 def on_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Call the program in a terminal; return what the terminal got."""
+    """Return a function that calls the program in a terminal and returns its contents."""
 
     def call(*words: str) -> str:
         with monkeypatch.context() as patch:
@@ -105,14 +105,14 @@ def on_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
 def check(shown: str, n_tokens: int) -> None:
     assert not steering(shown)
     plain = OURS.sub("", shown)
-    assert MARK in plain, "hostile tokens were shown"
-    assert not re.search(r"(?m)^(best   )?PWNED", plain), "no token begins a line of ours"
+    assert MARK in plain, "hostile tokens must be shown"
+    assert not re.search(r"(?m)^(best   )?PWNED", plain), "no token may start a new line"
 
 
 DRAWS = ["--temperature", "99", "--max-new-tokens", "40", "--seed", "5"]
 
 
-def test_tokens_of_a_stranger_cannot_steer_a_terminal(
+def test_hostile_tokens_cannot_control_a_terminal(
     model: Path, on_terminal: Callable[..., str]
 ) -> None:
     source = ["--model", str(model)]
@@ -132,7 +132,7 @@ def test_tokens_of_a_stranger_cannot_steer_a_terminal(
 
 
 class Scripts(HTMLParser):
-    """Collects what a browser would run: scripts, handlers of events, and addresses."""
+    """Collects everything that a browser could run: scripts, event handlers and URLs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,8 +144,8 @@ class Scripts(HTMLParser):
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
 
-def test_tokens_of_a_stranger_cannot_run_in_a_page_or_picture(model: Path, run: Run) -> None:
-    pytest.importorskip("matplotlib", reason="pictures need the extra plot")
+def test_hostile_tokens_cannot_run_in_a_page_or_picture(model: Path, run: Run) -> None:
+    pytest.importorskip("matplotlib", reason="needs the extra plot")
     words = ["attention-trace", "a b", "--model", str(model), *DRAWS, "--candidates", "3"]
     plain = run("attention-trace", "a b", "--model", str(model), "--max-new-tokens", "1")
     assert plain.code == 0
@@ -156,7 +156,9 @@ def test_tokens_of_a_stranger_cannot_run_in_a_page_or_picture(model: Path, run: 
     scripts = Scripts()
     scripts.feed(page)
     own = page.count("<script")
-    assert scripts.tags.count("script") == own, "the parser and the text agree"
+    assert scripts.tags.count("script") == own, (
+        "parser and text must agree on the number of scripts"
+    )
     assert not {"img", "iframe"} & set(scripts.tags)
     assert scripts.handlers == []
     assert "<script>alert" not in page
@@ -166,12 +168,12 @@ def test_tokens_of_a_stranger_cannot_run_in_a_page_or_picture(model: Path, run: 
         assert not steering(text)
 
 
-def test_fine_tuning_a_model_of_a_stranger_writes_an_escaped_card(
+def test_fine_tuning_an_untrusted_model_writes_an_escaped_card(
     model: Path, on_terminal: Callable[..., str], trained: Path
 ) -> None:
     shape = TINY[TINY.index("--set") :]
     options = ["--from", str(model), "--max-steps", "1", "--batch-size", "1", "--name", "x"]
-    del shape[:2]  # the shape is the model's
+    del shape[:2]  # the shape is that of the base model
     shown = on_terminal("train", str(trained / "corpus.txt"), *options, *shape)
     assert not steering(shown)
     [card] = Path("checkpoints/x").glob("step-*/README.md")

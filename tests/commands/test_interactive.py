@@ -21,12 +21,12 @@ WORDS = ["generate", "--interactive", "--temperature", "0", "--max-new-tokens", 
 
 
 def answer(run: Run, said: str) -> str:
-    """Return what generate gives for all that was said so far."""
+    """Return the output of generate for the conversation so far."""
     result = run("generate", "-", *WORDS[2:], "--json", stdin=said.encode())
     return str(json.loads(result.out)["text"])
 
 
-def test_each_line_continues_the_whole_conversation(run: Run) -> None:
+def test_each_line_continues_the_conversation(run: Run) -> None:
     first = answer(run, "The king")
     second = answer(run, f"The king{first} said")
     third = answer(run, f"The king{first} said{second}")
@@ -35,10 +35,10 @@ def test_each_line_continues_the_whole_conversation(run: Run) -> None:
     assert result.code == 0
     assert result.out == f"{first}\n{second}\n{third}\n{fourth}\n"
     assert result.err.count("5 tokens, ") == 4
-    assert "> " not in result.err, "nobody types into a pipe"
+    assert "> " not in result.err, "a pipe must get no input marker"
 
 
-def test_a_prompt_comes_first_and_an_empty_line_starts_a_document(run: Run) -> None:
+def test_the_prompt_is_answered_first_and_an_empty_line_starts_a_new_document(run: Run) -> None:
     first = answer(run, "The king")
     given = run(*WORDS, "The king", stdin=b" said\n")
     assert given.out == f"{first}\n{answer(run, f'The king{first} said')}\n"
@@ -48,7 +48,7 @@ def test_a_prompt_comes_first_and_an_empty_line_starts_a_document(run: Run) -> N
     assert run(*WORDS).out == ""
 
 
-def test_a_line_after_a_prompt_that_is_too_long_is_like_any_other(run: Run) -> None:
+def test_lines_after_a_too_long_prompt_are_answered(run: Run) -> None:
     given = run(*WORDS, "long " * 999, stdin=b"a<|endoftext|>b\n")
     assert given.code == 0
     too_long, special, *_ = given.err.splitlines()
@@ -64,7 +64,7 @@ def test_json_has_one_object_per_answer_with_its_own_seed(run: Run) -> None:
     assert [f["n_prompt_tokens"] for f in facts] == [3, 3 + 5 + 4]
 
 
-def test_a_full_window_is_reported_and_the_next_text_starts_again(run: Run) -> None:
+def test_a_full_context_is_reported_and_the_next_line_starts_over(run: Run) -> None:
     result = run(*WORDS, stdin=b"x" * 62 + b"\nThe\n")
     assert result.code == 0
     assert result.out.endswith(f"\n{answer(run, 'The')}\n")
@@ -88,7 +88,7 @@ def test_a_sliding_window_never_ends_the_conversation(run: Run) -> None:
     assert [f["n_tokens"] for f in facts] == [5] * 16
     assert facts[-1]["n_slides"] >= 4
     n_said = 15 * (8 + 5) + 100
-    # Four tokens and half a window of 64 are what is left of it.
+    # Four tokens and half of the window of 64 are kept.
     assert facts[-1]["n_forgotten"] == n_said - 36
 
 
@@ -154,14 +154,14 @@ def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run)
         os.close(theirs)
         try:
             read_until(ours, b"> ")
-            os.write(ours, b"abc\x03")  # Ctrl-C: begin the line anew
+            os.write(ours, b"abc\x03")  # Ctrl-C discards the line
             read_until(ours, b"Ctrl-D ends\r\n> ")
             os.write(ours, b"The king\n")
             shown = read_until(ours, b"> ")
             os.write(ours, b"\x04")  # Ctrl-D
             out = process.stdout.read().decode()
         except BaseException:
-            process.kill()  # else leaving the context would wait for ever
+            process.kill()  # otherwise leaving the context would wait forever
             raise
     os.close(ours)
     assert process.returncode == 0
@@ -170,7 +170,7 @@ def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run)
 
 
 @pytest.mark.integration
-def test_a_terminal_edits_lines_and_takes_a_paste_as_one_text(
+def test_lines_can_be_edited_and_pasted_on_a_terminal(
     trained: Path, run: Run, tmp_path: Path
 ) -> None:
     pytest.importorskip("readline", reason="needs readline")
@@ -215,7 +215,7 @@ def test_a_terminal_edits_lines_and_takes_a_paste_as_one_text(
 
 
 def own_terminal() -> None:
-    """Make of stdin the terminal whose Ctrl-C reaches this process."""
+    """Make stdin the controlling terminal, so that its Ctrl-C reaches this process."""
     import fcntl
     import termios
 

@@ -1,4 +1,4 @@
-"""minigpt measures prints what the library finds, as a table, JSON and a picture."""
+"""minigpt measures prints the library's results as a table, JSON and a picture."""
 
 import json
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_json_and_table_have_the_same_means(run: Run, folder: Path) -> None:
     assert exact["rank_correlation"]["mean"] == pytest.approx(1)
 
 
-def test_the_widest_interval_is_apart_from_the_next_column() -> None:
+def test_the_widest_interval_does_not_touch_the_next_column() -> None:
     widest = Interval(-0.28, -0.48, -0.08, 9)
     results = (Faithfulness("weight", dict.fromkeys(METRICS, widest)),)
     lines = _table(Comparison(results, 9, 9, 9.0, "", {}), 130)
@@ -49,7 +49,7 @@ def test_the_widest_interval_is_apart_from_the_next_column() -> None:
     assert row.split("  ")[-5:] == ["-0.28 [-0.48, -0.08]"] * 5
 
 
-def test_a_picture_is_written(run: Run, folder: Path) -> None:
+def test_measures_writes_a_picture(run: Run, folder: Path) -> None:
     pytest.importorskip("matplotlib")
     words = ("measures", "--model", str(folder), *WORDS, "--picture")
     assert run(*words, "m.svg").code == 0
@@ -62,7 +62,7 @@ def test_a_picture_is_written(run: Run, folder: Path) -> None:
         assert problem in error_line(refused)
 
 
-def test_bad_input_is_one_line(run: Run, folder: Path) -> None:
+def test_bad_input_of_measures_is_a_one_line_error(run: Run, folder: Path) -> None:
     words = ("measures", "--model", str(folder), "--max-new-tokens", "3")
     for more, code, message in (
         (("--only", "weight,vibes"), 2, "there is no measure 'vibes'"),
@@ -77,6 +77,6 @@ def test_bad_input_is_one_line(run: Run, folder: Path) -> None:
         assert not refused.out
     short = run(*words, "--seed", "5", "to be")
     assert short.code == 3
-    # The model is named before it works, not after.
+    # The model is named before the work starts.
     named = f"model {folder}\nseed 5\nerror: no generated token has 10 positions"
     assert short.err.startswith(named)

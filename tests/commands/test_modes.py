@@ -1,4 +1,4 @@
-"""An option that has no effect in the chosen way of calling a command is refused by name."""
+"""An option without effect in the chosen mode of a command is refused by name."""
 
 import re
 import signal
@@ -21,13 +21,13 @@ FILES["D"] = ["attention-trace", "--diff", "t.jsonl", "t.jsonl"]
 
 @pytest.fixture(scope="module")
 def kept_trace() -> dict[str, bytes]:
-    """The file t.jsonl, once the first test has made it."""
+    """Return a cache for the file t.jsonl, which the first test writes."""
     return {}
 
 
 @pytest.fixture
 def place(trained: Path, workplace: Path, run: Run, kept_trace: dict[str, bytes]) -> Path:
-    """A folder with the tiny run and the trace t.jsonl."""
+    """Return a folder with the tiny run and the trace t.jsonl."""
     (workplace / "checkpoints").symlink_to(trained / "checkpoints")
     if not kept_trace:
         assert run(*TRACE, "--out", "t.jsonl", "--verify", "1").code == 0
@@ -64,7 +64,7 @@ def place(trained: Path, workplace: Path, run: Run, kept_trace: dict[str, bytes]
         *(("D", w) for w in ("--position 1", "--n-sources 2", "--replay t.jsonl")),
     ],
 )
-def test_replay_and_diff_refuse_every_option_of_a_live_trace(
+def test_replay_and_diff_refuse_every_option_that_needs_a_model(
     run: Run, place: Path, mode: str, words: str
 ) -> None:
     before = sorted(place.iterdir())
@@ -73,11 +73,11 @@ def test_replay_and_diff_refuse_every_option_of_a_live_trace(
     assert result.code == 2
     name = words.split()[0].replace("--verify", "--n-verified")
     other = {"R": "--replay", "D": "--diff"}[mode]
-    if mode == "R" and name in ("--layers", "--heads", "--reduce"):  # with --dense they can
+    if mode == "R" and name in ("--layers", "--heads", "--reduce"):  # allowed with --dense
         assert line.startswith(f"{name} is for --dense"), line
     else:
         assert line.startswith(f"{name} cannot be used with {other}."), line
-    assert sorted(place.iterdir()) == before, "nothing is written"
+    assert sorted(place.iterdir()) == before, "nothing may be written"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_replay_and_diff_refuse_every_option_of_a_live_trace(
         ("--replay t.jsonl --view matrix --n-sources 1", "--n-sources is for"),
     ],
 )
-def test_an_option_of_a_trace_without_what_it_needs_is_refused(
+def test_trace_options_are_refused_without_the_options_they_require(
     run: Run, place: Path, words: str, said: str
 ) -> None:
     start = TRACE[:1] if "--replay" in words else TRACE
@@ -160,7 +160,9 @@ def test_sampling_options_are_refused_where_nothing_is_sampled(
         "--diff t.jsonl t.jsonl --json",
     ],
 )
-def test_an_option_with_what_it_needs_is_taken(run: Run, place: Path, words: str) -> None:
+def test_trace_options_are_accepted_with_the_options_they_require(
+    run: Run, place: Path, words: str
+) -> None:
     start = TRACE[:1] if "--replay" in words or "--diff" in words else TRACE
     result = run(*start, *words.split())
     assert result.code == 0, result.err
@@ -181,7 +183,7 @@ def test_an_option_with_what_it_needs_is_taken(run: Run, place: Path, words: str
         ("checkpoints prune tiny --dry-run --yes", "--yes has no effect with --dry-run"),
     ],
 )
-def test_no_option_of_another_command_is_ignored(
+def test_options_without_effect_on_a_command_are_refused(
     run: Run, place: Path, words: str, said: str
 ) -> None:
     result = run(*words.split())
@@ -207,7 +209,7 @@ def test_no_option_of_another_command_is_ignored(
         (["checkpoints", "average", "a", "--out", "--json"], "--out", "--json"),
     ],
 )
-def test_an_option_is_never_taken_as_the_text_of_another(
+def test_an_option_is_never_read_as_the_value_of_another(
     run: Run, workplace: Path, words: list[str], name: str, value: str
 ) -> None:
     result = run(*words)
@@ -216,14 +218,14 @@ def test_an_option_is_never_taken_as_the_text_of_another(
     assert not list(workplace.iterdir())
 
 
-def test_the_name_of_an_argument_is_a_value_like_any_other(run: Run, workplace: Path) -> None:
+def test_the_name_of_an_argument_can_be_an_option_value(run: Run, workplace: Path) -> None:
     Path("a.jsonl").write_text('{"data": "Once upon a time."}\n')
     assert (
         run("prepare", "a.jsonl", "--out", "o", "--field", "data", "--tokenizer", "bytes").code == 0
     )
 
 
-def test_a_text_that_looks_like_an_option_can_be_given_with_an_equals_sign(
+def test_a_value_that_looks_like_an_option_can_be_given_with_an_equals_sign(
     run: Run, place: Path
 ) -> None:
     for words in (["--stop=--json"], ["--stop", "--"], ["--stop", "-5"], ["--stop", "---"]):
@@ -232,7 +234,7 @@ def test_a_text_that_looks_like_an_option_can_be_given_with_an_equals_sign(
         assert not result.out.startswith("{")
 
 
-def test_ctrl_c_is_one_line_in_every_command(
+def test_ctrl_c_prints_one_line_in_every_command(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from minigpt.commands import loading
@@ -241,7 +243,7 @@ def test_ctrl_c_is_one_line_in_every_command(
     def press(*words: Any, **more: Any) -> None:
         try:
             signal.raise_signal(signal.SIGINT)
-        except KeyboardInterrupt as error:  # as some libraries do
+        except KeyboardInterrupt as error:  # like some libraries
             raise RuntimeError("import failed") from error
 
     monkeypatch.setattr(loading, "resolve_model", press)
@@ -265,7 +267,7 @@ def test_ctrl_c_is_one_line_in_every_command(
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_a_sampling_option_without_effect_is_named(
+def test_a_sampling_option_without_effect_is_reported(
     run: Run, place: Path, command: str, words: str, noted: str
 ) -> None:
     result = run(command, "The king", "--max-new-tokens", "2", "--model", "tiny", *words.split())
@@ -302,7 +304,7 @@ def test_a_sampling_option_without_effect_is_named(
         ("--val-fraction 0 --patience 0", ""),
     ],
 )
-def test_a_training_setting_without_effect_is_named(
+def test_a_training_setting_without_effect_is_reported(
     run: Run, place: Path, trained: Path, words: str, noted: str
 ) -> None:
     text = str(trained / "corpus.txt")
@@ -310,11 +312,11 @@ def test_a_training_setting_without_effect_is_named(
     assert result.code == 0
     found = [line.removeprefix("note").strip() for line in result.err.splitlines()]
     found = [line for line in found if "no effect" in line]
-    # TINY has eval_tokens too.
+    # TINY sets eval_tokens, too.
     assert noted in found if noted else not [line for line in found if "eval_tokens" not in line]
 
 
-def test_each_condition_of_a_void_setting_is_a_valid_value_of_another() -> None:
+def test_conditions_for_settings_without_effect_are_valid_values() -> None:
     tables = {
         "model": ModelConfig,
         "training": TrainingConfig,
@@ -336,12 +338,12 @@ def test_each_condition_of_a_void_setting_is_a_valid_value_of_another() -> None:
     assert n_conditions > 40
 
 
-def test_the_help_of_attention_trace_does_not_offer_what_it_refuses(run: Run) -> None:
+def test_the_help_of_attention_trace_does_not_list_refused_options(run: Run) -> None:
     assert "--overflow" in run("generate", "--help").out
     assert "--overflow" not in run("attention-trace", "--help").out
 
 
-def test_each_option_of_a_condition_is_an_option_of_its_command(run: Run) -> None:
+def test_options_named_in_mode_rules_exist_in_the_help(run: Run) -> None:
     sampling = {f"--{f.name.replace('_', '-')}" for f in fields(SamplingConfig)}
     for name, modes in MODES.items():
         command = ["checkpoints", "prune"] if name == "prune" else [name.replace("_", "-")]

@@ -20,13 +20,13 @@ from minigpt.generation.decoder import Step
 from minigpt.generation.stream import TextStep
 from minigpt.tracing.views.matrix import DENSITY, _ticks
 
-pty = pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "12"]
 CODES = re.compile(r"\x1b\[[\d;]*[A-Za-z]")
 
 
 def shown(trained: Path, *words: str, width: int, **environment: str) -> str:
-    """Return what a terminal of a width gets on stdout."""
+    """Return the stdout of the program in a terminal of a given width."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (50, width))
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "FORCE_COLOR")}
@@ -44,7 +44,7 @@ def shown(trained: Path, *words: str, width: int, **environment: str) -> str:
         try:
             while part := os.read(ours, 4096):
                 data += part
-        except OSError:  # so Linux says that the other end is closed
+        except OSError:  # Linux raises it once the other end is closed
             pass
     os.close(ours)
     assert process.returncode == 0, data
@@ -62,13 +62,13 @@ def test_no_line_of_a_trace_wraps_in_a_narrow_terminal(
     lines = CODES.sub("", out).split("\n")
     if view == "lines":
         text = run(*TRACE, "--model", "tiny").out.split("\n\n")[-1]
-        lines = lines[: -text.count("\n") - 1]  # the text itself is whole
+        lines = lines[: -text.count("\n") - 1]  # without the generated text, which is not wrapped
     assert len(lines) > 5
     assert max(map(cell_len, lines)) <= width
 
 
 @pytest.mark.integration
-def test_without_colours_the_map_is_drawn_by_density(trained: Path) -> None:
+def test_without_colours_the_map_uses_density_characters(trained: Path) -> None:
     words = [*TRACE, "--view", "matrix", "--model", "tiny"]
     plain = shown(trained, *words, width=80, NO_COLOR="1")
     coloured = shown(trained, *words, width=80)
@@ -76,10 +76,10 @@ def test_without_colours_the_map_is_drawn_by_density(trained: Path) -> None:
     assert "█" not in plain
     rows = [line for line in CODES.sub("", plain).split("\n") if line.endswith("|")]
     assert len(rows) == 12
-    assert len(set("".join(rows)) & set(DENSITY)) > 3, "cells differ"
+    assert len(set("".join(rows)) & set(DENSITY)) > 3, "cells must differ"
 
 
-def test_an_axis_prints_whole_numbers_or_none() -> None:
+def test_axis_labels_are_never_truncated() -> None:
     for n_columns in range(1, 130):
         for cell_width in (1, 2):
             numbers = _ticks(n_columns, 1, cell_width).split()
@@ -90,7 +90,7 @@ def test_an_axis_prints_whole_numbers_or_none() -> None:
                 assert line.index(f" {n}") + 1 == int(n) * cell_width
 
 
-def test_columns_of_logprobs_are_counted_in_cells() -> None:
+def test_logprobs_columns_are_aligned_by_cell_width() -> None:
     class Words:
         def token_bytes(self, token: int) -> bytes:
             return ["a", "日本語", "é", "😀"][token].encode()
@@ -113,7 +113,7 @@ def test_help_fits_narrow_terminals(words: list[str], width: int) -> None:
     assert max(map(len, result.stdout.splitlines())) <= min(width, 80)
 
 
-def test_numbers_of_the_json_do_not_depend_on_the_terminal(
+def test_json_does_not_depend_on_the_terminal(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(trained)
@@ -151,7 +151,7 @@ def test_every_command_works_in_a_terminal_of_20_columns(
     assert len(shown.strip()) > 20
 
 
-def test_the_line_that_training_redraws_fits_20_columns(
+def test_the_status_line_of_training_fits_20_columns(
     trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "2"]
@@ -168,7 +168,7 @@ def test_the_line_that_training_redraws_fits_20_columns(
 
 
 @pytest.mark.parametrize(("width", "is_wrapped"), [(40, True), (200, False)])
-def test_an_error_on_a_terminal_breaks_between_words(
+def test_an_error_on_a_terminal_wraps_between_words(
     width: int, is_wrapped: bool, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

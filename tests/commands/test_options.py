@@ -1,4 +1,4 @@
-"""A config dataclass becomes the options of a command, and its values come back checked."""
+"""Config dataclasses become command options, and their values are validated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,7 +127,7 @@ def test_a_bad_value_is_a_config_error(
     assert str(caught.value) == message
 
 
-def test_fields_gives_only_what_was_typed_nested_as_the_config() -> None:
+def test_fields_contains_only_typed_options_nested_like_the_config() -> None:
     got: list[dict[str, Any]] = []
 
     @command
@@ -169,7 +169,7 @@ def test_a_shell_completes_commands_options_and_values() -> None:
     assert completed("minigpt generate --device c", 3) == ["cpu", "cuda"]
 
 
-def test_a_command_of_a_deleted_ring_is_not_listed_and_says_so(
+def test_a_command_of_a_deleted_ring_is_not_listed_and_reports_it(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(COMMANDS, "no-such", "A command of a ring that is not there")

@@ -103,7 +103,7 @@ def test_an_svg_has_the_points_and_the_literal_names(run: Run, runs: Path) -> No
     marks = [e for e in picture.iter("{http://www.w3.org/2000/svg}use") if "y" in e.attrib]
     assert len(marks) > 2 * len(events(runs, "eval"))
     assert run("plot", "tiny", HOSTILE, "--out", "losses.svg").code == 0
-    assert Path("losses.svg").read_bytes() == first, "equal curves give equal bytes"
+    assert Path("losses.svg").read_bytes() == first, "equal curves must give equal bytes"
 
 
 def test_a_png_shows_losses_falling_from_the_upper_left_to_the_lower_right(
@@ -120,8 +120,8 @@ def test_a_png_shows_losses_falling_from_the_upper_left_to_the_lower_right(
     pixels = imread("losses.png")[:, :, :3]
     is_blue = (pixels[:, :, 2] - pixels[:, :, 0]) > 0.15
     rows, columns = is_blue.nonzero()
-    assert rows[columns.argmin()] < 0.25 * len(pixels), "the curve starts high"
-    assert rows[columns == columns.max()].max() > 0.75 * len(pixels), "and ends low"
+    assert rows[columns.argmin()] < 0.25 * len(pixels), "the curve must start high"
+    assert rows[columns == columns.max()].max() > 0.75 * len(pixels), "the curve must end low"
     assert y_limits([[(line["step"], line["train_loss"]) for line in lines]])[0] == 1.0
 
 
@@ -148,7 +148,7 @@ def test_a_missing_matplotlib_is_reported_with_the_extra_to_install(
         (["tiny", "--out", "nowhere/losses.svg"], 2, "no folder 'nowhere'"),
     ],
 )
-def test_an_error_is_one_line(
+def test_plot_errors_are_one_line(
     run: Run, runs: Path, words: list[str], code: int, message: str
 ) -> None:
     (runs / "empty").mkdir()
@@ -162,7 +162,7 @@ def test_an_error_is_one_line(
     assert message in error_line(result)
 
 
-def test_a_run_that_is_still_training_is_drawn_up_to_now(run: Run, runs: Path) -> None:
+def test_a_running_run_is_plotted_up_to_now(run: Run, runs: Path) -> None:
     path = runs / "tiny/metrics.jsonl"
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole[:2]) + whole[2][:20])
@@ -171,7 +171,7 @@ def test_a_run_that_is_still_training_is_drawn_up_to_now(run: Run, runs: Path) -
     assert run("plot", "tiny").code == 0
 
 
-def test_different_tokenizers_give_a_note(run: Run, runs: Path) -> None:
+def test_plotting_runs_with_different_tokenizers_prints_a_note(run: Run, runs: Path) -> None:
     config = runs / "other/config.toml"
     config.write_text(config.read_text().replace('"bytes"', '"bpe:300"'))
     result = run("plot", "tiny", "other")
@@ -192,7 +192,7 @@ def test_an_ascii_stdout_gets_an_ascii_chart(run: Run, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("spec", ["tiny", "checkpoints/tiny"])
 @pytest.mark.parametrize("kind", ["a folder", "a link to nothing", "a pointer"])
-def test_metrics_that_cannot_be_read_are_named_with_what_is_wrong(
+def test_unreadable_metrics_are_reported_with_the_reason(
     kind: str, spec: str, run: Run, runs: Path
 ) -> None:
     path = runs / "tiny/metrics.jsonl"

@@ -25,7 +25,7 @@ TEXT = "The king said: né, once upon a time.\n" * 90
 
 @pytest.fixture(autouse=True)
 def corpus(workplace: Path) -> str:
-    """A text in the working directory."""
+    """Write a text into the working directory and return it."""
     (workplace / "corpus.txt").write_text(TEXT)
     return "corpus.txt"
 
@@ -78,7 +78,7 @@ def test_prepare_does_not_import_torch(workplace: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "False\n")
 
 
-def test_a_prepared_folder_trains_as_its_text_does(run: Run) -> None:
+def test_training_on_a_prepared_folder_equals_training_on_its_text(run: Run) -> None:
     assert run("prepare", "corpus.txt", "--tokenizer", "bpe:300", "--out", "tokens").code == 0
     of_text = run("train", "corpus.txt", "--tokenizer", "bpe:300", "--name", "text", *TINY[2:])
     of_folder = run("train", "tokens", "--name", "folder", *TINY[2:])
@@ -88,7 +88,7 @@ def test_a_prepared_folder_trains_as_its_text_does(run: Run) -> None:
     assert bests[1] is not None
     assert bests[0].facts == bests[1].facts
     assert read_toml(Path("checkpoints/folder/config.toml"))["data"]["tokenizer"] == "bpe:300"
-    # Both know the corpus by its tokens, so that each goes on from where the other is.
+    # Both identify the corpus by its tokens, so each can resume from the other.
     resumed = run("train", "tokens", "--resume", "--name", "text", "--max-steps", "6")
     assert resumed.code == 0, resumed.err
     resumed = run("train", "--resume", "--name", "folder", "--max-steps", "6")
@@ -101,7 +101,7 @@ def test_a_prepared_folder_trains_as_its_text_does(run: Run) -> None:
 
 
 @pytest.mark.parametrize("command", ["train --dry-run", "evaluate --model m"])
-def test_what_a_prepared_folder_or_a_named_corpus_cannot_take_is_refused_by_its_name(
+def test_text_options_are_refused_for_prepared_folders_and_named_corpora(
     run: Run, workplace: Path, command: str
 ) -> None:
     write_model(workplace / "m", small_model(vocab_size=257), BytesTokenizer())
@@ -132,7 +132,7 @@ def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> N
     assert "another tokenizer than the model's ('bytes')" in error_line(refused)
 
 
-def test_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": TEXT[: 40 * i]}) + "\n" for i in range(1, 60)]
     Path("docs.jsonl").write_text("".join(lines))
     monkeypatch.setattr(shard_files, "MAX_SHARD_TOKENS", 10_000)

@@ -1,4 +1,4 @@
-"""The commands on pretend devices: the CPU's tokens, no mixed devices, few waits for the device."""
+"""Commands on pretend devices: the CPU's tokens, no mixed devices, and few waits."""
 
 import json
 import re
@@ -57,7 +57,7 @@ def config_of(kind: str) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of each kind, whose weights all matter."""
+    """Return a folder with a random model of each kind."""
     root = tmp_path_factory.mktemp("models")
     for kind in (*PLAIN, *FAMILIES):
         config = config_of(kind)
@@ -80,7 +80,7 @@ def run_on(device: str, run: Run, *words: str) -> tuple[Any, PretendCuda]:
 
 
 def trace_of(device: str, run: Run, *words: str) -> tuple[Any, PretendCuda]:
-    """Return the steps of a trace as it is written to a file, and the counts."""
+    """Return the steps of a trace file and the counts."""
     words = ("attention-trace", "Once", *TOKENS, *words)
     _, seen = run_on(device, run, *words, "--no-compile", "--out", f"{device}.jsonl")
     lines = Path(f"{device}.jsonl").read_text().splitlines()
@@ -89,7 +89,7 @@ def trace_of(device: str, run: Run, *words: str) -> tuple[Any, PretendCuda]:
 
 
 def require_close(here: Any, there: Any) -> None:
-    """Require that two values read from JSON are the same up to rounding."""
+    """Check that two JSON values are equal up to rounding."""
     assert type(here) is type(there)
     if isinstance(here, dict):
         assert here.keys() == there.keys()
@@ -104,13 +104,15 @@ def require_close(here: Any, there: Any) -> None:
         for one, other in zip(here, there, strict=True):
             require_close(one, other)
     elif isinstance(here, float):
-        assert here == pytest.approx(there, rel=1e-2, abs=2e-3)  # the file has few digits
+        assert here == pytest.approx(
+            there, rel=1e-2, abs=2e-3
+        )  # numbers in the file have few digits
     else:
         assert here == there
 
 
 def require_same_text(run: Run, *words: str, n_waits: int = 4) -> None:
-    """Require the CPU's text of the pretend devices, and one wait for each token."""
+    """Check that pretend devices generate the CPU's text with one wait per token."""
     words = ("generate", *words, "--json", "--no-compile")
     expected, _ = run_on("cpu", run, *words)
     for device in DEVICES:
@@ -120,12 +122,12 @@ def require_same_text(run: Run, *words: str, n_waits: int = 4) -> None:
         ):
             assert json.loads(line)["text"] == json.loads(expected_line)["text"]
         assert sum(seen.syncs.values()) == n_waits, seen.syncs
-        # cuDNN's kernel would plan anew for each number of keys.
+        # cuDNN's kernel would create a new plan for each number of keys.
         assert not [call for call in seen.sdpa if re.match(r"q\(\d+, \d+, 1, ", call)]
 
 
 @pytest.mark.parametrize("kind", [*PLAIN, *FAMILIES])
-def test_a_model_generates_the_text_of_the_cpu(kind: str, models: Path, run: Run) -> None:
+def test_models_generate_the_text_of_the_cpu(kind: str, models: Path, run: Run) -> None:
     require_same_text(run, "--model", str(models / kind), "Once", *TOKENS)
 
 
@@ -143,7 +145,9 @@ def test_a_model_generates_the_text_of_the_cpu(kind: str, models: Path, run: Run
         "--overflow slide --max-new-tokens 80 --ignore-eos",
     ],
 )
-def test_options_generate_the_text_of_the_cpu(options: str, models: Path, run: Run) -> None:
+def test_sampling_options_generate_the_text_of_the_cpu(
+    options: str, models: Path, run: Run
+) -> None:
     words = ["--model", str(models / "llama"), "Once", *TOKENS, *options.split()]
     require_same_text(run, *words, n_waits=80 if "slide" in options else 4)
 
@@ -185,12 +189,12 @@ MEASURES = {
     "--n-verified 2 --knockout value": 3,
     "--n-verified 2 --verify-heads 1.1": 3,
 }
-"""Options of a trace, and the waits for each token: its id, its rows, and what else is read."""
+"""Trace options, and waits per token: for its id, its rows and other results."""
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("options", MEASURES)
-def test_a_trace_has_the_numbers_of_the_cpu_and_few_waits(
+def test_traces_have_the_numbers_of_the_cpu_and_few_waits(
     options: str, models: Path, run: Run
 ) -> None:
     words = ["--model", str(models / "llama"), *options.split()]
@@ -198,7 +202,7 @@ def test_a_trace_has_the_numbers_of_the_cpu_and_few_waits(
     for device in DEVICES:
         found, seen = trace_of(device, run, *words)
         require_close(found, expected)
-        # One at the end, for the largest error of the products.
+        # One at the end, for the maximum error of the products.
         assert sum(seen.syncs.values()) == 4 * MEASURES[options] + 1, seen.syncs
 
 
@@ -224,7 +228,7 @@ def test_each_kind_of_model_is_traced_and_verified_as_on_the_cpu(
         "--dtype float32 --on-nan skip",
     ],
 )
-def test_a_run_trains_is_resumed_and_evaluated_as_on_the_cpu(
+def test_training_resuming_and_evaluating_equal_the_cpu(
     options: str, trained: Path, run: Run
 ) -> None:
     losses = {}
@@ -238,14 +242,14 @@ def test_a_run_trains_is_resumed_and_evaluated_as_on_the_cpu(
         losses[where] = [event["train_loss"] for event in events if "train_loss" in event]
         losses[where].append(json.loads(measured.out)["nats_per_token"])
     assert len(losses["cpu"]) == 7
-    # With bfloat16, norms are float32 on CUDA and not on CPUs.
+    # With bfloat16, norms are computed in float32 on CUDA but not on CPUs.
     for device in DEVICES:
         rel = 1e-2 if "bfloat16" in options else 1e-4
         assert losses[device] == pytest.approx(losses["cpu"], rel=rel)
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_dry_run_measures_the_device(device: str, trained: Path, run: Run) -> None:
+def test_a_dry_run_works_on_the_device(device: str, trained: Path, run: Run) -> None:
     run_on(device, run, "train", str(trained / "corpus.txt"), *TINY, "--dry-run")
 
 
@@ -268,7 +272,7 @@ def test_tf32_is_refused_without_cuda(
 
 
 @pytest.mark.integration
-def test_tf32_computes_in_float32_and_says_so_when_resumed(trained: Path, run: Run) -> None:
+def test_tf32_is_restored_on_resume_and_changing_it_is_reported(trained: Path, run: Run) -> None:
     words = ["train", str(trained / "corpus.txt"), "--name", "a", *TINY, "--dtype", "tf32"]
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
@@ -286,7 +290,7 @@ def test_tf32_computes_in_float32_and_says_so_when_resumed(trained: Path, run: R
 
 
 def facts_of(device: str, run: Run, *words: str, stdin: bytes = b"") -> Any:
-    """Return the facts that a command prints as JSON, without what depends on time and device."""
+    """Return the JSON output of a command, without values that depend on time or device."""
     with DEVICES.get(device, PretendCuda)():
         result = run(*words, "--json", "--device", device, stdin=stdin)
     assert result.code == 0, result.err

@@ -1,4 +1,4 @@
-"""Threads that share cores, signals while torch is imported, and commands that call the program."""
+"""Sharing cores with other processes, signals during imports, and printed commands."""
 
 import os
 import shlex
@@ -13,12 +13,12 @@ import pytest
 from minigpt.commands import openmp
 from minigpt.commands.process import command_line
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="libgomp and /proc are Linux's")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux (libgomp and /proc)")
 
 
 @linux
 @pytest.mark.parametrize(("niceness", "others"), [(0, 1.5), (10, 3.5)])
-def test_cores_of_others_are_all_time_but_idle_and_own_and_that_of_lower_priority(
+def test_cores_used_by_others_exclude_idle_own_and_lower_priority_time(
     niceness: int, others: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def use(at_s: float, own_s: float, *rows: str) -> openmp.CoreUse:
@@ -45,7 +45,7 @@ def test_cores_of_others_are_all_time_but_idle_and_own_and_that_of_lower_priorit
     assert now.cores_of_others(before) == pytest.approx(others)
 
 
-def test_threads_sleep_while_others_take_a_core_and_spin_again_afterwards(
+def test_threads_sleep_while_other_processes_use_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made, ended = [], []
@@ -72,7 +72,7 @@ def test_threads_sleep_while_others_take_a_core_and_spin_again_afterwards(
 
 
 @linux
-def test_no_thread_is_left_when_python_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_watcher_thread_is_left_when_python_exits(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = []
     monkeypatch.setattr(openmp.IdleThreads, "__init__", lambda self, n_threads: None)
     monkeypatch.setattr(openmp.IdleThreads, "end", lambda self: ended.append(self))
@@ -124,7 +124,7 @@ assert compute().equal(spinning)
 
 @pytest.mark.integration
 @linux
-def test_idle_threads_outnumber_the_cores_until_they_end_and_change_no_bit() -> None:
+def test_idle_threads_outnumber_the_cores_and_change_no_bit() -> None:
     done = subprocess.run(
         [sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, timeout=60
     )
@@ -161,8 +161,8 @@ except RuntimeError as error:
 @pytest.mark.integration
 @linux
 @pytest.mark.parametrize("n_more", [0, 1, 2])
-def test_a_process_that_may_have_no_more_threads_goes_on_without_idle_ones(n_more: int) -> None:
-    # A thread of libgomp that cannot be had would end the process.
+def test_a_process_at_its_thread_limit_works_without_idle_threads(n_more: int) -> None:
+    # libgomp would abort the process if it could not start a thread.
     done = subprocess.run(
         [sys.executable, "-c", NO_MORE_THREADS, str(n_more)], capture_output=True, text=True
     )
@@ -172,7 +172,7 @@ def test_a_process_that_may_have_no_more_threads_goes_on_without_idle_ones(n_mor
 
 @linux
 @pytest.mark.parametrize("text", ["cpu0 a b c d e f g h", "cpu0 1 2 3\ncpu1 1 2 3", "\n", "\xff"])
-def test_the_watch_ends_if_proc_stat_has_another_form(
+def test_the_watcher_stops_if_proc_stat_has_an_unknown_format(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "stat").write_text(text, encoding="latin-1")
@@ -180,11 +180,13 @@ def test_the_watch_ends_if_proc_stat_has_another_form(
     monkeypatch.setattr(openmp.os, "sched_getaffinity", lambda _: {0, 1})
     watch = openmp.Watch()
     watch.start()
-    watch.join()  # an exception in it would be a warning, which is an error here
+    watch.join()  # an exception in the thread would be a warning, which fails the test
 
 
 @pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
-def test_the_environment_takes_precedence(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_variables_disable_the_watcher(
+    variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch = openmp.Watch()
     monkeypatch.setattr(openmp, "the_watch", lambda: watch)
     monkeypatch.setenv(variable, "7")
@@ -193,7 +195,7 @@ def test_the_environment_takes_precedence(variable: str, monkeypatch: pytest.Mon
 
 
 @linux
-def test_only_more_than_one_thread_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watcher_runs_only_for_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     watch = openmp.Watch()
     started = []
     monkeypatch.setattr(watch, "start", lambda: started.append(watch.n_threads))
@@ -206,10 +208,10 @@ def test_only_more_than_one_thread_is_watched(monkeypatch: pytest.MonkeyPatch) -
     assert started == [2]
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends signals of POSIX")
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_while_torch_is_imported_exits_at_once(name: str, tmp_path: Path) -> None:
-    # As C++ code does that calls Python, this one aborts on an exception.
+    # Like C++ code that calls Python, this callback aborts on an exception.
     lines = [
         "import os, signal, time",
         "try:",
@@ -233,7 +235,7 @@ def test_a_signal_while_torch_is_imported_exits_at_once(name: str, tmp_path: Pat
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """A script bin/minigpt that prints its arguments."""
+    """Return a script bin/minigpt that prints its arguments."""
     path = tmp_path / "a bin" / "minigpt"
     path.parent.mkdir()
     path.write_text('#!/bin/sh\nfor word; do printf "%s|" "$word"; done\n')
@@ -245,7 +247,7 @@ ODD = ["--name", "it's; $(touch x) `y` *", "two words"]
 
 
 @pytest.mark.parametrize("is_on_path", [True, False])
-def test_a_pasted_command_calls_the_same_script_with_the_same_words(
+def test_printed_commands_call_the_same_script_with_the_same_arguments(
     script: Path, monkeypatch: pytest.MonkeyPatch, is_on_path: bool
 ) -> None:
     monkeypatch.chdir(script.parents[1])
@@ -259,7 +261,7 @@ def test_a_pasted_command_calls_the_same_script_with_the_same_words(
     assert not Path("x").exists()
 
 
-def test_a_script_elsewhere_is_called_by_its_full_path(
+def test_printed_commands_use_the_full_path_of_a_script_not_on_path(
     script: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     elsewhere = tmp_path / "elsewhere"
@@ -269,7 +271,9 @@ def test_a_script_elsewhere_is_called_by_its_full_path(
     assert shlex.split(command_line("train")) == [str(script), "train"]
 
 
-def test_modules_and_files_are_called_with_this_python(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_commands_call_modules_and_files_with_this_python(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(sys, "argv", ["/somewhere/minigpt/__main__.py", "train"])
     words = shlex.split(command_line("generate"))
     assert words[1:] == ["-m", "minigpt", "generate"]

@@ -1,4 +1,4 @@
-"""Rows, encodings and splits as the commands read, count and report them."""
+"""Commands read, count and report rows, encodings and splits."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ TEXTS = [f"Once there was a king, number {i}, who had {i} owls." for i in range(
 
 @pytest.fixture(autouse=True)
 def rows(workplace: Path) -> None:
-    """A JSONL with a bad row in the working directory, and other forms of the same texts."""
+    """Write a JSONL file with a bad row, and the same texts in other formats."""
     lines = [json.dumps({"text": text}) for text in TEXTS]
     (workplace / "good.jsonl").write_text("\n".join(lines))
     (workplace / "bad.jsonl").write_text("\n".join([*lines[:2], '{"text": null}', *lines[2:]]))
@@ -41,7 +41,7 @@ def as_tiny(trained: Path) -> str:
     return str(RunFolder(trained / "checkpoints/tiny").latest().folder)  # type: ignore[union-attr]
 
 
-def test_rows_of_a_pipe_are_documents_and_the_line_says_what_was_taken(run: Run) -> None:
+def test_rows_in_a_pipe_are_documents_and_the_format_is_reported(run: Run) -> None:
     content = Path("good.jsonl").read_bytes()
     facts, said = prepared(run, "-", "--out", "a", stdin=content)
     assert (facts["n_documents"], facts["n_bytes"]) == (40, len("".join(TEXTS)))
@@ -50,7 +50,7 @@ def test_rows_of_a_pipe_are_documents_and_the_line_says_what_was_taken(run: Run)
     assert (facts["n_documents"], facts["n_bytes"]) == (1, len(content))
 
 
-def test_a_bad_row_is_refused_with_its_number_and_skip_bad_counts_it(run: Run) -> None:
+def test_a_bad_row_is_refused_with_its_number_or_skipped_and_reported(run: Run) -> None:
     result = run("prepare", "bad.jsonl", "--out", "a")
     line = error_line(result)
     assert result.code == 3
@@ -61,7 +61,7 @@ def test_a_bad_row_is_refused_with_its_number_and_skip_bad_counts_it(run: Run) -
     assert said.startswith("text   1 row was left out; the first: line 3 of 'bad.jsonl'")
 
 
-def test_a_missing_field_names_the_fields_and_field_reads_another(run: Run) -> None:
+def test_prepare_names_the_fields_if_text_is_missing_and_field_selects_one(run: Run) -> None:
     line = error_line(run("prepare", "bodies.json", "--out", "a"))
     assert "its fields are 'id', 'body'" in line
     assert "--field" in line
@@ -69,13 +69,13 @@ def test_a_missing_field_names_the_fields_and_field_reads_another(run: Run) -> N
 
 
 @pytest.mark.parametrize("words", [["--field", "body"], ["--skip-bad"]])
-def test_options_of_rows_are_refused_for_text(run: Run, words: list[str]) -> None:
+def test_row_options_are_refused_for_plain_text(run: Run, words: list[str]) -> None:
     result = run("prepare", "val.txt", "--out", "a", *words)
     assert result.code == 2
     assert "is for files of rows, and 'val.txt' is text" in error_line(result)
 
 
-def test_evaluate_reads_what_training_reads(run: Run, trained: Path) -> None:
+def test_evaluate_reads_the_same_formats_as_training(run: Run, trained: Path) -> None:
     model = ["--model", as_tiny(trained)]
     good = evaluated(run, "good.jsonl", *model)
     for words in (
@@ -92,7 +92,7 @@ def test_evaluate_reads_what_training_reads(run: Run, trained: Path) -> None:
     assert "--encoding utf-16" in error_line(run("evaluate", "wide.txt", *model))
 
 
-def test_a_split_by_document_is_said_kept_by_resume_and_evaluated(run: Run) -> None:
+def test_a_split_by_document_is_reported_resumed_and_evaluated(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "split", *TINY)
     assert "tokens in whole documents" in result.err + result.out
     best = RunFolder(Path("checkpoints/split")).best()
@@ -113,7 +113,7 @@ def test_a_split_by_document_is_said_kept_by_resume_and_evaluated(run: Run) -> N
     assert run("train", "--resume", "--name", "split", "--max-steps", "6").code == 0
 
 
-def test_without_validation_a_run_trains_on_all_and_evaluate_asks_for_data(run: Run) -> None:
+def test_without_validation_evaluate_asks_for_data(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "all", "--val-fraction", "0", *TINY)
     assert result.code == 0
     assert "no validation" in result.err + result.out
@@ -124,7 +124,7 @@ def test_without_validation_a_run_trains_on_all_and_evaluate_asks_for_data(run: 
     assert "to train on; nothing for validation." in card
 
 
-def test_val_validates_on_a_text_of_its_own(run: Run) -> None:
+def test_val_validates_on_a_separate_text(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "own", "--val", "val.txt", *TINY)
     assert result.code == 0
     assert "tokens of the --val text" in result.err + result.out
@@ -136,7 +136,7 @@ def test_val_validates_on_a_text_of_its_own(run: Run) -> None:
     assert "to train on; another text for" in (best.folder / "README.md").read_text()
 
 
-def test_a_prepared_folder_keeps_its_split_in_train_and_is_evaluated_whole(
+def test_a_prepared_folder_is_trained_with_its_split_and_evaluated_entirely(
     run: Run, trained: Path
 ) -> None:
     prepared(run, "good.jsonl", "--val-fraction", "0.3", "--out", "tokens")

@@ -13,7 +13,7 @@ def without_tensorboard(trained: Path, workplace: Path, monkeypatch: pytest.Monk
     shutil.copy(trained / "corpus.txt", workplace)
     for name in [name for name in sys.modules if name.startswith("torch.utils.tensorboard")]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # an import of it fails
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # makes importing it fail
 
 
 def test_without_tensorboard_the_error_names_the_extra_before_training(run: Run) -> None:
@@ -24,13 +24,13 @@ def test_without_tensorboard_the_error_names_the_extra_before_training(run: Run)
 
 
 @pytest.mark.parametrize("words", [[], ["--report-to", "none"]])
-def test_a_run_that_does_not_report_needs_no_tensorboard(run: Run, words: list[str]) -> None:
+def test_without_report_to_tensorboard_is_not_needed(run: Run, words: list[str]) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY, *words).code == 0
     assert Path("checkpoints/a/metrics.jsonl").exists()
     assert not Path("checkpoints/a/tensorboard").exists()
 
 
-def test_a_run_that_reported_cannot_be_resumed_silently_without_it(run: Run) -> None:
+def test_resuming_a_run_with_tensorboard_requires_it(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     Path("checkpoints/a/tensorboard").mkdir()
     resume = ["train", "--resume", "--name", "a", "--max-steps", "6"]
@@ -40,7 +40,7 @@ def test_a_run_that_reported_cannot_be_resumed_silently_without_it(run: Run) -> 
     assert run(*resume, "--report-to", "none").code == 0
 
 
-def test_an_unknown_report_target_is_reported_with_the_nearest(run: Run) -> None:
+def test_an_unknown_report_target_gets_the_nearest_suggestion(run: Run) -> None:
     result = run("train", "corpus.txt", "--report-to", "tensorbord")
     assert result.code == 2
     assert "Did you mean tensorboard?" in error_line(result)

@@ -1,4 +1,4 @@
-"""minigpt train on little text: what it chooses, says and leaves."""
+"""minigpt train on small texts: derived settings, notes and saved models."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def best_of(name: str) -> dict[str, float]:
     return facts
 
 
-def test_what_was_chosen_for_the_text_is_recorded_said_and_resumed(run: Run) -> None:
+def test_settings_derived_from_a_small_text_are_recorded_reported_and_resumed(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "small", "--max-steps", "40", *SHAPE)
     assert result.code == 0
     saved = config_of("small")
@@ -46,7 +46,7 @@ def test_what_was_chosen_for_the_text_is_recorded_said_and_resumed(run: Run) -> 
     assert config_of("small") == saved
 
 
-def test_the_users_own_values_win(run: Run) -> None:
+def test_explicit_settings_override_those_derived_from_the_text(run: Run) -> None:
     own = ["--dropout", "0", "--patience", "0", "--max-epochs", "1", "--eval-every", "7"]
     assert run("train", "corpus.txt", "--name", "own", *SHAPE, *own).code == 0
     saved = config_of("own")
@@ -56,7 +56,7 @@ def test_the_users_own_values_win(run: Run) -> None:
 
 
 @pytest.mark.integration
-def test_a_larger_budget_leaves_the_same_model_once_the_text_is_learned(run: Run) -> None:
+def test_a_larger_budget_gives_the_same_model_once_the_text_is_learned(run: Run) -> None:
     few = ["--set", "training.lr=0.003"]
     for steps in ("1500", "5000"):
         assert (
@@ -67,7 +67,7 @@ def test_a_larger_budget_leaves_the_same_model_once_the_text_is_learned(run: Run
     assert config_of("5000")["training"]["max_steps"] < 1500
 
 
-def test_the_last_lines_say_what_the_loss_means(run: Run) -> None:
+def test_the_last_lines_explain_the_loss_as_a_perplexity(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "said", "--max-steps", "20", *SHAPE)
     said = re.search(r"perplexity ([\d.]+): .*untrained: (\d+),", result.err)
     assert said
@@ -75,7 +75,7 @@ def test_the_last_lines_say_what_the_loss_means(run: Run) -> None:
 
 
 @pytest.mark.integration
-def test_overfitting_and_stopping_early_are_said(run: Run) -> None:
+def test_overfitting_and_early_stopping_are_reported(run: Run) -> None:
     letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=900)
     Path("corpus.txt").write_text("".join(letters))
     rates = ["--set", "training.lr=0.02", "--set", "training.embedding_lr=0.02"]
@@ -91,7 +91,7 @@ def test_overfitting_and_stopping_early_are_said(run: Run) -> None:
     assert "the model overfitted: at the end the training loss was" in result.err
 
 
-def test_a_model_of_a_text_that_repeats_itself_is_not_called_overfitted(run: Run) -> None:
+def test_a_model_of_a_repetitive_text_is_not_reported_as_overfitted(run: Run) -> None:
     Path("corpus.txt").write_text("one, two, three, four.\n" * 100)
     rates = ["--set", "training.lr=0.02", "--set", "training.embedding_lr=0.02"]
     words = ["--max-steps", "60", "--dropout", "0", *SHAPE, *rates]
@@ -100,7 +100,7 @@ def test_a_model_of_a_text_that_repeats_itself_is_not_called_overfitted(run: Run
     assert "overfitted" not in result.err
 
 
-def test_a_budget_that_lifts_the_limit_of_epochs_of_a_resumed_run_is_said(run: Run) -> None:
+def test_a_resumed_budget_that_lifts_the_epoch_limit_is_reported(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "lifted", "--max-steps", "9", *SHAPE).code == 0
     resume = ["train", "--resume", "--name", "lifted", "--dry-run", "--json"]
     result = run(*resume, "--max-steps", "90000")
@@ -120,7 +120,7 @@ def test_a_budget_that_lifts_the_limit_of_epochs_of_a_resumed_run_is_said(run: R
         ("def area(w, h):\n    return w * h\n", ("def area(w, h):", "return w * h")),
     ],
 )
-def test_the_proposed_prompt_is_an_opening_of_the_text(
+def test_the_suggested_prompt_is_an_opening_of_the_text(
     run: Run, line: str, starts: tuple[str, ...]
 ) -> None:
     Path("mine.txt").write_text(line * 400)

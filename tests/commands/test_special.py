@@ -19,7 +19,7 @@ MARKED = f"once upon a time {END} there was " * 30
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_a_special_token_in_a_prompt_is_text_and_said_so_or_is_parsed(
+def test_special_tokens_in_a_prompt_are_reported_as_plain_text_or_parsed(
     run: Run, command: str
 ) -> None:
     words = [command, f"ab{END}", "--max-new-tokens", "2", "--seed", "1", "--json"]
@@ -34,7 +34,7 @@ def test_a_special_token_in_a_prompt_is_text_and_said_so_or_is_parsed(
     assert (n_prompt(plain.out), n_prompt(parsed.out)) == (15, 3)
 
 
-def test_typed_lines_are_parsed_too(run: Run) -> None:
+def test_special_tokens_in_typed_lines_are_parsed_too(run: Run) -> None:
     words = ["generate", "--interactive", "--special", "--max-new-tokens", "1", "--json"]
     out = run(*words, stdin=f"a{END}\n{END}b\n".encode()).out
     assert [json.loads(line)["n_prompt_tokens"] for line in out.splitlines()] == [2, 5]
@@ -44,7 +44,9 @@ def test_typed_lines_are_parsed_too(run: Run) -> None:
     assert plain.err.count(f"{END} in the prompt is plain text") == 1
 
 
-def test_evaluate_says_what_is_plain_text_and_parses_it(run: Run, tmp_path: Path) -> None:
+def test_evaluate_reports_special_tokens_as_plain_text_or_parses_them(
+    run: Run, tmp_path: Path
+) -> None:
     path = tmp_path / "marked.txt"
     path.write_text(MARKED)
     words = ["evaluate", str(path), "--model", "tiny", "--json"]
@@ -57,7 +59,7 @@ def test_evaluate_says_what_is_plain_text_and_parses_it(run: Run, tmp_path: Path
     assert json.loads(plain.out)["n_bytes"] == len(MARKED)
 
 
-def test_train_and_prepare_say_what_is_plain_text_and_parse_it(
+def test_train_and_prepare_report_special_tokens_or_parse_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -74,7 +76,7 @@ def test_train_and_prepare_say_what_is_plain_text_and_parse_it(
     assert resumed.code == 0
 
 
-def test_a_byte_that_a_vocabulary_lacks_is_refused_with_the_option_or_skipped(
+def test_bytes_missing_in_a_vocabulary_are_refused_with_the_option_or_skipped(
     run: Run, tmp_path: Path
 ) -> None:
     ranks = {bytes([b]): i for i, b in enumerate(b"abcdefg \n")}
@@ -95,10 +97,10 @@ def test_a_byte_that_a_vocabulary_lacks_is_refused_with_the_option_or_skipped(
         assert result.err.count("skipped 27 characters that the vocabulary lacks") == 1
 
 
-def test_characters_that_a_vocabulary_lacks_are_skipped_in_conversations_too(
+def test_characters_missing_in_a_vocabulary_are_skipped_in_conversations_too(
     run: Run, tmp_path: Path
 ) -> None:
-    letters = b"abcdefghijklmnopqrstuvwxyzUA: \n"  # without those of <|endoftext|>
+    letters = b"abcdefghijklmnopqrstuvwxyzUA: \n"  # without the characters of <|endoftext|>
     ranks = {bytes([b]): i for i, b in enumerate(letters)}
     encoding = make_encoding("few", ".|\n", ranks, {END: len(ranks)})
     write_model(tmp_path / "few", small_model(), TiktokenTokenizer("few", encoding))

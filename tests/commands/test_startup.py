@@ -1,4 +1,4 @@
-"""Imports of the commands: no torch for --help, no training code for generate."""
+"""Imports of commands: no torch for --help, and no training code for generate."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ HEAVY = ["torch", "numpy", "rich", "tiktoken", "safetensors", "transformers"]
 
 
 def modules_after(*words: str, cwd: Path = ROOT) -> set[str]:
-    """Return the modules that a call of the program had imported when it ended."""
+    """Return the modules imported by a call of the program."""
     program = (
         "import json, sys\n"
         "from minigpt.commands import main\n"
@@ -66,7 +66,7 @@ def test_generate_imports_no_training_module(trained: Path) -> None:
     imported = modules_after("generate", "x", "--max-new-tokens", "1", cwd=trained)
     training = {n for n in imported if n.startswith(("minigpt.training", "minigpt.evaluation"))}
     assert not training
-    assert "torch._dynamo" not in imported, "over a second that nothing of it needs"
+    assert "torch._dynamo" not in imported, "importing it takes over a second and is not needed"
 
 
 def test_plot_imports_no_torch(trained: Path) -> None:

@@ -1,4 +1,4 @@
-"""Status lines: layout, numbers, redrawing."""
+"""Status lines: layout, numbers and redrawing."""
 
 import io
 import re
@@ -31,27 +31,29 @@ def line_of(facts: list[str], share: float = 0.5) -> StatusLine:
 
 
 @pytest.mark.parametrize("facts", [FACTS, FACTS[:4], FACTS[:1], []])
-def test_a_line_is_never_wider_than_the_terminal(facts: list[str]) -> None:
+def test_a_status_line_is_never_wider_than_the_terminal(facts: list[str]) -> None:
     for width in range(1, 200):
         text = line_of(facts).draw(width).plain
         assert len(text) <= width
         assert "\n" not in text
 
 
-def test_every_fact_fits_80_columns() -> None:
+def test_all_fields_of_a_status_line_fit_80_columns() -> None:
     text = line_of(FACTS).draw(77).plain
     assert all(fact in text for fact in FACTS)
 
 
 @pytest.mark.parametrize(("share", "n_full"), [(-1, 0), (0, 0), (0.25, 10), (1, 40), (7, 40)])
-def test_the_bar_shows_the_share_that_is_done(share: float, n_full: int) -> None:
+def test_the_bar_shows_the_completed_fraction(share: float, n_full: int) -> None:
     text = line_of(["a fact"], share).draw(120, is_ascii=True).plain
     assert text == f"train {'#' * n_full}{'-' * (40 - n_full)}  a fact"
     text = line_of(["a fact"], share).draw(120).plain
-    assert text == f"train {'━' * n_full}{'─' * (40 - n_full)}  a fact", "seen without colours too"
+    assert text == f"train {'━' * n_full}{'─' * (40 - n_full)}  a fact", (
+        "the bar must be visible without colours"
+    )
 
 
-def test_numbers_have_three_digits_and_durations_few_cells() -> None:
+def test_numbers_have_three_digits_and_durations_are_short() -> None:
     numbers = [0.5, 987, 999.9, 12_345, 999_940, 999_960, 1_050_000, 124_000_000, 1_500_000_000]
     expected = ["0.5", "987", "1k", "12.3k", "1M", "1M", "1.05M", "124M", "1.5B"]
     assert [short(number) for number in numbers] == expected
@@ -73,14 +75,14 @@ def test_a_download_shows_its_progress() -> None:
 
 
 class Terminal(io.StringIO):
-    """A terminal that breaks long lines anew when its width changes, as most do."""
+    """A terminal that rewraps long lines when its width changes, as most do."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
         self.rows = [""]
         self.goes_on = [False]
-        """Whether each row is the rest of the one above it."""
+        """Whether each row continues the one above it."""
         self.at = 0
 
     def write(self, text: str) -> int:
@@ -120,7 +122,7 @@ class Terminal(io.StringIO):
 
 
 class Full:
-    """As many lines as asked for, as wide as the terminal lets them be."""
+    """A renderable of a given number of lines as wide as the terminal."""
 
     n = 3
 
@@ -145,7 +147,7 @@ def test_lines_are_redrawn_in_place_in_a_terminal_that_shrinks_and_grows() -> No
     for width, full.n in ((30, 1), (10, 4), (80, 2)):
         terminal.resize(width)
         console.width = width
-        console.print("word")  # above the lines
+        console.print("word")  # printed above the lines
         expected.append("word")
         assert terminal.shown() == [*expected, *["x" * (width - FREE_CELLS)] * full.n]
     terminal.resize(25)

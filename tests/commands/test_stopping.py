@@ -1,4 +1,4 @@
-"""minigpt train that is stopped, by a signal or a NaN loss, and then resumed."""
+"""minigpt train stopped by a signal or a NaN loss, and then resumed."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def corpus(trained: Path, workplace: Path) -> None:
 
 
 def press_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch, times: int = 1) -> None:
-    """Let a signal come when a step is shown."""
+    """Send a signal when a step is shown."""
     show = TrainingDisplay.show
 
     def show_and_press(display: TrainingDisplay, event: Event) -> None:
@@ -49,7 +49,7 @@ def test_stop_signals_include_those_of_batch_systems() -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_saves_and_the_resumed_run_equals_an_uninterrupted_one(
+def test_a_signal_saves_a_checkpoint_and_resuming_gives_the_same_bits(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = signal.Signals[name]
@@ -78,7 +78,7 @@ def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
-def test_a_signal_that_is_sent_several_times_saves_all_the_same(
+def test_a_repeated_signal_still_saves_a_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     number = signal.Signals[name]
@@ -112,11 +112,11 @@ def test_a_run_resumes_on_another_device(
     result = run("train", "--resume", "--name", "a", "--device", after)
     assert result.code == 0
     assert "rounds differently" in result.err
-    # float32, in another order of sums.
+    # float32 sums in another order
     assert losses("checkpoints/a") == pytest.approx(losses("checkpoints/straight"), rel=1e-3)
 
 
-def test_a_moved_run_continues_with_the_same_windows_and_notes_the_rounding(
+def test_a_moved_run_sees_the_same_windows_and_reports_rounding_differences(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -134,16 +134,18 @@ def test_a_moved_run_continues_with_the_same_windows_and_notes_the_rounding(
     assert f"threads: {n_threads})" in before
     assert f"threads: {n_threads + 1})" in after
     assert "rounds differently" in line
-    # Sums in other parts, if at all; another window's loss is another number.
+    # Sums may be split differently, but another window would have a clearly different loss.
     straight = losses(str(trained / "checkpoints/tiny"))
     assert losses("checkpoints/a") == pytest.approx(straight, rel=1e-4)
     assert len({round(loss, 3) for loss in straight}) == len(straight)
     again = run("train", "--resume", "--name", "a", "--max-steps", "5")
-    assert "note " in again.err  # the last checkpoint is of other threads
+    assert "note " in again.err  # the last checkpoint was written with another number of threads
 
 
 @pytest.mark.integration
-def test_ctrl_c_on_a_real_process_saves_and_prints_how_to_resume(run: Run, start: Start) -> None:
+def test_ctrl_c_on_a_separate_process_saves_and_prints_how_to_resume(
+    run: Run, start: Start
+) -> None:
     process = start("train", "corpus.txt", "--name", "a", *TINY, "--max-steps", "100000")
     metrics = Path("checkpoints/a/metrics.jsonl")
     deadline = time.monotonic() + 60
@@ -158,13 +160,13 @@ def test_ctrl_c_on_a_real_process_saves_and_prints_how_to_resume(run: Run, start
     command = err.decode().splitlines()[-1].split(maxsplit=1)
     assert command[0] == "resume"
     words = shlex.split(command[1])
-    assert words[1:3] == ["-m", "minigpt"]  # as it was called
+    assert words[1:3] == ["-m", "minigpt"]  # as the program was called
     assert run(*words[3:], "--max-steps", str(step + 1)).code == 0
     assert Path(f"checkpoints/a/step-{step + 1:06d}").is_dir()
 
 
 def spoil_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the loss of a step NaN."""
+    """Set the loss of a step to NaN."""
     loss = Trainer._loss
 
     def spoilt(trainer: Trainer, *batch: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Terminals, pipes and closed streams: what each gets, and what never reaches a terminal."""
+"""Output on terminals, in pipes and to closed streams, without control characters."""
 
 import io
 import os
@@ -20,14 +20,14 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import stream_text
 
 Start = Callable[..., Any]
-pytest.importorskip("pty", reason="needs a system with pseudo-terminals")
+pytest.importorskip("pty", reason="needs pseudo-terminals")
 
 
 @pytest.fixture
 def on_terminal(
     workplace: Path, trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
-    """Call the program in a terminal, where the tiny run is; return what the terminal got."""
+    """Return a function that calls the program in a terminal, in the folder of the tiny run."""
 
     def call(*words: str, cwd: Path = trained) -> str:
         with monkeypatch.context() as patch:
@@ -43,9 +43,9 @@ def on_terminal(
 
 @pytest.fixture(scope="module")
 def hostile(trained: Path) -> tuple[list[str], str]:
-    """Options with which the tiny model, hardly trained, draws ESC and bytes that are no UTF-8.
+    """Return options with which the barely trained model samples ESC and invalid UTF-8.
 
-    Returns: the options, prompt included, and the text that comes of them.
+    Returns: the options with the prompt, and the generated text.
     """
     loaded = read_model(trained / "checkpoints/tiny/step-000004")
     assert loaded.tokenizer is not None
@@ -68,7 +68,7 @@ def test_model_text_reaches_a_pipe_byte_for_byte(
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_model_text_cannot_steer_a_terminal(
+def test_model_text_cannot_control_a_terminal(
     on_terminal: Callable[..., str], hostile: tuple[list[str], str], command: str
 ) -> None:
     shown = on_terminal(command, *hostile[0])
@@ -77,17 +77,17 @@ def test_model_text_cannot_steer_a_terminal(
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
-def test_a_hostile_prompt_cannot_steer_a_terminal(
+def test_a_hostile_prompt_cannot_control_a_terminal(
     on_terminal: Callable[..., str], command: str
 ) -> None:
     shown = on_terminal(command, HOSTILE, "--max-new-tokens", "1")
-    # The tokens of the prompt of a trace are listed one by one; a token shows a return as \r.
+    # A trace lists the tokens of the prompt one by one, and shows a carriage return as \r.
     assert r"\x7f" in shown
     assert r"\x0d" in shown or r"\r" in shown
     assert not steering(shown)
 
 
-def test_a_sample_during_training_is_escaped_and_marked(
+def test_samples_during_training_are_escaped_and_marked(
     on_terminal: Callable[..., str], trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -124,11 +124,11 @@ def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
     assert all(line.startswith(r"  | \x1b]0;title") for line in lines)
     assert all("best   fake" not in line and len(line) < 78 for line in lines)
     on_terminal(*words, "--sample-every", "3", cwd=workplace)
-    assert len(drawn) == 4, "at step 3 and at the end, and the evaluations add none"
+    assert len(drawn) == 4, "samples at step 3 and at the end, and none for evaluations"
     run(*words)
-    assert len(drawn) == 4, "and none in a pipe"
+    assert len(drawn) == 4, "no samples in a pipe"
     on_terminal(*words, "--sample-every", "0", cwd=workplace)
-    assert len(drawn) == 4, "nor where they are turned off"
+    assert len(drawn) == 4, "no samples if they are turned off"
 
 
 def test_samples_during_training_do_not_change_the_run(
@@ -156,18 +156,18 @@ def test_a_terminal_shows_the_prompt_before_the_text(
     assert shown.startswith("The king" + run(*words).out.splitlines()[0])
 
 
-def test_the_live_line_is_drawn_within_80_columns_and_leaves_nothing(
+def test_the_live_line_fits_80_columns_and_is_erased(
     on_terminal: Callable[..., str], trained: Path, workplace: Path
 ) -> None:
     text = str(trained / "corpus.txt")
     words = ["train", text, *TINY, "--max-steps", "30", "--eval-every", "10"]
     shown = on_terminal(*words, cwd=workplace)
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is back
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") == 1  # the cursor is visible again
     pieces = [re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", p) for p in re.split(r"[\r\n]+", shown)]
     live = [piece for piece in pieces if piece.startswith("train ")]
     assert live
-    assert all(len(piece) < 78 for piece in live)  # with room for ^C
-    # Each drawn line is erased (2K) before anything else is written.
+    assert all(len(piece) < 78 for piece in live)  # with space for ^C
+    # Each live line is erased (2K) before anything else is written.
     assert len(re.findall(r"\x1b\[2K", shown)) >= len(live)
     assert "next" in shown.split("\x1b[?25h")[1]
 
@@ -182,7 +182,7 @@ def test_no_color_disables_color(
     assert not colour.search(on_terminal(*words))
 
 
-def test_a_narrow_encoding_gets_escapes_instead_of_an_error(
+def test_an_ascii_stdout_gets_escapes_instead_of_an_error(
     run: Run, trained: Path, hostile: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def ascii_run(*words: str) -> tuple[Result, bytes]:
@@ -198,7 +198,7 @@ def test_a_narrow_encoding_gets_escapes_instead_of_an_error(
     assert b"\\ufffd" in out
     result, out = ascii_run("attention-trace", "a b", "--max-new-tokens", "2")
     assert result.code == 0
-    assert b"  1 _ " in out  # the sign for a space
+    assert b"  1 _ " in out  # the ASCII sign for a space
 
 
 @pytest.mark.integration
@@ -213,7 +213,7 @@ def test_a_closed_pipe_ends_the_program_quietly(start: Start, trained: Path, run
     assert all(re.fullmatch(r"\d+ tokens, .* seed \d+.*", line) for line in lines)
 
 
-def test_a_full_device_and_closed_streams_give_no_traceback(workplace: Path) -> None:
+def test_full_devices_and_closed_streams_give_no_traceback(workplace: Path) -> None:
     def shell(redirection: str) -> subprocess.CompletedProcess[str]:
         line = f'"{sys.executable}" -m minigpt --help {redirection}'
         root = Path(__file__).resolve().parents[2]
@@ -239,7 +239,7 @@ def test_a_trace_names_its_model_once_on_a_terminal(
     words = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens", "2"]
     monkeypatch.chdir(trained)
     assert on_terminal(*words).count("step-000004") == 1
-    assert "step-000004" in run(*words).out  # which may be kept without stderr
+    assert "step-000004" in run(*words).out  # stdout may be saved without stderr
     with Path("both.txt").open("w+") as both, monkeypatch.context() as patch:  # as with 2>&1
         for name in ("stdout", "stderr"):
             patch.setattr(sys, name, both)

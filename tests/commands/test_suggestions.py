@@ -1,4 +1,4 @@
-"""Suggestions name what is near and fits; remedies work when they are followed."""
+"""Suggestions are similar names that apply, and following a remedy works."""
 
 import re
 import shlex
@@ -52,7 +52,7 @@ from minigpt.errors import did_you_mean
         ("checkpoints lst", "list"),
     ],
 )
-def test_a_name_that_is_near_is_suggested(run: Run, words: str, near: str) -> None:
+def test_similar_names_are_suggested(run: Run, words: str, near: str) -> None:
     result = run(*words.split())
     assert result.code == 2
     assert f"Did you mean {near}?" in error_line(result)
@@ -76,7 +76,7 @@ def test_a_name_that_is_near_is_suggested(run: Run, words: str, near: str) -> No
         "nonsense",
     ],
 )
-def test_a_name_that_is_not_near_gets_no_suggestion(run: Run, words: str) -> None:
+def test_dissimilar_names_are_not_suggested(run: Run, words: str) -> None:
     result = run(*words.split())
     assert result.code == 2
     assert "Did you mean" not in error_line(result)
@@ -91,7 +91,7 @@ def test_a_name_that_is_not_near_gets_no_suggestion(run: Run, words: str) -> Non
         ("--optimizer", "training.optimizer"),
     ],
 )
-def test_an_option_named_as_a_setting_is_given_with_set(
+def test_an_option_named_like_a_setting_gets_the_set_option_suggested(
     run: Run, option: str, setting: str
 ) -> None:
     for command in ("train", "compare"):
@@ -100,7 +100,7 @@ def test_an_option_named_as_a_setting_is_given_with_set(
     assert "--set" not in error_line(run("generate", option, "1"))
 
 
-def test_a_suffix_makes_no_file_near() -> None:
+def test_a_common_file_suffix_does_not_count_as_similarity() -> None:
     names = ["my-book.txt", "a.txt", "notes.md", "autumn.txt"]
     assert did_you_mean("nope.txt", names) == ""
     assert did_you_mean("x.txt", names) == ""
@@ -125,7 +125,7 @@ def test_help_is_a_command_too(run: Run, words: list[str]) -> None:
         ["--seed", "1", "--", "-5", "--max-new-tokens=3", "--no-stream"],
     ],
 )
-def test_an_option_behind_the_text_after_two_dashes_gets_a_call_that_works(
+def test_an_option_after_two_dashes_gets_a_working_call_suggested(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     monkeypatch.chdir(trained)
@@ -141,12 +141,12 @@ def test_an_option_behind_the_text_after_two_dashes_gets_a_call_that_works(
     ("words", "call"),
     [("generate --prompt x", "generate PROMPT"), ("train --data x", "train DATA")],
 )
-def test_an_argument_named_as_an_option_is_shown_as_one(run: Run, words: str, call: str) -> None:
+def test_an_argument_given_as_an_option_is_explained(run: Run, words: str, call: str) -> None:
     assert f"Give it without a name: minigpt {call}" in error_line(run(*words.split()))
 
 
 @pytest.mark.parametrize("prompt", ["-5 degrees", "-5", "-- a list", "-hello there", "--x y"])
-def test_the_advice_for_a_prompt_that_begins_with_a_dash_works(
+def test_the_suggestion_for_a_prompt_that_begins_with_a_dash_works(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, prompt: str
 ) -> None:
     monkeypatch.chdir(trained)
@@ -219,7 +219,7 @@ def test_train_has_threads_and_dropout(run: Run, trained: Path) -> None:
         ("--set training.shard=true", ["--shard", "torchrun"]),
     ],
 )
-def test_numbers_and_names_that_no_run_can_have_are_refused(
+def test_invalid_numbers_and_run_names_are_refused(
     run: Run, trained: Path, words: str, said: list[str]
 ) -> None:
     result = run("train", str(trained / "corpus.txt"), *TINY, "--dry-run", *words.split(" "))
@@ -228,7 +228,7 @@ def test_numbers_and_names_that_no_run_can_have_are_refused(
     assert all(part in line for part in said), line
 
 
-def test_generate_bounds_its_threads(run: Run) -> None:
+def test_generate_limits_the_number_of_threads(run: Run) -> None:
     for command in ("generate", "attention-trace", "evaluate", "heads"):
         result = run(command, "--threads", "50000")
         assert result.code == 2
@@ -248,7 +248,7 @@ def test_generate_bounds_its_threads(run: Run) -> None:
         ("generate --model gpt2", 4, "org/name, as openai-community/gpt2"),
     ],
 )
-def test_a_url_or_a_bare_name_gets_the_form_that_works(
+def test_a_url_or_a_bare_name_gets_a_working_model_name_suggested(
     run: Run, trained: Path, workplace: Path, words: str, code: int, said: str
 ) -> None:
     (workplace / "checkpoints").symlink_to(trained / "checkpoints")
@@ -257,7 +257,7 @@ def test_a_url_or_a_bare_name_gets_the_form_that_works(
     assert said in error_line(result)
 
 
-def test_nan_weights_of_a_base_are_named(run: Run, trained: Path, workplace: Path) -> None:
+def test_nan_weights_of_a_base_model_are_reported(run: Run, trained: Path, workplace: Path) -> None:
     loaded = read_model(trained / "checkpoints/tiny/step-000004")
     assert loaded.tokenizer is not None
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_nan_weights_of_a_base_are_named(run: Run, trained: Path, workplace: Pat
     assert "--lr" not in line
 
 
-def test_a_slow_step_of_the_plan_is_in_seconds() -> None:
+def test_the_plan_shows_slow_steps_in_seconds() -> None:
     from minigpt.commands.train import plan
     from minigpt.config import RunConfig
     from minigpt.presets import default_run
@@ -295,7 +295,7 @@ def test_a_slow_step_of_the_plan_is_in_seconds() -> None:
     ]
 
 
-def test_a_file_whose_name_begins_with_a_dash_is_named_with_its_folder(
+def test_a_file_name_that_begins_with_a_dash_is_shown_with_its_folder(
     run: Run, workplace: Path
 ) -> None:
     Path("-my text.txt").write_text("Once upon a time.")

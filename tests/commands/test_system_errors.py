@@ -1,4 +1,4 @@
-"""An error of the system is one line with the right exit code, and costs no checkpoint."""
+"""System errors are one line with the right exit code, and lose no checkpoint."""
 
 import errno
 import os
@@ -19,7 +19,7 @@ from calls import ROOT, TINY, Run, error_line
 
 def test_a_full_disk_is_an_error_and_keeps_the_last_checkpoint(run: Run, at_trained: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights have more
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the weights are larger
     try:
         result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
     finally:
@@ -56,7 +56,7 @@ def test_variables_that_torchrun_did_not_set_are_refused(
     assert re.search(f"{says}.*unset WORLD_SIZE", error_line(result))
 
 
-def test_an_empty_world_size_is_one_process(
+def test_an_empty_world_size_means_one_process(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "")
@@ -66,13 +66,13 @@ def test_an_empty_world_size_is_one_process(
     assert "Start them with torchrun" in error_line(result)
 
 
-def test_a_folder_without_write_permission_is_named(
+def test_a_folder_without_write_permission_is_reported(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make = Path.mkdir
 
     def refuse(path: Path, *words: Any, **more: Any) -> None:
-        if path.name == "new":  # root may write everywhere, so permissions alone are no test
+        if path.name == "new":  # root can write anywhere, so the error is injected
             raise PermissionError(13, "Permission denied", str(path))
         make(path, *words, **more)
 
@@ -82,8 +82,10 @@ def test_a_folder_without_write_permission_is_named(
     assert "'checkpoints/new': Permission denied" in error_line(result)
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc, where nothing is made")
-def test_a_folder_that_cannot_be_made_is_out_of_permission_and_not_a_wrong_path(
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="needs /proc, where no file can be created"
+)
+def test_a_folder_that_cannot_be_created_is_a_resource_error(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for words in (
@@ -106,7 +108,7 @@ def test_a_folder_that_cannot_be_made_is_out_of_permission_and_not_a_wrong_path(
     assert "'checkpoints/new'" in error_line(result)
 
 
-def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
+def test_a_deleted_working_directory_is_reported(tmp_path: Path) -> None:
     (tmp_path / "gone").mkdir()
     call = f"cd gone && rmdir ../gone && exec {shlex.quote(sys.executable)} -m minigpt generate Hi"
     done = subprocess.run(
@@ -130,9 +132,7 @@ def test_a_file_named_checkpoints_is_a_one_line_error(run: Run, workplace: Path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", ".lock"])
-def test_a_folder_in_the_place_of_a_file_of_a_run_is_named(
-    run: Run, at_trained: Path, name: str
-) -> None:
+def test_a_folder_in_place_of_a_run_file_is_reported(run: Run, at_trained: Path, name: str) -> None:
     path = at_trained / "checkpoints/tiny" / name
     path.unlink(missing_ok=True)
     path.mkdir()
@@ -193,7 +193,7 @@ def test_an_unexpected_error_is_one_line_and_debug_adds_the_traceback(
     from minigpt.commands import loading
 
     class PanicError(BaseException):
-        """As tiktoken's panics are: no Exception."""
+        """Like tiktoken's panics, not a subclass of Exception."""
 
     def fail(*words: Any) -> None:
         raise PanicError("line one\nline \x1b[31m two")
@@ -210,9 +210,9 @@ def test_an_unexpected_error_is_one_line_and_debug_adds_the_traceback(
     assert traced.err.splitlines()[-1] == plain.err.rstrip("\n")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows syncs no folders")
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not sync folders")
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_a_file_system_that_does_not_sync_folders_keeps_checkpoints(
+def test_checkpoints_are_saved_on_file_systems_that_cannot_sync_folders(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     sync = os.fsync
@@ -227,9 +227,9 @@ def test_a_file_system_that_does_not_sync_folders_keeps_checkpoints(
     assert run("generate", "text", "--model", "mounted", "--max-new-tokens", "1").code == 0
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="reads /proc")
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ESTALE])
-def test_a_file_system_without_locks_is_named_with_the_remedy(
+def test_a_file_system_without_locks_is_reported_with_the_remedy(
     run: Run, at_trained: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     import fcntl

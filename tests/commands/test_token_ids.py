@@ -1,4 +1,4 @@
-"""A model folder without a tokenizer: texts are token ids, and the ids are the model's own."""
+"""A model folder without a tokenizer: texts are token ids."""
 
 import json
 from pathlib import Path
@@ -19,20 +19,22 @@ PROMPT = [5, 9, 40]
 
 @pytest.fixture
 def mute(tmp_path: Path) -> Path:
-    """A model folder without a tokenizer."""
+    """Return a model folder without a tokenizer."""
     write_model(tmp_path / "mute", MODEL, None)
     return tmp_path / "mute"
 
 
 def greedy(ids: list[int], n_new: int) -> list[int]:
-    """Return the most probable continuation, by a loop over full passes."""
+    """Return the greedy continuation, by a loop over full forward passes."""
     for _ in range(n_new):
         ids = [*ids, int(MODEL(torch.tensor([ids]))[0, -1].argmax())]
     return ids
 
 
 @pytest.mark.parametrize("prompt", ["5 9 40", "[5, 9, 40]", " 5,9\n40 "])
-def test_ids_in_and_ids_out(run: Run, mute: Path, prompt: str) -> None:
+def test_without_a_tokenizer_prompts_and_outputs_are_token_ids(
+    run: Run, mute: Path, prompt: str
+) -> None:
     result = run(
         "generate", prompt, "--model", str(mute), "--temperature", "0", "--max-new-tokens", "6"
     )
@@ -41,7 +43,7 @@ def test_ids_in_and_ids_out(run: Run, mute: Path, prompt: str) -> None:
     assert "has no tokenizer: texts are token ids" in result.err
 
 
-def test_python_takes_ids_and_traces_them(mute: Path) -> None:
+def test_the_python_api_accepts_token_ids(mute: Path) -> None:
     options = {"temperature": 0, "max_new_tokens": 6, "compile": False}
     traced = minigpt.trace(mute, PROMPT, **options)
     assert [token.id for token in traced.tokens] == greedy(PROMPT, 6)
@@ -50,7 +52,7 @@ def test_python_takes_ids_and_traces_them(mute: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["hello", "61", "-1", "1.5", "²", "٣", "1_0", "9" * 5000])
-def test_a_text_that_is_no_ids_names_the_word_and_both_remedies(
+def test_text_for_a_model_without_tokenizer_is_refused_with_two_remedies(
     run: Run, mute: Path, word: str
 ) -> None:
     result = run("generate", f"5 {word}", "--model", str(mute))
@@ -61,7 +63,7 @@ def test_a_text_that_is_no_ids_names_the_word_and_both_remedies(
     assert len(line) < 500
 
 
-def test_generation_ends_at_the_models_end_of_text(mute: Path) -> None:
+def test_generation_ends_at_the_end_of_text_id_of_the_model(mute: Path) -> None:
     end = greedy(PROMPT, 1)[-1]
     path = mute / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": [end, 10**6]}))

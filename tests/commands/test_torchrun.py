@@ -1,4 +1,4 @@
-"""minigpt train under torchrun: its messages, how it stops and how it resumes."""
+"""minigpt train under torchrun: messages, stopping and resuming."""
 
 import json
 import os
@@ -26,7 +26,9 @@ from minigpt.settings import read_toml
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc"),
+    pytest.mark.skipif(
+        not Path("/proc/self/task").is_dir(), reason="needs /proc to find processes"
+    ),
 ]
 Launch = Callable[..., "Popen[bytes]"]
 LONG = [*TINY, "--max-steps", "100000", "--save-every", "5"]
@@ -40,7 +42,7 @@ def corpus(trained: Path, workplace: Path) -> None:
 
 @pytest.fixture
 def launch(workplace: Path) -> Iterator[Launch]:
-    """Start the program as two processes: launch("train", ...) -> Popen of torchrun."""
+    """Start the program as two ranks: launch("train", ...) -> Popen of torchrun."""
     launched: list[Popen[bytes]] = []
 
     def begin(*words: str, n_restarts: int = 0) -> "Popen[bytes]":
@@ -59,10 +61,13 @@ def launch(workplace: Path) -> Iterator[Launch]:
 
     yield begin
     for process in launched:
-        for pid in [*children_of(process), process.pid]:  # a failed test leaves no rank behind
+        for pid in [
+            *children_of(process),
+            process.pid,
+        ]:  # so that a failed test leaves no rank running
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.communicate()  # closes its pipes too
+        process.communicate()  # also closes its pipes
 
 
 def children_of(process: "Popen[bytes]") -> list[int]:
@@ -95,7 +100,7 @@ def process_of(rank: int, torchrun: "Popen[bytes]") -> int:
 
 
 def resume_command(err: str) -> list[str]:
-    """Return the words after torchrun's own of the last command that resumes."""
+    """Return the program's arguments in the last suggested resume command."""
     command = re.findall(r"torchrun --nproc-per-node 2 -m minigpt (train --resume.*)", err)[-1]
     return shlex.split(command)
 
@@ -103,17 +108,17 @@ def resume_command(err: str) -> list[str]:
 def test_ctrl_c_saves_and_the_printed_command_resumes(launch: Launch, run: Run) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
     wait_for_checkpoint(process)
-    process.send_signal(signal.SIGINT)  # torchrun passes it on to both
+    process.send_signal(signal.SIGINT)  # torchrun forwards it to both
     code, out, err = end_of(process)
     assert (code != 0, out) == (True, "")
-    assert err.count("\nmodel  ") == err.count("\nbest   ") == 1, "rank 0 alone speaks"
+    assert err.count("\nmodel  ") == err.count("\nbest   ") == 1, "only rank 0 may print"
     assert "on 2 x cpu in " in err
     latest = RUN.latest()
     assert latest is not None
     lines = Path("checkpoints/a/metrics.jsonl").read_text().splitlines()
     logged = [json.loads(line) for line in lines]
     steps = [event["step"] for event in logged if event["event"] == "step"]
-    assert steps == list(range(1, latest.step + 1)), "rank 0 alone writes"
+    assert steps == list(range(1, latest.step + 1)), "only rank 0 may write"
 
     more = ["--max-steps", str(latest.step + 2), "--shard", "--recompute"]
     code, out, err = end_of(launch(*resume_command(err), *more))
@@ -128,7 +133,7 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(launch: Launch, run: Run) 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_killed_process_ends_the_run_and_the_message_says_how_to_resume(
+def test_a_killed_rank_ends_the_run_with_a_message_how_to_resume(
     rank: int, launch: Launch, run: Run
 ) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
@@ -157,7 +162,7 @@ def weights_of(name: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.torture
 @pytest.mark.parametrize("words", [[], ["--shard"]], ids=["replicated", "sharded"])
-def test_ranks_killed_at_random_moments_lose_nothing_and_end_with_the_same_bits(
+def test_ranks_killed_at_random_moments_resume_with_the_same_bits(
     words: list[str], launch: Launch
 ) -> None:
     train = ["train", "corpus.txt", *TINY, "--max-steps", "120", "--save-every", "2", *words]
@@ -167,7 +172,7 @@ def test_ranks_killed_at_random_moments_lose_nothing_and_end_with_the_same_bits(
     rng, newest, n_killed = random.Random(5), 0, 0
     process = launch(*train, "--name", "a")
     for _ in range(40):
-        if rng.random() < 0.7:  # also while it starts, while the first checkpoint is written
+        if rng.random() < 0.7:  # otherwise kill it while it starts or writes its first checkpoint
             while process.poll() is None and max(RUN.steps(), default=0) <= newest:
                 time.sleep(0.02)
         while process.poll() is None and not children_of(process):
@@ -176,7 +181,7 @@ def test_ranks_killed_at_random_moments_lose_nothing_and_end_with_the_same_bits(
             process.wait(rng.uniform(0, 1))
         victims = [process.pid, *children_of(process)]
         number = rng.choice([signal.SIGKILL, signal.SIGTERM])
-        # A torchrun that is killed leaves its ranks behind, which train on and hold the lock.
+        # Killing torchrun leaves its ranks running for a while; they hold the lock.
         victims = victims[1:] if number == signal.SIGKILL else victims
         victim = rng.choice(victims) if victims else 0
         if process.poll() is None and victim and n_killed < 8:
@@ -187,7 +192,7 @@ def test_ranks_killed_at_random_moments_lose_nothing_and_end_with_the_same_bits(
         assert out == ""
         assert "bug of minigpt" not in err, err
         latest = RUN.latest()
-        assert (latest.step if latest else 0) >= newest, "no checkpoint is lost"
+        assert (latest.step if latest else 0) >= newest, "a checkpoint was lost"
         newest = latest.step if latest else 0
         if newest == 120:
             break
@@ -212,12 +217,12 @@ def test_a_run_that_torchrun_restarts_resumes_from_its_checkpoint(launch: Launch
     assert RUN.steps()[-1] == 400
 
 
-def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
+def test_a_signal_to_one_rank_saves_and_stops_all_ranks(launch: Launch) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
     wait_for_checkpoint(process)
     os.kill(process_of(1, process), signal.SIGUSR1)
     code, out, err = end_of(process)
-    assert (code, out) == (1, "")  # torchrun's own for any failure
+    assert (code, out) == (1, "")  # torchrun exits with 1 for any failure
     assert re.search(r"rank +: 0 .*\n +exitcode +: 138 ", err), err
     assert resume_command(err)[:2] == ["train", "--resume"]
     latest = RUN.latest()
@@ -225,10 +230,10 @@ def test_a_signal_to_one_process_saves_and_stops_all(launch: Launch) -> None:
     assert last_logged_step() == latest.step
 
 
-def test_ctrl_c_in_a_terminal_which_reaches_ranks_twice_saves(launch: Launch) -> None:
+def test_ctrl_c_in_a_terminal_saves_although_ranks_receive_it_twice(launch: Launch) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
     wait_for_checkpoint(process)
-    for pid in [process.pid, *children_of(process)]:  # torchrun passes it on to its ranks
+    for pid in [process.pid, *children_of(process)]:  # torchrun forwards it to its ranks
         os.kill(pid, signal.SIGINT)
     _, out, err = end_of(process)
     assert out == ""
@@ -243,50 +248,54 @@ def last_logged_step() -> int:
     return max(event["step"] for event in events)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs Linux, which signals the death of a parent process"
+)
 @pytest.mark.parametrize("words", [[], ["--shard"]], ids=["replicated", "sharded"])
 def test_ranks_end_when_their_torchrun_is_killed(
     words: list[str], launch: Launch, run: Run
 ) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG, *words)
     wait_for_checkpoint(process)
-    kill_torchrun_alone(process)  # Linux tells each rank several times
+    kill_torchrun_alone(process)  # Linux signals each rank several times
     latest = RUN.latest()
     assert latest is not None
-    assert latest.step == last_logged_step(), "no step is lost"
+    assert latest.step == last_logged_step(), "a step was lost"
     verify(latest.folder, hashes=True)
     more = ["--resume", "--name", "a", "--max-steps", str(latest.step + 1)]
-    assert run("train", *more).code == 0, "its lock is free"
+    assert run("train", *more).code == 0, "the lock must be free"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a process of its parent's end")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="needs Linux, which signals the death of a parent process"
+)
 @pytest.mark.parametrize("moment", ["started", "torch is loaded", "the run has a folder"])
 def test_ranks_end_when_their_torchrun_is_killed_while_they_start(
     moment: str, launch: Launch
 ) -> None:
     process = launch("train", "corpus.txt", "--name", "a", *LONG)
-    while len(ranks := children_of(process)) < 2 or not has_come(moment, ranks[0]):
+    while len(ranks := children_of(process)) < 2 or not has_reached(moment, ranks[0]):
         assert process.poll() is None
         time.sleep(0.01)
     kill_torchrun_alone(process)
 
 
-def has_come(moment: str, rank: int) -> bool:
-    """Return whether a rank has come to a moment of its start."""
+def has_reached(moment: str, rank: int) -> bool:
+    """Return whether a rank has reached a point of its start."""
     if moment == "torch is loaded":
         return "libtorch_cpu" in Path(f"/proc/{rank}/maps").read_text()
     return moment == "started" or RUN.path.is_dir()
 
 
 def kill_torchrun_alone(process: "Popen[bytes]") -> None:
-    """Kill torchrun, and wait until its ranks have ended."""
+    """Kill only torchrun, and wait until its ranks have ended."""
     ranks = children_of(process)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 300
     try:
         while any(is_alive(rank) for rank in ranks):
-            assert time.monotonic() < deadline, "a rank goes on"
+            assert time.monotonic() < deadline, "a rank is still running"
             time.sleep(0.05)
     finally:
         for rank in ranks:
@@ -295,7 +304,7 @@ def kill_torchrun_alone(process: "Popen[bytes]") -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process has not ended."""
+    """Return whether a process is still running."""
     try:
         return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -318,11 +327,11 @@ def losses(name: str) -> list[float]:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("words", [[], ["--shard"], ["--shard", "--recompute", "--compile"]])
-def test_two_gpus_have_the_losses_of_one(words: list[str], launch: Launch, run: Run) -> None:
+def test_losses_on_two_gpus_equal_those_on_one(words: list[str], launch: Launch, run: Run) -> None:
     options = [*TINY, "--device", "cuda", "--dtype", "float32", "--set", "model.dropout=0.0"]
     assert run("train", "corpus.txt", "--name", "one", *options).code == 0
     code, _, err = end_of(launch("train", "corpus.txt", "--name", "two", *options, *words))
     assert code == 0, err
     assert "on 2 x cuda" in err
-    # float32, in another order of sums.
+    # float32 sums in another order
     assert losses("checkpoints/two") == pytest.approx(losses("checkpoints/one"), rel=1e-3)

@@ -1,4 +1,4 @@
-"""minigpt attention-trace that Ctrl-C or SIGTERM ends: no observed row is lost."""
+"""minigpt attention-trace stopped by Ctrl-C or SIGTERM loses no observed row."""
 
 import json
 import os
@@ -68,7 +68,7 @@ CTRL_C_PLACES = {
     "while rows are verified": ("knockout.Knockouts, 'changes', 2", 6),
     "while a token is decoded": ("Decoder, '_feed', 4", 4),
 }
-"""Name of a place -> a function and which of its calls a signal interrupts; rows observed."""
+"""Name of a place -> a function, the call of it that is interrupted, and the observed rows."""
 
 
 @pytest.mark.integration
@@ -82,7 +82,7 @@ CTRL_C_PLACES = {
         if more or "verified" not in place
     ],
 )
-def test_a_signal_loses_no_row_that_was_observed(
+def test_a_signal_loses_no_observed_row(
     trained: Path, tmp_path: Path, number: str, place: str, more: list[str]
 ) -> None:
     out = tmp_path / "t.jsonl"

@@ -1,4 +1,4 @@
-"""Files and streams of a trace: what is written where, and what Ctrl-C or an error leaves."""
+"""Files and streams of a trace, and their state after Ctrl-C or an error."""
 
 import json
 import os
@@ -17,13 +17,13 @@ TRACE = ["attention-trace", "The king", "--temperature", "0", "--max-new-tokens"
 
 @pytest.fixture
 def place(trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the tiny run and the trace t.jsonl."""
+    """Return a folder with the tiny run and the trace t.jsonl."""
     (workplace / "checkpoints").symlink_to(trained / "checkpoints")
     assert run(*TRACE, "--out", "t.jsonl", "--verify", "1").code == 0
     return workplace
 
 
-def test_each_written_file_is_named_on_stderr(run: Run, place: Path) -> None:
+def test_every_written_file_is_named_on_stderr(run: Run, place: Path) -> None:
     names = {"out": "o.jsonl", "dense": "d", "html": "h.html", "svg": "s.svg", "png": "p.png"}
     words = [word for name, path in names.items() for word in (f"--{name}", path)]
     result = run(*TRACE, *words)
@@ -44,7 +44,7 @@ def test_a_replay_that_only_writes_files_prints_no_trace(run: Run, place: Path) 
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]) -> None:
-    """Raise an error where the tracer calls one of its functions."""
+    """Make one of the tracer's functions raise an error."""
     from minigpt.tracing import tracer
 
     def fail(*words: Any, **more: Any) -> None:
@@ -53,7 +53,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseExceptio
     monkeypatch.setattr(tracer, where, fail)
 
 
-def test_ctrl_c_before_the_first_row_keeps_the_file_that_was_there(
+def test_ctrl_c_before_the_first_row_keeps_an_existing_file(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "o.jsonl").write_text("old")
@@ -66,7 +66,7 @@ def test_ctrl_c_before_the_first_row_keeps_the_file_that_was_there(
     assert not list(place.glob(".writing*"))
 
 
-def test_an_error_keeps_the_file_that_was_there(run: Run, place: Path) -> None:
+def test_an_error_keeps_an_existing_file(run: Run, place: Path) -> None:
     (place / "o.jsonl").write_text("old")
     for words in (["--layers", "9"], ["--heads", "9.9"], ["--sink", "99"], ["--overflow", "slide"]):
         assert run(*TRACE, *words, "--out", "o.jsonl").code == 2
@@ -75,7 +75,7 @@ def test_an_error_keeps_the_file_that_was_there(run: Run, place: Path) -> None:
     assert (place / "o.jsonl").read_text() == "old"
 
 
-def test_no_file_of_the_model_that_is_traced_is_replaced(
+def test_outputs_may_not_overwrite_files_of_the_traced_model(
     run: Run, place: Path, trained: Path
 ) -> None:
     model = place / "model"
@@ -121,7 +121,7 @@ def test_a_position_without_a_row_is_refused_before_the_first_token(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_trace_cut_short_reports_its_knockouts_and_checks(
+def test_an_interrupted_trace_reports_its_knockouts_and_checks(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     from minigpt.commands.attention_trace import files
@@ -144,7 +144,9 @@ def test_a_trace_cut_short_reports_its_knockouts_and_checks(
     (trace,) = read_traces(place / "o.jsonl")
     footer = trace.footer
     steps = shown[1:-1]
-    assert footer.n_tokens == len(steps) == len(trace.steps), "with those that were ready"
+    assert footer.n_tokens == len(steps) == len(trace.steps), (
+        "tokens that were ready must be included"
+    )
     assert footer.finish is None
     assert footer.cause is not None
     effects = [effect for step in steps for effect in step.effects]
@@ -154,13 +156,13 @@ def test_a_trace_cut_short_reports_its_knockouts_and_checks(
 
 
 @pytest.mark.parametrize("name", ["html", "svg", "out", "dense"])
-def test_a_folder_that_cannot_be_written_is_named_before_any_token(
+def test_an_unwritable_folder_is_reported_before_the_first_token(
     run: Run, place: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (place / "locked").mkdir()
     touch = Path.touch
 
-    def refuse(path: Path) -> None:  # root may write everywhere, so permissions alone are no test
+    def refuse(path: Path) -> None:  # root can write anywhere, so the error is injected
         if path.parent.name == "locked":
             raise PermissionError(13, "Permission denied", str(path))
         touch(path)
@@ -182,7 +184,9 @@ def test_a_folder_that_cannot_be_written_is_named_before_any_token(
         ["--replay", "k.jsonl", "--html", "k.jsonl"],
     ],
 )
-def test_one_file_is_named_once(run: Run, trained: Path, words: list[str]) -> None:
+def test_using_the_same_file_for_two_outputs_is_refused(
+    run: Run, trained: Path, words: list[str]
+) -> None:
     model = [] if "--replay" in words else ["The", "--model", str(trained / "checkpoints/tiny")]
     made = run("attention-trace", "The", "--model", str(trained / "checkpoints/tiny"), "--out", "k")
     assert made.code == 0, made.err
@@ -194,13 +198,13 @@ def test_one_file_is_named_once(run: Run, trained: Path, words: list[str]) -> No
     assert Path("k.jsonl").read_bytes() == before
 
 
-def test_a_trace_into_standard_output_is_its_json_lines(run: Run, place: Path) -> None:
+def test_a_trace_written_to_dev_stdout_is_json_lines(run: Run, place: Path) -> None:
     assert run(*TRACE, "--seed", "1", "--out", "t.jsonl").code == 0
     result = run(*TRACE, "--seed", "1", "--out", "/dev/stdout")  # a pipe or a file
     assert result.code == 0
     lines, expected = result.out.splitlines(), Path("t.jsonl").read_text().splitlines()
     assert all(isinstance(json.loads(line), dict) for line in lines)
-    assert lines[1:-1] == expected[1:-1]  # without the seconds of the header and the footer
+    assert lines[1:-1] == expected[1:-1]  # without header and footer, which contain times
     for other in (["--json"], ["--view", "text"]):
         refused = run(*TRACE, "--out", "/dev/stdout", *other)
         assert refused.code == 2
@@ -208,9 +212,7 @@ def test_a_trace_into_standard_output_is_its_json_lines(run: Run, place: Path) -
 
 
 @pytest.mark.parametrize("words", ["--svg a.png", "--png b.SVG"])
-def test_a_picture_is_not_written_under_the_name_of_another_format(
-    run: Run, place: Path, words: str
-) -> None:
+def test_a_picture_file_name_must_match_its_format(run: Run, place: Path, words: str) -> None:
     result = run(*TRACE, *words.split())
     assert (result.code, result.out) == (2, "")
     assert f"Give --{words[-3:].lower()}, or another name" in error_line(result)
@@ -218,7 +220,7 @@ def test_a_picture_is_not_written_under_the_name_of_another_format(
 
 
 @pytest.mark.parametrize("name", ["out", "dense", "html", "svg"])
-def test_a_dash_is_not_taken_for_a_file(run: Run, place: Path, name: str) -> None:
+def test_a_dash_is_refused_as_an_output_file(run: Run, place: Path, name: str) -> None:
     result = run(*TRACE, f"--{name}", "-")
     assert result.code == 2
     assert "Standard output is /dev/stdout" in error_line(result)
@@ -226,7 +228,7 @@ def test_a_dash_is_not_taken_for_a_file(run: Run, place: Path, name: str) -> Non
 
 
 @pytest.mark.integration
-def test_a_trace_into_a_pipe_of_standard_output_is_its_json_lines(place: Path) -> None:
+def test_a_trace_written_to_dev_stdout_in_a_pipe_is_json_lines(place: Path) -> None:
     words = [sys.executable, "-m", "minigpt", *TRACE, "--out", "/dev/stdout"]
     result = subprocess.run(words, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""minigpt attention-trace of files: --replay and --diff, and the words for signed rows."""
+"""minigpt attention-trace --replay and --diff, and descriptions of signed rows."""
 
 import re
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from minigpt.tracing.wrapping import signed
 pytestmark = pytest.mark.usefixtures("in_trained")
 
 
-def test_replay_shows_a_file_as_the_trace_was_shown(run: Run, tmp_path: Path) -> None:
+def test_replay_prints_the_same_as_the_live_trace(run: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "t.jsonl")
     for view in ("lines", "text", "matrix", "heads"):
         live = run(*TRACE, "--view", view, "--out", path, "--num-samples", "2", "--seed", "3")
@@ -25,13 +25,13 @@ def test_replay_shows_a_file_as_the_trace_was_shown(run: Run, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("show", [percent, bar, heat, signed])
-def test_a_number_is_shown_as_that_of_the_file(show: Callable[[float], str]) -> None:
+def test_numbers_are_shown_the_same_live_and_from_a_file(show: Callable[[float], str]) -> None:
     near = (0.005, 0.0149999996, 0.0150000004, 0.4500000004, 2.2499999997, 0.0499999998, 0.125)
     for number in (*near, *(-x for x in near)):
         assert show(number) == show(round(number, 6)), number
 
 
-def test_a_replay_shows_no_rest_where_all_positions_are_shown(run: Run, tmp_path: Path) -> None:
+def test_a_replay_shows_no_rest_if_all_positions_are_shown(run: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "t.jsonl")
     for prompt in ("a", "ab", "abc"):
         for measure in ("weight", "both"):
@@ -86,7 +86,9 @@ def test_diff_compares_two_files(run: Run, tmp_path: Path) -> None:
     lines = run("attention-trace", "--diff", first, second).out.splitlines()
     assert lines[0].startswith("first ")
     assert lines[1].endswith("norm of head 0.0")
-    assert sum(line.split()[0].isdigit() for line in lines if line) == 7  # six, and the summary
+    assert (
+        sum(line.split()[0].isdigit() for line in lines if line) == 7
+    )  # six tokens and the summary
     facts = objects(run("attention-trace", "--diff", first, second, "--json"))
     assert len(facts) == 6
     assert all(0 < step["moved"] < 1 for step in facts)
@@ -101,15 +103,17 @@ WORDS_OF_WEIGHTS = re.compile(r"attend|attention|moved|\bshares?\b|looked|weight
     ("measure", "view"),
     [*product(["logit", "gradient"], ["lines", "text", "matrix"]), ("logit", "heads")],
 )
-def test_no_view_of_a_signed_measure_uses_a_word_of_weights(
+def test_views_of_signed_measures_do_not_mention_attention_weights(
     run: Run, measure: str, view: str
 ) -> None:
     shown = run(*TRACE, "--measure", measure, "--view", view, "--n-verified", "all").out
-    knockout = "the other weights grow to sum to 1"  # which a hidden key does to them
+    knockout = (
+        "the other weights grow to sum to 1"  # a description of hidden keys, not of the measure
+    )
     assert not WORDS_OF_WEIGHTS.findall(" ".join(shown.split()).replace(knockout, ""))
 
 
-def test_a_diff_says_that_attention_moved_of_weights_only(run: Run, tmp_path: Path) -> None:
+def test_a_diff_mentions_moved_attention_only_for_weights(run: Run, tmp_path: Path) -> None:
     for measure in ("weight", "norm", "logit"):
         path = str(tmp_path / measure)
         run(*TRACE, "--force", "abc", "--measure", measure, "--out", path, "--temperature", "0")

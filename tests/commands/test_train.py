@@ -41,7 +41,7 @@ def test_the_last_lines_name_the_checkpoint_its_loss_and_next_commands(run: Run)
 
 def test_a_preset_adapts_to_the_requested_heads_and_layout(run: Run) -> None:
     nano = PRESETS["nano"]["model"]
-    assert nano["n_kv_head"] % 3, "three heads must not fit by themselves"
+    assert nano["n_kv_head"] % 3, "three heads must not fit the preset"
     short = ["--max-steps", "1", "--context-length", "64", "--n-layer", "1", "--batch-size", "1"]
     for name, words in (
         ("heads", ["--n-head", "3"]),
@@ -54,7 +54,7 @@ def test_a_preset_adapts_to_the_requested_heads_and_layout(run: Run) -> None:
         for name in ("heads", "wide", "gpt2")
     }
     assert (made["heads"]["n_head"], made["heads"]["n_kv_head"]) == (3, 1)
-    assert made["wide"]["d_mlp"] == 64  # Llama's 8/3 of the width, not the preset's
+    assert made["wide"]["d_mlp"] == 64  # 8/3 of the width as in Llama, not the preset's value
     assert (made["gpt2"]["n_kv_head"], made["gpt2"]["d_mlp"]) == (6, 4 * nano["d_model"])
 
 
@@ -79,20 +79,20 @@ def test_a_file_name_that_is_not_utf_8_is_accepted(run: Run) -> None:
     assert card.read_text(encoding="utf-8").isascii()
 
 
-def test_proposed_commands_fit_a_short_context(run: Run) -> None:
+def test_suggested_commands_fit_a_short_context(run: Run) -> None:
     result = run("train", "corpus.txt", *TINY, "--context-length", "8")
     assert result.code == 0
     assert all(run(*words).code == 0 for words in proposed(result.err, "next"))
 
 
-def test_samples_without_held_out_text_begin_as_the_training_text_does(run: Run) -> None:
+def test_without_held_out_text_samples_start_like_the_training_text(run: Run) -> None:
     words = (*TINY, "--tokenizer", "bytes", "--val-fraction", "0", "--sample-every", "2")
     result = run("train", "corpus.txt", *words)
     assert result.code == 0, result.err
     assert result.err.count("sample") == 2
 
 
-def test_a_pipe_gets_the_facts_without_control_bytes(run: Run) -> None:
+def test_training_output_in_a_pipe_has_no_control_bytes(run: Run) -> None:
     err = run("train", "corpus.txt", "--sample-every", "2", *TINY).err
     assert all(line.isprintable() for line in err.split("\n"))
     assert err.count("sample") == 2
@@ -100,7 +100,7 @@ def test_a_pipe_gets_the_facts_without_control_bytes(run: Run) -> None:
         assert fact in err
 
 
-def test_settings_win_in_the_order_preset_file_option_set(run: Run) -> None:
+def test_later_sources_of_settings_override_earlier_ones(run: Run) -> None:
     Path("a.toml").write_text("[training]\nlr = 0.5\nbeta1 = 0.5\nbeta2 = 0.5\nseed = 5\n")
     words = ["--config", "a.toml", "--lr", "0.25", "--set", "training.beta1=0.125"]
     assert run("train", "corpus.txt", "--name", "a", *TINY, *words).code == 0
@@ -112,7 +112,7 @@ def test_settings_win_in_the_order_preset_file_option_set(run: Run) -> None:
 
 @pytest.mark.skipif(not Path("/dev/fd").is_dir(), reason="needs /dev/fd")
 def test_a_config_file_can_be_a_pipe(run: Run) -> None:
-    """As in --config <(command): a pipe can be read only once."""
+    """As with --config <(command): a pipe can be read only once."""
     reader, writer = os.pipe()
     os.write(writer, b"[training]\nseed = 5\n")
     os.close(writer)
@@ -138,7 +138,7 @@ def test_a_preset_adapts_to_the_batch_and_context_of_the_user(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "b", *TINY, *words).code == 0
 
 
-def test_one_limit_replaces_the_other(run: Run) -> None:
+def test_setting_one_training_limit_replaces_the_other(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY, "--max-minutes", "0.0001").code == 0
     training = read_toml(Path("checkpoints/a/config.toml"))["training"]
     assert (training["max_steps"], training["max_minutes"]) == (4, 0.0001)
@@ -147,7 +147,7 @@ def test_one_limit_replaces_the_other(run: Run) -> None:
     assert (training["max_steps"], training["max_minutes"]) == (50, 0.0)
 
 
-def test_derived_names_contain_text_and_preset_and_never_collide(run: Run) -> None:
+def test_derived_run_names_contain_text_and_preset_and_never_collide(run: Run) -> None:
     Path("odd name;$(x).v2.txt").write_text(Path("corpus.txt").read_text())
     words = ["train", "odd name;$(x).v2.txt", *TINY, "--max-steps", "1"]
     assert run(*words).code == run(*words).code == 0
@@ -157,20 +157,20 @@ def test_derived_names_contain_text_and_preset_and_never_collide(run: Run) -> No
     }
 
 
-def test_without_a_text_the_tales_are_trained_on(run: Run) -> None:
+def test_without_data_the_bundled_tales_are_the_training_text(run: Run) -> None:
     assert run("train", *TINY).code == 0
     config = read_toml(Path("checkpoints/tales-nano/config.toml"))
     assert config["data"]["paths"] == ["builtin:tales"]
     assert config["data"]["val_split"] == "documents"
     assert run("train", "--resume", "--max-steps", "5").code == 0
-    for name in ("builtin", "builtin:tales"):  # the same text by another name
+    for name in ("builtin", "builtin:tales"):  # the same text under another name
         assert run("train", name, "--resume", "--max-steps", "5").code == 0
     evaluated = run("evaluate")
     assert evaluated.code == 0
     assert "text builtin:tales: the run's own" in evaluated.err
 
 
-def test_a_run_that_is_older_than_the_tales_resumes_with_the_prose_of_python(
+def test_a_run_older_than_the_tales_resumes_with_the_python_corpus(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINIGPT_CACHE_DIR", str(tmp_path))
@@ -188,7 +188,7 @@ def test_a_run_that_is_older_than_the_tales_resumes_with_the_prose_of_python(
     assert "the corpus is not the one that the run 'python-nano' started with" in error_line(result)
 
 
-def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None:
+def test_a_run_on_standard_input_can_be_resumed(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     assert run("train", "-", *TINY, stdin=text).code == 0
     assert Path("checkpoints/stdin-nano/step-000004").is_dir()
@@ -196,24 +196,24 @@ def test_text_on_standard_input_is_trained_on_and_resumed_with(run: Run) -> None
     assert Path("checkpoints/stdin-nano/step-000005").is_dir()
 
 
-def test_a_run_on_the_folder_that_it_is_written_to_can_be_resumed(run: Run) -> None:
+def test_a_run_that_reads_its_own_parent_folder_can_be_resumed(run: Run) -> None:
     words = ["--name", "here", *TINY]
     assert run("train", ".", *words).code == 0
     assert run("train", "--resume", "--name", "here", "--max-steps", "6").code == 0
     assert run("evaluate", "--model", "here").code == 0
 
 
-def test_a_remedy_that_a_resumed_run_refuses_is_not_given(run: Run, workplace: Path) -> None:
+def test_resume_does_not_suggest_options_that_it_refuses(run: Run, workplace: Path) -> None:
     rows = [json.dumps({"text": f"Tale {i}. " + "The king went home. " * 40}) for i in range(12)]
     Path("tales.jsonl").write_text("\n".join(rows))
     assert run("train", "tales.jsonl", "--name", "a", *TINY).code == 0
     assert 'val_split = "documents"' in Path("checkpoints/a/config.toml").read_text()
     line = error_line(run("train", "corpus.txt", "--resume", "--max-steps", "6"))
     assert "not the one that the run 'a' started with: data.paths is ['tales.jsonl']" in line
-    assert "--val-split" not in line, "--resume cannot change it"
+    assert "--val-split" not in line, "--val-split cannot be changed by --resume"
 
 
-def test_a_budget_can_be_raised_and_a_moved_text_named_anew(run: Run) -> None:
+def test_resuming_accepts_a_larger_budget_and_a_moved_text(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     Path("corpus.txt").rename("moved.txt")
     words = ["--max-steps", "6", "--eval-every", "1", "--save-every", "5", "--lr", "0.001"]
@@ -232,11 +232,13 @@ def test_resuming_a_complete_run_changes_nothing(run: Run) -> None:
     assert "already complete" in result.err
     config = Path("checkpoints/a/config.toml").read_bytes()
     assert "already complete" in run("train", "--resume", "--max-steps", "2").err
-    assert config == Path("checkpoints/a/config.toml").read_bytes(), "nothing was trained with it"
+    assert config == Path("checkpoints/a/config.toml").read_bytes(), (
+        "the config must not change without training"
+    )
     assert before == (weights.read_bytes(), weights.stat().st_mtime_ns)
 
 
-def test_a_run_that_is_named_where_a_text_belongs_is_told_apart(run: Run) -> None:
+def test_a_run_name_given_as_data_is_refused_with_the_right_option(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     result = run("train", "--resume", "a")
     assert result.code == 2
@@ -252,7 +254,7 @@ def test_a_closed_stderr_does_not_end_the_run(run: Run, monkeypatch: pytest.Monk
     assert RunFolder(Path("checkpoints/a")).steps() == [4]
 
 
-def test_resume_without_a_name_takes_the_run_that_generate_takes(run: Run) -> None:
+def test_resume_and_generate_default_to_the_same_run(run: Run) -> None:
     for name in ("older", "newer"):
         assert run("train", "corpus.txt", "--name", name, *TINY).code == 0
     (step,) = Path("checkpoints/older").glob("step-*")
@@ -261,7 +263,7 @@ def test_resume_without_a_name_takes_the_run_that_generate_takes(run: Run) -> No
     assert "checkpoints/newer" in run("train", "--resume").err
 
 
-def test_epochs_become_steps_and_resume_as_steps(run: Run) -> None:
+def test_max_epochs_is_converted_to_steps_and_resumed(run: Run) -> None:
     n_train = int(2971 * 0.9)
     at = TINY.index("--max-steps")
     words = ["train", "corpus.txt", "--name", "a", *TINY[:at], *TINY[at + 2 :]]
@@ -280,7 +282,9 @@ def test_epochs_become_steps_and_resume_as_steps(run: Run) -> None:
     assert (config["max_epochs"], config["max_steps"]) == (0, last + 1)
 
 
-def test_another_score_works_from_the_option_to_the_trace(run: Run, trained: Path) -> None:
+def test_every_score_can_be_trained_and_traced_from_the_command_line(
+    run: Run, trained: Path
+) -> None:
     words = ["train", str(trained / "corpus.txt"), "--name", "other", *TINY]
     plan = json.loads(run(*words, "--attention", "additive", "--dry-run", "--json").out)
     assert plan["parameters"]["attention"] == 2 * (4 * 16 * 16 + 2 * 8 + 2 * 8 * (8 + 8 + 1))
@@ -306,7 +310,7 @@ def test_another_score_works_from_the_option_to_the_trace(run: Run, trained: Pat
 
 
 @pytest.mark.parametrize("arch", ["lstm", "lstm-attention"])
-def test_an_lstm_works_from_the_option_to_the_generated_text(
+def test_an_lstm_can_be_trained_and_sampled_from_the_command_line(
     run: Run, trained: Path, arch: str
 ) -> None:
     tiny = " ".join(TINY).replace("--n-head 2 ", "").replace("--set model.d_mlp=16 ", "").split()

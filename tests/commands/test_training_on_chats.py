@@ -1,4 +1,4 @@
-"""Training on conversations: the template is applied, and the loss is on answers only."""
+"""Training on conversations: the template is applied, and only answers have a loss."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def turns(n: int) -> list[dict[str, str]]:
 
 @pytest.fixture
 def rows(workplace: Path) -> Path:
-    """Rows of messages, and of prompt and completion."""
+    """Write rows of messages, and of prompt and completion."""
     lines: list[Any] = [{"messages": turns(n)} for n in range(60)]
     lines += [{"prompt": f"Say {n}", "completion": f"{n}!"} for n in range(20)]
     Path("chats.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -46,7 +46,7 @@ def rows(workplace: Path) -> Path:
 
 @pytest.fixture
 def base(workplace: Path) -> Path:
-    """A chat model."""
+    """Return the folder of a chat model."""
     specials = {"<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258}
     ranks = {bytes([byte]): byte for byte in range(256)}
     encoding = make_encoding("chat", r"(?s:.)", ranks, specials)
@@ -73,7 +73,7 @@ def test_targets_are_the_answers_and_inputs_are_all_tokens(rows: Path) -> None:
     for row, counted in zip(all_targets, is_counted, strict=True):
         text = bytes(t if t < 256 else 0 for t in row.tolist())
         marks = bytes(65 if flag else 46 for flag in counted.tolist())
-        # The plain loop: from an answer's first character to the end of text after it.
+        # Plain loop: from an answer's first character to the end of text after it.
         start = text.find(b"Assistant:\n")
         while start >= 0:
             begin = start + len(b"Assistant:\n")
@@ -91,7 +91,7 @@ def _batch(data: PreparedData, lengths: dict[str, int]) -> tuple[torch.Tensor, t
 
 @dataclass(frozen=True)
 class Rank(World):
-    """One of two ranks, which knows the mean of their counts."""
+    """One of two ranks, with the given mean of their token counts."""
 
     n_counted: torch.Tensor = field(default_factory=torch.Tensor)
     size: int = 2
@@ -150,7 +150,7 @@ def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
     losses = [trainer._accumulate_gradients()]
     inputs, targets = batch(trainer.train_tokens, 32, 8, seed=config.training.seed, step=0)
     counts = [(part != NO_TARGET).sum().item() for part in targets.split(2)]
-    assert len(set(counts)) > 1  # so that a mean of means would differ
+    assert len(set(counts)) > 1  # otherwise a mean of means would be the same
     model = read_model(base, dtype=torch.float32).model
     expected = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
     expected.backward()
@@ -176,7 +176,7 @@ def test_a_resumed_run_on_chats_ends_with_the_same_bits(run: Run, rows: Path) ->
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
-def test_an_own_model_trained_on_chats_can_be_chatted_with(run: Run, rows: Path) -> None:
+def test_a_model_trained_from_scratch_on_chats_can_chat(run: Run, rows: Path) -> None:
     result = run("train", str(rows), "--name", "own", *WORDS)
     assert result.code == 0, result.err
     assert result.err.count("the loss is on what the assistant says") == 1
@@ -188,7 +188,7 @@ def test_an_own_model_trained_on_chats_can_be_chatted_with(run: Run, rows: Path)
     assert json.loads(out)["n_prompt_tokens"] == len("User:\nSay 4\n\nAssistant:\n")
 
 
-def test_fine_tuning_keeps_the_template_of_the_base(run: Run, rows: Path, base: Path) -> None:
+def test_fine_tuning_keeps_the_chat_template_of_the_base(run: Run, rows: Path, base: Path) -> None:
     words = ["--from", "base", "--max-steps", "2", "--context-length", "32", "--val-split", "tail"]
     result = run("train", str(rows), "--chat", "--name", "tuned", *words)
     assert result.code == 0, result.err
@@ -202,7 +202,7 @@ def test_fine_tuning_keeps_the_template_of_the_base(run: Run, rows: Path, base: 
     assert all(math.isfinite(fact["bits_per_byte"]) for fact in facts.values())
 
 
-def test_a_prepared_folder_of_chats_trains_like_the_rows(run: Run, rows: Path) -> None:
+def test_training_on_prepared_chats_equals_training_on_the_rows(run: Run, rows: Path) -> None:
     words = ["--chat", "--val-split", "tail", "--tokenizer", "bytes"]
     assert run("prepare", str(rows), "--out", "folder", *words).code == 0
     tiny = TINY[2:]
@@ -226,7 +226,7 @@ def test_a_prepared_folder_of_chats_trains_like_the_rows(run: Run, rows: Path) -
         ({"messages": []}, 'has no "messages"'),
     ],
 )
-def test_a_row_that_is_no_conversation_is_refused_or_left_out(
+def test_a_row_that_is_not_a_conversation_is_refused_or_skipped(
     run: Run, rows: Path, row: Any, says: str
 ) -> None:
     with rows.open("a") as file:
@@ -239,7 +239,7 @@ def test_a_row_that_is_no_conversation_is_refused_or_left_out(
     assert run("prepare", str(rows), "--chat", "--out", "folder", "--skip-bad").code == 0
 
 
-def test_chats_need_rows_and_rows_of_chats_name_the_option(run: Run, rows: Path) -> None:
+def test_chat_requires_rows_and_is_suggested_for_rows_of_chats(run: Run, rows: Path) -> None:
     Path("text.txt").write_text("plain " * 99)
     refused = run("train", "text.txt", *WORDS)
     assert (refused.code, "--chat reads rows" in error_line(refused)) == (3, True)
@@ -251,7 +251,7 @@ def test_chats_need_rows_and_rows_of_chats_name_the_option(run: Run, rows: Path)
     assert (refused.code, "special" in error_line(refused)) == (2, True)
 
 
-def test_a_conversation_that_the_template_refuses_is_named_or_left_out(
+def test_a_conversation_rejected_by_the_template_is_refused_or_skipped(
     run: Run, rows: Path
 ) -> None:
     Path("strict.jinja").write_text(
@@ -281,7 +281,7 @@ def test_a_conversation_that_the_template_refuses_is_named_or_left_out(
         {},
     ],
 )
-def test_the_plain_template_refuses_what_it_would_leave_out_of_an_answer(
+def test_the_plain_template_refuses_answer_parts_that_it_would_drop(
     run: Run, rows: Path, answer: dict[str, Any]
 ) -> None:
     row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", **answer}]}

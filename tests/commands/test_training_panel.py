@@ -57,7 +57,7 @@ def drawn(shown: TrainingPanel, width: int, height: int, encoding: str = "utf-8"
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
-def test_the_panel_leaves_room_for_a_key_press_and_for_earlier_lines(encoding: str) -> None:
+def test_the_panel_leaves_space_for_key_echo_and_earlier_lines(encoding: str) -> None:
     for width in (20, 40, 60, 80, 100, 140, 300):
         for height in (5, 12, 20, 24, 60):
             lines = drawn(panel(), width, height, encoding)
@@ -66,10 +66,12 @@ def test_the_panel_leaves_room_for_a_key_press_and_for_earlier_lines(encoding: s
             "".join(lines).encode(encoding)
 
 
-def test_80_columns_show_the_curve_its_marks_and_every_number() -> None:
+def test_the_panel_shows_the_curve_its_marks_and_every_number_in_80_columns() -> None:
     lines = drawn(panel(), 80, 24)
     assert any("\u2801" <= character <= "\u28ff" for character in "".join(lines))
-    assert sum("●" in line for line in lines) == 2, "in the chart, and at its name"
+    assert sum("●" in line for line in lines) == 2, (
+        "the mark must be in the chart and in the legend"
+    )
     heads, numbers, bar = lines[-3:]
     ends = [heads.index(head) + len(head) for head in NUMBERS]
     assert [numbers[:end].split()[-1] for end in ends] == list(NUMBERS.values())
@@ -77,7 +79,7 @@ def test_80_columns_show_the_curve_its_marks_and_every_number() -> None:
     assert bar.endswith("500/1000  9:59 left")
 
 
-def test_a_small_terminal_or_a_run_before_its_first_step_has_only_the_status_line() -> None:
+def test_small_terminals_and_new_runs_show_only_the_status_line() -> None:
     for width, height in ((60, 24), (80, 12)):
         (line,) = drawn(panel(), width, height)
         assert line.endswith("500/1000  loss 10.234  9:59 left")
@@ -93,14 +95,14 @@ def test_new_numbers_are_drawn_immediately() -> None:
     after = drawn(shown, 80, 24)
     assert after[:-3] != before[:-3]
     assert after[-1].endswith("501/1000  9:58 left")
-    # A validation loss is in the table as soon as it is in the chart, not at the next step.
+    # A new validation loss is in the table immediately, not at the next step.
     shown.show_evaluation(EvalEvent(52, 8.765, 12.345, 1000, 1.0, 1.0))
     numbers = drawn(shown, 80, 24)[-2].split()
     assert numbers[:3] == ["9.000", "8.765", "12.345"]
 
 
 @pytest.mark.parametrize("n", [1, 199, 200, 201, 1000, 12_345])
-def test_a_long_curve_keeps_its_shape_in_few_points(n: int) -> None:
+def test_a_long_curve_is_thinned_but_keeps_its_shape(n: int) -> None:
     curve = ThinnedCurve()
     for x in range(1, n + 1):
         curve.add(x, 3.0 * x)
@@ -114,7 +116,7 @@ def test_a_long_curve_keeps_its_shape_in_few_points(n: int) -> None:
     assert statistics.mean(xs) == pytest.approx((n + 1) / 2, abs=n_each)
 
 
-def test_facts_wrap_under_themselves_and_commands_stay_whole(
+def test_facts_wrap_with_an_indent_and_commands_are_not_broken(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = "minigpt train --resume --name a-run-with-a-long-name"

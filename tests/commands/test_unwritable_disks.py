@@ -1,6 +1,6 @@
-"""Commands on read-only and full file systems: refused before the work, and nothing is lost.
+"""Commands on read-only and full file systems are refused early and lose nothing.
 
-Mounting needs root, for whom permissions alone refuse nothing.
+These tests need root to mount; permissions do not restrict root.
 """
 
 import os
@@ -18,7 +18,7 @@ Mount = Callable[..., None]
 
 @pytest.fixture
 def mount() -> Iterator[Mount]:
-    """Mount an empty file system of 256 kilobytes at a folder, or a folder read-only."""
+    """Return a function that mounts a file system of 256 kB at a folder, or a folder read-only."""
     mounted: list[Path] = []
 
     def begin(place: Path, *, read_only: bool = False) -> None:
@@ -40,7 +40,7 @@ def mount() -> Iterator[Mount]:
 
 @pytest.fixture
 def home(trained: Path, workplace: Path, run: Run) -> Path:
-    """The working folder, with the tiny run of two checkpoints, its corpus and an empty disk."""
+    """Return the working folder with the tiny run of two checkpoints, its corpus and a disk."""
     shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
     shutil.copy(trained / "corpus.txt", workplace)
     assert run("train", "--resume", "--name", "tiny", "--max-steps", "6").code == 0
@@ -67,7 +67,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_refuses_a_read_only_mount_before_its_work(
+def test_commands_refuse_a_read_only_mount_before_working(
     name: str, home: Path, mount: Mount, run: Run
 ) -> None:
     mount(home / "disk", read_only=True)
@@ -76,19 +76,19 @@ def test_a_command_refuses_a_read_only_mount_before_its_work(
     assert (result.code, result.out) == (6, ""), result.err
     assert "Read-only file system" in lines[-1]
     assert "disk" in lines[-1]
-    assert ".writing-" not in lines[-1], "the user does not know this file"
+    assert ".writing-" not in lines[-1], "temporary files must not be mentioned"
     assert "mount it for writing" in lines[-1].lower()
     assert not any("tok/s" in line or line.startswith("step ") for line in lines)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", [n for n in COMMANDS if n not in ("compare", "claims")])
-def test_a_command_on_a_full_disk_leaves_the_old_file_and_nothing_else(
+def test_commands_on_a_full_disk_keep_the_old_file_and_leave_no_others(
     name: str, home: Path, mount: Mount, run: Run
 ) -> None:
     mount(home / "disk")
     target = home / COMMANDS[name][-1]
-    is_new = target.name == "new" or name == "export"  # which refuses a file that is there
+    is_new = target.name == "new" or name == "export"  # export refuses an existing file
     if not is_new:
         target.write_bytes(b"old")
     with (home / "disk" / "filler").open("wb", buffering=0) as file:
@@ -102,25 +102,27 @@ def test_a_command_on_a_full_disk_leaves_the_old_file_and_nothing_else(
     assert "No space left on device" in result.err.splitlines()[-1]
     assert repr(COMMANDS[name][-1])[1:-1] in result.err.splitlines()[-1]
     left = {path.name for path in (home / "disk").iterdir()} - {"filler"}
-    # The same prepare goes on from its last shard when there is room.
+    # prepare can resume from its last shard once there is space.
     assert left <= (set() if is_new and name != "prepare" else {target.name})
     assert is_new or target.read_bytes() == b"old"
 
 
-def test_training_in_a_read_only_folder_names_it(home: Path, mount: Mount, run: Run) -> None:
+def test_training_in_a_read_only_folder_is_refused_by_name(
+    home: Path, mount: Mount, run: Run
+) -> None:
     mount(home, read_only=True)
-    os.chdir(home)  # the mount, and not the folder below it
+    os.chdir(home)  # enter the mount, not the folder under it
     for words in (["corpus.txt", "--name", "new", *TINY], ["--resume", "--name", "tiny"]):
         line = error_line(run("train", *words, "--max-steps", "19"))
         assert "checkpoints" in line
         assert "Read-only file system" in line
     for words in (["generate", "--max-new-tokens", "2"], TRACE[:1], ["evaluate"]):
         prompt = ["The king"] if words[0] != "evaluate" else []
-        assert run(*words, *prompt, "--model", "tiny").code == 0, "reading needs no writing"
+        assert run(*words, *prompt, "--model", "tiny").code == 0, "reading must not need to write"
 
 
 @pytest.mark.integration
-def test_a_package_that_nobody_can_write_does_its_three_jobs(
+def test_a_read_only_package_can_train_generate_and_trace(
     home: Path, mount: Mount, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     site = tmp_path_factory.mktemp("site-packages")

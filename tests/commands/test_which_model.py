@@ -1,4 +1,4 @@
-"""Each command says which model it used, and which text."""
+"""Each command reports its model and its text."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ STEP = "checkpoints/tiny/step-000004"
 
 @pytest.fixture
 def place(trained: Path, workplace: Path) -> Path:
-    """The working directory, with a copy of the tiny run and its text in it."""
+    """Return the working directory with a copy of the tiny run and its text."""
     shutil.copytree(trained / "checkpoints", workplace / "checkpoints")
     shutil.copy(trained / "corpus.txt", workplace)
     return workplace
@@ -44,7 +44,7 @@ def test_the_model_is_named_once_on_stderr(
     assert result.err.splitlines().count(f"model {STEP}") == 1
 
 
-def test_evaluate_without_data_scores_what_the_run_validates_on(run: Run, place: Path) -> None:
+def test_evaluate_without_data_uses_the_validation_text_of_the_run(run: Run, place: Path) -> None:
     metrics = (place / "checkpoints/tiny/metrics.jsonl").read_text().splitlines()
     evaluations = [e for line in metrics if (e := json.loads(line))["event"] == "eval"]
     trained_in = str(resolve_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
@@ -58,7 +58,7 @@ def test_evaluate_without_data_scores_what_the_run_validates_on(run: Run, place:
     assert whole["n_tokens"] > 4 * facts["n_tokens"]
 
 
-def test_evaluate_without_data_refuses_a_text_that_is_not_the_runs(
+def test_evaluate_without_data_refuses_a_changed_text(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["evaluate", "--eval-tokens", "64", "--model"]
@@ -74,7 +74,7 @@ def test_evaluate_without_data_refuses_a_text_that_is_not_the_runs(
     assert run(*words, f"../{STEP}").code == 0
 
 
-def test_a_run_whose_text_has_moved_asks_for_it(run: Run, at_trained: Path) -> None:
+def test_evaluate_asks_for_a_text_that_has_moved(run: Run, at_trained: Path) -> None:
     (at_trained / "corpus.txt").rename(at_trained / "moved.txt")
     for words in (["evaluate", "--model", "tiny"], ["train", "--resume", "--name", "tiny"]):
         line = error_line(run(*words))
@@ -87,11 +87,11 @@ def test_a_run_whose_text_has_moved_asks_for_it(run: Run, at_trained: Path) -> N
 @pytest.mark.parametrize(
     ("name", "code"), [("tiny/step-000004", 0), ("tiny/step-000009", 4), ("", 4)]
 )
-def test_a_step_is_named_under_its_run_and_an_empty_name_is_no_model(
+def test_a_step_can_be_named_by_its_run_and_an_empty_name_is_refused(
     run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    shutil.copy(place / STEP / "config.json", place)  # this folder looks like a model
+    shutil.copy(place / STEP / "config.json", place)  # so that this folder looks like a model
     result = run("generate", "The", "--max-new-tokens", "1", "--model", name)
     assert result.code == code, result.err
     if code == 0:
@@ -100,7 +100,7 @@ def test_a_step_is_named_under_its_run_and_an_empty_name_is_no_model(
         assert "the name of a model is empty. Choose from tiny" in error_line(result)
 
 
-def test_a_file_of_a_model_gets_its_folder_as_advice(run: Run, place: Path) -> None:
+def test_a_model_file_is_refused_and_its_folder_suggested(run: Run, place: Path) -> None:
     line = error_line(run("generate", "The", "--model", f"{STEP}/model.safetensors"))
     assert line.endswith(f"is not a folder. Name the model's folder: '{STEP}'.")
 
@@ -121,7 +121,7 @@ def test_evaluate_without_data_needs_a_run_and_its_text(run: Run, place: Path) -
     assert "standard input" in error_line(piped)
 
 
-def test_a_damaged_newest_step_is_named_where_an_older_one_is_used(run: Run, place: Path) -> None:
+def test_a_damaged_newest_step_is_reported_and_an_older_one_used(run: Run, place: Path) -> None:
     words = ["--resume", "--name", "tiny", "--max-steps"]
     assert run("train", *words, "6").code == 0
     path = place / "checkpoints/tiny/step-000006/model.safetensors"
@@ -139,13 +139,13 @@ def test_a_damaged_newest_step_is_named_where_an_older_one_is_used(run: Run, pla
 
 
 @pytest.mark.parametrize("more", [[], ["--num-samples", "2"]])
-def test_a_sliding_window_takes_a_prompt_longer_than_the_context(
+def test_a_sliding_window_accepts_a_prompt_longer_than_the_context(
     run: Run, place: Path, more: list[str]
 ) -> None:
-    prompt = "The king said: once upon a time. " * 4  # 132 tokens, and the model sees 64
+    prompt = "The king said: once upon a time. " * 4  # 132 tokens; the context has 64
     words = ["generate", "--temperature", "0", "--max-new-tokens", "5", "--json", *more]
     facts = json.loads(run(*words, "--overflow", "slide", prompt).out.splitlines()[0])
-    # As window.py says: the first four tokens and the newest half of a window.
+    # See window.py: the first four tokens and the newest half of a window are kept.
     view = prompt[:4] + prompt[-32:]
     same = json.loads(run(*words, view).out.splitlines()[0])
     assert facts["text"] == same["text"]
@@ -155,7 +155,7 @@ def test_a_sliding_window_takes_a_prompt_longer_than_the_context(
     assert "--overflow slide" in error_line(refused)
 
 
-def test_runs_without_a_name_that_start_together_get_two_names(run: Run, place: Path) -> None:
+def test_unnamed_runs_that_start_together_get_different_names(run: Run, place: Path) -> None:
     taken = RunFolder(Path("checkpoints/corpus-nano"))
     with taken.lock():
         assert run("train", "corpus.txt", *TINY).code == 0
@@ -168,7 +168,7 @@ def test_runs_without_a_name_that_start_together_get_two_names(run: Run, place: 
 
 @pytest.fixture
 def shipped(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model that ships, in a folder of the installation."""
+    """Return a bundled model in a folder of the installation."""
     folder = workplace / "installed" / "storyteller"
     shutil.copytree(trained / STEP, folder)
     monkeypatch.setattr(resolve, "shipped_model", lambda: folder)
@@ -176,9 +176,7 @@ def shipped(trained: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace", "heads"])
-def test_the_model_that_ships_is_used_where_there_is_no_run(
-    run: Run, shipped: Path, command: str
-) -> None:
+def test_without_any_run_the_bundled_model_is_used(run: Run, shipped: Path, command: str) -> None:
     words = ["The", "--max-new-tokens", "2"] if command != "heads" else []
     for model in ([], ["--model", "storyteller"]):
         result = run(command, *words, *model)
@@ -186,16 +184,14 @@ def test_the_model_that_ships_is_used_where_there_is_no_run(
         assert "model storyteller, which ships with minigpt" in result.err.splitlines()
 
 
-def test_a_trace_and_its_files_name_the_model_that_ships_without_its_folder(
-    run: Run, shipped: Path
-) -> None:
+def test_traces_show_the_bundled_model_without_its_folder(run: Run, shipped: Path) -> None:
     result = run(*TRACE, "--out", "a.jsonl", "--html", "a.html", "--view", "lines")
     assert result.out.splitlines()[0].split() == ["model", "storyteller"]
     assert json.loads(Path("a.jsonl").read_text().splitlines()[0])["model"] == "storyteller"
     assert str(shipped) not in Path("a.html").read_text()
 
 
-def test_a_run_of_ones_own_goes_before_the_model_that_ships(
+def test_own_runs_take_precedence_over_the_bundled_model(
     run: Run, place: Path, shipped: Path
 ) -> None:
     assert f"model {STEP}" in run("generate", "The", "--max-new-tokens", "1").err.splitlines()
