@@ -1,7 +1,7 @@
 """LongRoPE: different RoPE frequencies for texts longer than the original context.
 
-A text of up to ``original_max_position_embeddings`` tokens is rotated with the short factors, and
-a longer one, at all positions, with the long factors.
+A text of up to ``original_max_position_embeddings`` tokens uses the short factors, and a longer one
+uses the long factors at all positions.
 
 Source: Ding et al. 2024, arXiv:2402.13753; transformers, modeling_rope_utils.py.
 """
@@ -37,7 +37,7 @@ class LongRope(GPT):
         super().__init__(config)
 
     def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
-        """Return cos and sin: the original context with short factors, then all with long ones."""
+        """Return cos and sin: the original context (short factors), then all positions (long)."""
         scaling, n = long_rope_of(self.config), self.original_context
         scale = scaling["attention_factor"]
         short, long = (torch.tensor(scaling[name], device="cpu") for name in _LISTS)

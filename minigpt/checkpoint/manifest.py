@@ -12,7 +12,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Sync a folder's files to disk, then write their sizes and hashes, and its facts."""
+    """Sync a folder's files to disk, then write their sizes and hashes, and the facts."""
     paths = sorted(folder.rglob("*"))
     files = {}
     for path in paths:

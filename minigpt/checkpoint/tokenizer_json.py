@@ -1,4 +1,4 @@
-"""Convert between a Tokenizer and tokenizer.json with tokenizer_config.json in a model folder."""
+"""Read and write the tokenizer.json and tokenizer_config.json of a model folder."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 from minigpt.checkpoint import byte_pair_json
 from minigpt.checkpoint.model_folder import BYTES_TOKENIZER as BYTES_TOKENIZER
 from minigpt.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, TOKENIZER
-from minigpt.checkpoint.vocabulary_files import read_vocabulary_files, with_rows
+from minigpt.checkpoint.vocabulary_files import drop_tokens_without_row, read_vocabulary_files
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json, to_json
@@ -45,8 +45,8 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
     return tokenizer
 
 
-def token_ids(folder: Path, config: ModelConfig) -> Tokenizer:
-    """Return the tokenizer for a model folder that has none: its text is the ids as numbers."""
+def id_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
+    """Return the tokenizer of a model folder without one: its text is token ids as numbers."""
     ends = tuple(id_ for id_ in _end_of_text_ids(folder) if id_ < config.vocab_size)
     return TokenIdTokenizer(folder, config.vocab_size, ends)
 
@@ -84,7 +84,7 @@ def read_tokenizer(
     if data is None:
         return None
     if n_rows is not None:
-        data = with_rows(data, n_rows)
+        data = drop_tokens_without_row(data, n_rows)
         end_of_text_ids = tuple(id_ for id_ in end_of_text_ids if id_ < n_rows)
     named = config.get(NAME_FIELD)
     place = folder.parent if folder.name.startswith("step-") else folder

@@ -52,7 +52,7 @@ def read_vocabulary_files(folder: Path) -> JSONValue | None:
         ) from None
 
 
-def with_rows(data: Mapping[str, Any], n_rows: int) -> Mapping[str, Any]:
+def drop_tokens_without_row(data: Mapping[str, Any], n_rows: int) -> Mapping[str, Any]:
     """Return a tokenizer.json without the added tokens that have no row in the model's embedding.
 
     Such a token, often for padding, cannot occur in a text of the model.

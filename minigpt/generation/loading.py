@@ -62,7 +62,7 @@ def load(
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
     """Return the tokenizer of a model; if it has none, one whose text is token ids."""
-    return loaded.tokenizer or ring(VOCABULARIES).token_ids(loaded.folder, loaded.model.config)
+    return loaded.tokenizer or ring(VOCABULARIES).id_tokenizer(loaded.folder, loaded.model.config)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:

@@ -34,7 +34,7 @@ from minigpt.files import resource_errors, writing_aside
 from minigpt.text.tokenizer import well_formed
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Types of the matrices; vectors are always float32."""
+"""Types of matrices in the file; vectors are always float32."""
 
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127}
 _VALUES_AT_ONCE = 2**22
@@ -58,8 +58,8 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     """Write a model folder as a GGUF file, atomically.
 
     Args: type_, one of TYPES.
-    Raises: CheckpointError if llama.cpp cannot compute the model or its vocabulary; ConfigError if
-        the package gguf is not installed; ResourceError.
+    Raises: CheckpointError if llama.cpp does not support the model or its vocabulary; ConfigError
+        if the package gguf is not installed; ResourceError.
     """
     try:
         import gguf

@@ -67,10 +67,10 @@ def _refusal(what: str, why: str = "") -> CheckpointError:
 def _check_gemma2(config: ModelConfig) -> None:
     _check_scale(config)
     if _SLIDING not in hf_fields(config)["layer_types"]:
-        raise _refusal("a gemma2 layout without sliding layers", "llama.cpp always has some there")
+        raise _refusal("a gemma2 layout without sliding layers", "llama.cpp always has some")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not hf_fields(config).get(name):
-            raise _refusal(f"a gemma2 layout without {name}", "llama.cpp always computes it there")
+            raise _refusal(f"a gemma2 layout without {name}", "llama.cpp always applies it")
 
 
 def _check_gemma3(config: ModelConfig) -> None:
@@ -168,7 +168,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
     if config.activation not in architecture.activations:
         raise _refusal(
             f"the activation {config.activation!r} {layout}",
-            f"llama.cpp always computes {architecture.activations[-1]} there",
+            f"llama.cpp always computes {architecture.activations[-1]}",
         )
     for f in fields(config):
         value = getattr(config, f.name)
@@ -199,9 +199,7 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
     kind = config.rope_scaling
     layout = f"in the {architecture.name} layout"
     if "rope_scaling" in hf_fields(config) and not architecture.has_long_rope:
-        raise _refusal(
-            f"rope_scaling longrope {layout}", "llama.cpp does not read its factors there"
-        )
+        raise _refusal(f"rope_scaling longrope {layout}", "llama.cpp does not read its factors")
     if config.family == "gpt2" or config.rope_scaling_factor == 1 or architecture.has_divisors:
         if kind == "dynamic" and config.rope_scaling_factor != 1:
             raise _refusal(
@@ -213,7 +211,7 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
         what = "yarn with truncate false" if kind == "yarn" else kind
         raise _refusal(
             f"rope_scaling {what}, by {config.rope_scaling_factor:g}, {layout}",
-            "llama.cpp does not support it there",
+            "llama.cpp does not support it",
         )
 
 

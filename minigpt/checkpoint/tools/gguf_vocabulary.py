@@ -89,7 +89,9 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
     if kind != "BPE":
         raise _refusal(f"it is of the kind {kind}, and only BPE can be written")
     if len(tokenizer.prefix) > 1:
-        raise _refusal(f"it begins a prompt with {len(tokenizer.prefix)} tokens instead of one")
+        raise _refusal(
+            f"it begins a prompt with {len(tokenizer.prefix)} tokens, llama.cpp with one"
+        )
     model = data["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):

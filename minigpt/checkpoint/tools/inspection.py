@@ -30,7 +30,7 @@ class ModelFacts:
     float32_cache_bytes_per_token: int
     """Bytes of one position of one sequence in a float32 KV cache."""
     bfloat16_cache_bytes_per_token: int
-    """The same in bfloat16."""
+    """Bytes of one position of one sequence in a bfloat16 KV cache."""
     tensors: tuple[StoredTensor, ...]
     """Tensors in the order of the model, from the embedding to the output projection."""
 

@@ -17,7 +17,7 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _USE = """\
 ## Use
 
-FOLDER is the folder of this file.
+FOLDER is the folder that contains this file.
 
 ```console
 minigpt generate --model FOLDER "Once upon a time"
@@ -179,7 +179,7 @@ def _layout(model: ModelConfig) -> str:
 
 
 def _names(config: RunConfig) -> list[str]:
-    """Return the names of the corpora without their folders, which are private."""
+    """Return the names of the corpora without their folders, which may be private."""
     titles = {
         "-": "standard input",
         "builtin": "short tales that come with minigpt",

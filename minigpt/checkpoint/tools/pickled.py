@@ -242,7 +242,7 @@ def _tokenizer(vocab_size: Any, spec: str | None, text: Path | None) -> Tokenize
         )
     kind = spec or "gpt2"
     if kind.partition(":")[0] == "bpe":
-        raise ConfigError(f"--tokenizer {kind} would be trained again. Name another, as gpt2.")
+        raise ConfigError(f"--tokenizer {kind} would be trained again. Name one such as gpt2.")
     tokenizer = make_tokenizer(kind, ())
     if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
         raise ConfigError(

@@ -65,7 +65,7 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     if Path(spec).name == spec and not advice.startswith("Did"):
         advice += " Models on the Hugging Face Hub have names such as openai-community/gpt2."
     for place in places:
-        if os.path.exists(place):  # unlike Path.exists, False for impossible names
+        if os.path.exists(place):  # False for invalid names, where Path.exists raises
             if os.path.isdir(place):
                 with resource_errors(place):
                     os.listdir(place)

@@ -1,4 +1,4 @@
-"""Find the shards of a model's weights, or say why a folder has none."""
+"""Find the shards of a model's weights, or report why a folder has none."""
 
 import os
 import re
