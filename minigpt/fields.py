@@ -9,7 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from minigpt.errors import ConfigError, cut, require_choice
 
-_LARGEST_FLOAT = 1e30  # well below float32's maximum
+_MAX_FLOAT = 1e30  # well below float32's maximum
 
 
 def setting(
@@ -76,8 +76,8 @@ def require_within(name: str, value: float, bounds: str) -> None:
     is_count = high == math.inf or (bounds[-1] == "]" and high > 1)
     if isinstance(value, int) and high == math.inf:  # torch's integers have 64 bits
         high, bounds = 2.0**63, bounds.replace("inf", "2**63")
-    if isinstance(value, float) and _LARGEST_FLOAT <= value < high:
-        raise ConfigError(f"{name} must be below {_LARGEST_FLOAT:g}: it is {value:g}.")
+    if isinstance(value, float) and _MAX_FLOAT <= value < high:
+        raise ConfigError(f"{name} must be below {_MAX_FLOAT:g}: it is {value:g}.")
     is_low_enough = value < high or (value == high and bounds[-1] == "]")
     if is_low_enough and (low < value or (value == low and bounds[0] == "[")):
         return

@@ -44,7 +44,7 @@ def require_matplotlib(
     require_writable(path)
 
 
-def our_style() -> AbstractContextManager[None]:
+def default_style() -> AbstractContextManager[None]:
     """Use matplotlib's defaults, not the user's settings: with usetex, labels would run as TeX."""
     from matplotlib import style
 
@@ -57,7 +57,7 @@ def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
     picture = BytesIO()
     # Silences the message that a fallback font has no bold face.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), our_style():
+    with warnings.catch_warnings(), default_style():
         # Names and tokens may contain characters that are missing from the font.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         figure.savefig(picture, format=format, dpi=dpi, metadata=_NO_DATE.get(format, {}))

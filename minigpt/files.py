@@ -17,7 +17,7 @@ from minigpt.rings import find_ring
 WRITING = ".writing-"
 """Prefix of the names of unfinished files and folders."""
 _remedies = find_ring("remedies")  # imported early: it reports too many open files
-LARGEST_READ = 2**28
+MAX_READ_BYTES = 2**28
 """Maximum size in bytes of a file that is read at once. The largest tokenizer.json has 2**25."""
 
 
@@ -71,14 +71,14 @@ def open_regular(path: Path, *, may_be_pipe: bool = False) -> BufferedReader:
 
 
 def read_bytes(path: Path, *, may_be_pipe: bool = False) -> bytes:
-    """Return the bytes of a regular file of at most LARGEST_READ; see ``open_regular``."""
+    """Return the bytes of a regular file of at most MAX_READ_BYTES; see ``open_regular``."""
     with open_regular(path, may_be_pipe=may_be_pipe) as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= LARGEST_READ:
-            data = file.read((size or LARGEST_READ) + 1)  # a pipe's size is 0
-            if len(data) <= LARGEST_READ:
+        if size <= MAX_READ_BYTES:
+            data = file.read((size or MAX_READ_BYTES) + 1)  # a pipe's size is 0
+            if len(data) <= MAX_READ_BYTES:
                 return data
-        reason = f"it has more than {LARGEST_READ:,} bytes"
+        reason = f"it has more than {MAX_READ_BYTES:,} bytes"
         raise OSError(errno.EINVAL, reason, str(path))
 
 

@@ -51,7 +51,7 @@ class ModelConfig(PlainModelConfig):
 
     @property
     def has_own_class(self) -> bool:
-        """Whether the class of its family, if there is one, builds the model, not that of arch."""
+        """Whether the model is built by the class of its family, if it has one, not of ``arch``."""
         return bool(self.hf_fields) or self.model_type not in (*HF_LAYOUTS, OWN_TYPE)
 
     def _layout(self) -> str:

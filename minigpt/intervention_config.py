@@ -11,11 +11,11 @@ class InterventionConfig:
     """Heads that are ablated, and heads or layers patched from a run on another prompt."""
 
     ablate: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
-    """Heads whose output is set to 0, as layer.head: 1.3,0.*. None for no ablation."""
+    """Heads to ablate (output set to 0), as layer.head: 1.3,0.*. None for none."""
     ablate_mean: bool = option(False, group="Interventions")
     """Set the output of ablated heads to its mean over the prompt, not to 0."""
     patch_from: str | None = option(None, group="Interventions", metavar="PROMPT", shown="none")
-    """Prompt with as many tokens, whose activations are patched in. None for none."""
+    """Prompt of the same token length, whose activations are patched in. None for none."""
     patch: str | None = option(None, group="Interventions", metavar="LIST", shown="none")
     """Heads to patch, as layer.head, or layers (residual stream): 3.1,2.*,4. None for none."""
     patch_position: int | Literal["all"] | None = option(

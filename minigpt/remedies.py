@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 
 _LFS = b"version https://git-lfs.github.com/spec/"
-_LARGEST_POINTER = 1024  # in bytes, the limit of Git LFS
+_MAX_POINTER_BYTES = 1024  # the limit of Git LFS
 _SPACE = "free some space there, or "
 _NAME = "choose another name or folder"
 _PERMISSION = "check the owner and the permissions, or "
@@ -61,7 +61,7 @@ def require_regular(path: Path, *, may_be_pipe: bool) -> None:
     if not (stat.S_ISREG(mode) or (may_be_pipe and stat.S_ISFIFO(mode))):
         kind = {stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}.get(stat.S_IFMT(mode), "device")
         raise OSError(errno.EINVAL, f"it is a {kind}, not a regular file", str(path))
-    if stat.S_ISREG(mode) and 0 < status.st_size < _LARGEST_POINTER:
+    if stat.S_ISREG(mode) and 0 < status.st_size < _MAX_POINTER_BYTES:
         with open(path, "rb") as file:
             if file.read(len(_LFS)) == _LFS:
                 reason = "it is a Git LFS pointer: run `git lfs pull` in its repository"

@@ -23,13 +23,13 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
         return f"Did you mean {synonym}?"
     parts = [part.removesuffix("s") or part for part in _parts(word)]
     near = [name for name in names if _abbreviates(parts, _parts(name))]
-    first = [name for name in near if _begin(name).startswith(parts[0])]
+    first = [name for name in near if _first_part(name).startswith(parts[0])]
     # Parts other than the first must match fully: --temp does not mean --chat-template.
     whole = [name for name in near if set(parts) <= {p.removesuffix("s") for p in _parts(name)}]
     near = first or whole
     if not near:
-        best = max(names, key=lambda name: _likeness(word, name), default="")
-        near = [best] if best and _likeness(word, best) >= _NEAR else []
+        best = max(names, key=lambda name: _similarity(word, name), default="")
+        near = [best] if best and _similarity(word, best) >= _NEAR else []
     return f"Did you mean {' or '.join(near)}?" if 0 < len(near) <= _MAX_SUGGESTIONS else ""
 
 
@@ -37,7 +37,7 @@ def _parts(name: str) -> list[str]:
     return re.split(r"[-_.]", name.strip("-'\"").lower())
 
 
-def _begin(name: str) -> str:
+def _first_part(name: str) -> str:
     """Return the first part of a name, or the second after ``n`` for a count: --n-verified."""
     parts = _parts(name)
     return parts[1] if parts[0] == "n" and len(parts) > 1 else parts[0]
@@ -50,7 +50,7 @@ def _abbreviates(word: list[str], name: list[str]) -> bool:
     return is_long and all(any(other.startswith(part) for other in rest) for part in word)
 
 
-def _likeness(word: str, name: str) -> float:
+def _similarity(word: str, name: str) -> float:
     """Return the similarity of two names, in [0, 1], without equal parts at their ends."""
     ours, theirs = _parts(word), _parts(name)
     for end in (0, -1):

@@ -132,10 +132,10 @@ def _draw(comparison: "Comparison", path: Path) -> None:
     """Draw a panel for each column: a point and its interval for each ranking."""
     from matplotlib.figure import Figure
 
-    from minigpt.figures import our_style, write_figure
+    from minigpt.figures import default_style, write_figure
     from minigpt.tracing.analysis.faithfulness import CONTROLS
 
-    with our_style():
+    with default_style():
         height = 1 + 0.3 * len(comparison.results)
         figure = Figure(figsize=(14, height), layout="constrained")
         panels = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]

@@ -29,16 +29,16 @@ SMALL_TEXT = 0.015
 """Training tokens per parameter below which a text counts as small."""
 EVAL_SHARE = 0.1
 """Maximum FLOPs of evaluation, as a fraction of those of training."""
-LEAST_EVAL_STEPS = 5
+MIN_EVAL_STEPS = 5
 """Default minimum of steps between evaluations, unless an epoch has fewer."""
-LEAST_EVAL_TOKENS = 8192
+MIN_EVAL_TOKENS = 8192
 """Default minimum of validation tokens per pass, unless the text has fewer."""
 SHORT_RUN = 50
 """Steps that every run is expected to take, and steps between evaluations of a short run."""
 STEPS_PER_MINUTE = 1000
 """Assumed steps per minute of a run with a time limit, to plan evaluations; a CPU takes fewer."""
-MOST_EPOCHS, LEAST_STEPS, LEAST_TOKENS = 6.0, 200, 4096
-LEAST_PATIENCE = 100
+MAX_EPOCHS, MIN_STEPS, MIN_TOKENS = 6.0, 200, 4096
+MIN_PATIENCE = 100
 """Minimum number of steps without a lower validation loss before a run stops early."""
 
 
@@ -73,8 +73,8 @@ def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[s
     if size >= LARGE_TEXT:
         return {"training": training}
     training["dropout_start"] = 1.5
-    if n_train_tokens >= LEAST_TOKENS:  # shorter texts are only for trying things out
-        training["max_epochs"] = max(MOST_EPOCHS, LEAST_STEPS * step_tokens / n_train_tokens)
+    if n_train_tokens >= MIN_TOKENS:  # shorter texts are only for trying things out
+        training["max_epochs"] = max(MAX_EPOCHS, MIN_STEPS * step_tokens / n_train_tokens)
     return {"model": {"dropout": 0.25 if size < SMALL_TEXT else 0.1}, "training": training}
 
 
@@ -83,7 +83,7 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
 
     To find the best step, a run is evaluated at least once per epoch (or per hundredth of the run,
     if that is longer), and more often if the validation text is short. Evaluation adds at most a
-    tenth of the training FLOPs, unless ``LEAST_EVAL_TOKENS`` requires more. A time limit may end a
+    tenth of the training FLOPs, unless ``MIN_EVAL_TOKENS`` requires more. A time limit may end a
     run long before its last step, so a pass then costs no more than in a run of ``SHORT_RUN``
     steps.
     """
@@ -100,15 +100,15 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
         often = min(math.ceil(n_train_tokens / step_tokens), max(SHORT_RUN, n_steps // 20))
         if n_val_tokens:
             affordable = math.ceil(n_val_tokens / (share * step_tokens))
-            often = min(often, max(LEAST_EVAL_STEPS, affordable))
+            often = min(often, max(MIN_EVAL_STEPS, affordable))
         every = max(1, often, min(n_steps, training.max_steps) // 100)
     if n_tokens is None:
         between = min(every or n_steps, SHORT_RUN if training.max_minutes else n_steps)
-        n_tokens = max(LEAST_EVAL_TOKENS, int(share * between * step_tokens))
+        n_tokens = max(MIN_EVAL_TOKENS, int(share * between * step_tokens))
     return replace(config, training=replace(training, eval_every=every, eval_tokens=n_tokens))
 
 
-def watch(run: Run) -> None:
+def enable(run: Run) -> None:
     """Enable weight averaging and early stopping of a run, as set in its config."""
     if run.config.training.average:
         run.average = WeightAverage(run.model, run.config.training.average)
@@ -211,7 +211,7 @@ class EarlyStop:
         if not patience:
             return False
         n_steps = math.ceil(patience * len(run.train_tokens) / run.step_tokens)
-        return self.evaluated_step - self.best_step >= max(LEAST_PATIENCE, n_steps)
+        return self.evaluated_step - self.best_step >= max(MIN_PATIENCE, n_steps)
 
     def event(self, run: Run) -> EarlyStopEvent:
         """Return the event that reports early stopping."""

@@ -96,7 +96,7 @@ class Run:
         """Early stopping, an ``overfitting.EarlyStop``. None without it."""
         find = ring if training.average or training.patience else find_ring
         if overfitting := find("training.overfitting"):
-            overfitting.watch(self)
+            overfitting.enable(self)
         self.seam: Any = None
         """Latest change of the schedule, a ``state.Seam``. None if it never changed."""
         self.moved_from: str | None = None

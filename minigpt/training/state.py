@@ -31,9 +31,9 @@ from minigpt.settings import build
 from minigpt.training.run import Run
 from minigpt.training.world import World, is_sharded
 
-LARGEST_RISE = 1.2
+MAX_LR_RISE = 1.2
 """Maximum factor by which the learning rate rises per step after a change of the schedule."""
-_MOST_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
+_MAX_RISES = 500  # 1.2 ** 500 is still a float, and far above any ratio of learning rates
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "progress.json"
 _STEP_KEY, _AVERAGE_KEY = "step_weight", "average"
@@ -45,7 +45,7 @@ class Seam(Checked):
     """A step at which a resumed run changed its schedule, for example because of a larger budget.
 
     The learning rate continues from its last value, and rises by at most a factor of
-    ``LARGEST_RISE`` per step until it reaches the new schedule. A context warm-up that was over is
+    ``MAX_LR_RISE`` per step until it reaches the new schedule. A context warm-up that was over is
     not repeated.
     """
 
@@ -58,8 +58,8 @@ class Seam(Checked):
 
     def limit(self, lr_scale: float, step: int) -> float:
         """Return the new schedule's learning rate at a step, with its rise limited."""
-        n_rises = min(step + 1 - self.step, _MOST_RISES)
-        return min(lr_scale, self.lr_scale * LARGEST_RISE**n_rises)
+        n_rises = min(step + 1 - self.step, _MAX_RISES)
+        return min(lr_scale, self.lr_scale * MAX_LR_RISE**n_rises)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, SaveEvent, StepEvent
 from minigpt.training.overfitting import (
     EVAL_SHARE,
-    LEAST_EVAL_TOKENS,
+    MIN_EVAL_TOKENS,
     EarlyStopEvent,
     for_text,
     with_evaluations,
@@ -192,7 +192,7 @@ def test_a_run_evaluates_once_per_epoch_at_a_bounded_cost(
     assert training.eval_every <= max(50, training.max_steps // 20)
     n_evaluated = min(training.eval_tokens, n_val_tokens)
     share = n_evaluated * (2 if average else 1) / 3 / (training.eval_every * step_tokens)
-    assert share <= EVAL_SHARE or n_evaluated <= LEAST_EVAL_TOKENS
+    assert share <= EVAL_SHARE or n_evaluated <= MIN_EVAL_TOKENS
 
 
 def test_a_short_validation_text_is_evaluated_several_times_per_epoch() -> None:
@@ -215,7 +215,7 @@ def test_evaluation_of_a_time_limited_run_costs_at_most_a_tenth_of_50_steps(
     assert training.eval_tokens is not None
     assert training.eval_every is not None
     # A step is three forward passes; the weights and their average take one pass each.
-    assert 2 / 3 * training.eval_tokens <= max(0.1 * 50 * step_tokens, 2 / 3 * LEAST_EVAL_TOKENS)
+    assert 2 / 3 * training.eval_tokens <= max(0.1 * 50 * step_tokens, 2 / 3 * MIN_EVAL_TOKENS)
     n_epoch = math.ceil(1_000_000 / step_tokens)
     assert training.eval_every <= n_epoch
     assert (training.eval_every == 50) == (max_minutes <= 1)

@@ -11,7 +11,7 @@ from minigpt.checkpoint.manifest import MANIFEST, write_manifest
 from minigpt.text.tokens import PreparedData
 from minigpt.training.events import StepEvent
 from minigpt.training.schedule import lr_scale
-from minigpt.training.state import LARGEST_RISE, STATE_FOLDER
+from minigpt.training.state import MAX_LR_RISE, STATE_FOLDER
 from minigpt.training.trainer import Trainer
 
 
@@ -31,7 +31,7 @@ def test_a_larger_budget_raises_the_learning_rate_by_at_most_a_fifth_per_step(
     after = rates(trainer_of(config, data, tmp_path, resume=True))
     assert len(after) == longer - 10
     for last, now in zip([before[-1], *after], after, strict=False):
-        assert now <= last * LARGEST_RISE * (1 + 1e-9)
+        assert now <= last * MAX_LR_RISE * (1 + 1e-9)
     scheduled = [
         config.training.lr * lr_scale(config.training, step / longer) for step in range(10, longer)
     ]

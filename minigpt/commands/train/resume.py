@@ -25,7 +25,7 @@ from minigpt.rings import find_ring, ring
 from minigpt.settings import build, flat, given, merge, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.schedule import lr_scale, with_max_steps
-from minigpt.training.state import LARGEST_RISE, computed_on, read_state
+from minigpt.training.state import MAX_LR_RISE, computed_on, read_state
 from minigpt.training.trainer import Trainer
 
 # Settings that --resume cannot change. The text is not among them, because it may have moved: the
@@ -186,5 +186,5 @@ def resumed_notes(trainer: Trainer) -> Iterator[str]:
     if seam and seam.step == trainer.step and is_limited:
         yield (
             f"the learning rate continues from {training.lr * seam.lr_scale:.1e} and rises by "
-            f"at most {LARGEST_RISE - 1:.0%} a step until it meets the new budget's schedule"
+            f"at most {MAX_LR_RISE - 1:.0%} a step until it meets the new budget's schedule"
         )

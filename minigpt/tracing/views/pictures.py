@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 
-from minigpt.figures import our_style, to_bytes
+from minigpt.figures import default_style, to_bytes
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Row, Trace
@@ -61,7 +61,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
     Raises: ConfigError for a position that has no row, or a measure that the trace lacks.
     """
     figure_of = strip_figure if options.picture == "strip" else matrix_figure
-    with our_style():
+    with default_style():
         return to_bytes(figure_of(trace, options), options.format, dpi=_DPI)
 
 

@@ -37,8 +37,8 @@ _PARTS = {
 }
 _FIRST_TOKENS = 64
 _MEASURED_S = 1.0
-_MOST_STEPS = 20
-_MOST_GROWTH = 4
+_MAX_STEPS = 20
+_MAX_GROWTH = 4
 
 
 def make_plan(
@@ -167,7 +167,7 @@ def _measure(
     step(*shape)
     end = now() + _MEASURED_S
     times = [step(*shape)]
-    while len(times) < _MOST_STEPS and now() < end:
+    while len(times) < _MAX_STEPS and now() < end:
         times.append(step(*shape))
     flop_times, update_times = zip(*times, strict=True)
     return statistics.median(flop_times), statistics.median(update_times)
@@ -184,7 +184,7 @@ def tokens_to_measure(token_s: Callable[[int], float], few: int, most: int) -> i
     n_tokens = few
     while n_tokens < most:
         wanted = min(most, int(_MEASURED_S / token_s(n_tokens)))
-        if wanted <= _MOST_GROWTH * n_tokens:
+        if wanted <= _MAX_GROWTH * n_tokens:
             return max(n_tokens, wanted)
-        n_tokens = min(wanted, _MOST_GROWTH**2 * n_tokens)
+        n_tokens = min(wanted, _MAX_GROWTH**2 * n_tokens)
     return n_tokens
