@@ -83,7 +83,7 @@ def generate(
     compile: bool | None = None,
     **sampling: Any,
 ) -> Iterator[TextStep]:
-    """Generate text after a prompt: yield each token, and the text that is final with it.
+    """Generate text after a prompt: yield each token with the text that it completes.
 
         import minigpt
 
@@ -95,19 +95,19 @@ def generate(
     Args: model, as for ``--model``; or what ``minigpt.load`` returned; or a LanguageModel in
         evaluation mode, with its tokenizer.
         prompt, text or token ids; empty text starts a new document; or the messages of a chat, as
-        in ``[{"role": "user", "content": "Hi"}]``, for a model that is loaded here; or a list of
+        in ``[{"role": "user", "content": "Hi"}]``, unless model is a LanguageModel; or a list of
         texts or of lists of token ids, which are continued one after another: sample j of prompt i
-        has the number i * num_samples + j, which is added to the seed. special,
-        whether special tokens in a text are parsed. chat_template, device, dtype and quantize
-        (int8), as for the command, for a model that is loaded. compile, whether to decode through
-        a compiled graph; None does on CUDA, and on a CPU if one is in the cache. sampling, fields
+        has index i * num_samples + j, which is added to the seed. special, whether to parse
+        special tokens in text. chat_template, as for the command. device, dtype and quantize
+        (int8), as for the command, only for a model not loaded before. compile, whether to decode
+        with a compiled graph; None: on CUDA, and on a CPU if one is in the cache. sampling, fields
         of SamplingConfig: temperature, top_k, stop=("text",), seed and so on; and of
         InterventionConfig, whose patch_from may be text, token ids or messages. Heads are
         "1.3,0.*" as for the command, or [(1, 3), "0.*"], and layers "0,2" or [0, 2].
     Returns: the steps; those of several samples (``step.sample``) alternate.
-        ``step.step.finish`` is why a sample's last step is the last.
-    Raises: immediately, ConfigError for an invalid setting, CheckpointError for a model that is
-        missing or damaged, DataError for a prompt that is empty or too long; while it yields,
+        ``step.step.finish`` of a sample's last step says why it ended.
+    Raises: when called, ConfigError for an invalid setting, CheckpointError for a model that is
+        missing or damaged, DataError for a prompt that is empty or too long; during iteration,
         CheckpointError for NaN or inf in the logits.
     """
     options = checked_options(generate, sampling, SamplingConfig)
@@ -154,10 +154,10 @@ def generate(
 
 
 def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -> dict[str, Any]:
-    """Return a function's further keyword arguments, with lists of heads and layers as text.
+    """Return a function's other keyword arguments, with lists of heads and layers as text.
 
-    Args: configs, dataclasses whose fields the arguments are, as are those of interventions.
-    Raises: ConfigError for an argument that is none of them.
+    Args: configs, dataclasses whose fields are allowed, in addition to those of InterventionConfig.
+    Raises: ConfigError for an unknown argument.
     """
     changes = find_ring("intervention_config")
     types = (*configs, changes.InterventionConfig) if changes else configs
@@ -176,7 +176,7 @@ def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -
 def interventions_in(
     options: dict[str, Any],
 ) -> tuple["InterventionConfig | None", Prompt | None]:
-    """Take interventions out of keyword arguments; second, a ``patch_from`` that is not text."""
+    """Remove interventions from options; return them, and ``patch_from`` if it is not text."""
     configs = find_ring("intervention_config")
     if configs is None:
         return None, None
@@ -198,9 +198,9 @@ def intervened(
     tokenizer: Tokenizer,
     source: Prompt | None,
 ) -> tuple[LanguageModel, "InterventionConfig | None"]:
-    """Return a model with interventions, and what they are; None if there are none.
+    """Return a model with interventions, and their config with its position; None if none are set.
 
-    Args: encode, which returns the tokens of a prompt; source, as for ``interventions_in``.
+    Args: encode, which returns the tokens of a prompt; source, a ``patch_from`` that is not text.
     """
     if config is None or not config.is_any:
         return model, None
@@ -210,7 +210,7 @@ def intervened(
         ids = encode(source)
         if any(not 0 <= token < model.config.vocab_size for token in ids):
             raise ConfigError(
-                f"patch_from has token ids that are not 0 to {model.config.vocab_size - 1}."
+                f"patch_from has token ids outside 0 to {model.config.vocab_size - 1}."
             )
         config = replace(config, patch_from=tokenizer.decode(ids))
         found = ring("tracing.interventions").intervene(model, config, prompt, lambda _: ids)
@@ -218,9 +218,9 @@ def intervened(
 
 
 def prompts_of(prompt: Prompts) -> list[Prompt]:
-    """Return the prompts of a list of texts or of lists of token ids; else the one prompt.
+    """Return the prompts in a list of texts or of lists of token ids, or a list of the one prompt.
 
-    Raises: ConfigError for an empty list, or one of several kinds.
+    Raises: ConfigError for a list that mixes them.
     """
     _require_prompt(prompt)
     if isinstance(prompt, str):
@@ -231,8 +231,8 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
         return list(prompt)  # type: ignore[arg-type]
     if any(is_text) or any(is_nested):
         raise ConfigError(
-            "a list of prompts must be all texts or all lists of token ids. Pass the "
-            "others in another call."
+            "a list of prompts must be all texts or all lists of token ids. Use one call for "
+            "each kind."
         )
     return [prompt]  # type: ignore[list-item]
 
@@ -240,7 +240,7 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
 def _require_prompt(prompt: object) -> None:
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray | memoryview):
         raise ConfigError(
-            f"a prompt is a text or a list of token ids: it is of type {type(prompt).__name__}."
+            f"a prompt must be text or a list of token ids: it is of type {type(prompt).__name__}."
         )
 
 
@@ -259,12 +259,12 @@ def model_and_tokenizer(
         for name, value in given.items():
             if value not in ("auto", None):
                 raise ConfigError(
-                    f"{name} is chosen when a model is loaded, and this one is in memory. Pass "
-                    f"{name} to minigpt.load."
+                    f"{name} is chosen when a model is loaded, but this model is already loaded. "
+                    f"Pass {name} to minigpt.load."
                 )
     if isinstance(model, LanguageModel):
         if tokenizer is None:
-            raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer, too.")
+            raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer as well.")
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
         model = load(model, device=device, dtype=dtype, quantize=quantize, compile=compile)
@@ -281,7 +281,7 @@ def prompt_ids(
 ) -> tuple[list[int], Tokenizer]:
     """Return the token ids of a prompt, and the tokenizer with the tokens that end its answer.
 
-    Args: folder, of the model, for the messages of a chat; the others as for ``generate``.
+    Args: folder, the model's, needed for chat messages; the others as for ``generate``.
     Raises: as ``encode_prompt``, and ConfigError if there is no chat template.
     """
     _require_prompt(prompt)

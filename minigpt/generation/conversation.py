@@ -1,4 +1,4 @@
-"""A decoder whose prompt grows or changes between its answers."""
+"""A decoder whose prompt can grow or change between answers."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ class Conversation(SlidingDecoder):
         return len(self._window) > self.context_length
 
     def replace(self, prompt: Sequence[int]) -> None:
-        """Continue another prompt; the tokens that it begins with are not fed again if cached.
+        """Switch to another prompt; the prefix that is already in the cache is not fed again.
 
         Raises: DataError if it is longer than the context.
         """
@@ -25,11 +25,11 @@ class Conversation(SlidingDecoder):
             raise DataError(self._full(len(prompt)))
         pairs = zip(self._window.rows[0], prompt, strict=False)
         n_same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
-        n_held = min(n_same, self.cache.length, len(prompt) - 1)
-        self._continue(Window({0: list(prompt)}), n_held)
+        n_cached = min(n_same, self.cache.length, len(prompt) - 1)
+        self._continue(Window({0: list(prompt)}), n_cached)
 
     def extend(self, tokens: Sequence[int], *, overflow: str = "stop") -> None:
-        """Append the latest continuation to the prompt, without its end-of-text, and then tokens.
+        """Extend the prompt by its latest continuation, without end-of-text, and then by tokens.
 
         Only tokens that are not in the cache are fed.
 
@@ -37,25 +37,25 @@ class Conversation(SlidingDecoder):
         Raises: DataError if the context window is full and overflow is "stop".
         """
         window = replace(self._window, rows={0: [*self._window.rows[0], *tokens]})
-        n_held = min(self.cache.length, len(window) - 1)
+        n_cached = min(self.cache.length, len(window) - 1)
         if len(window) > self.context_length:
             if overflow == "stop":
                 raise DataError(self._full(len(window)))
             window.slide(self.context_length)
-            n_held = 0
-        self._continue(window, n_held)
+            n_cached = 0
+        self._continue(window, n_cached)
 
-    def _continue(self, window: Window, n_held: int) -> None:
-        """Make a window the prompt, whose first ``n_held`` tokens are in the cache."""
+    def _continue(self, window: Window, n_cached: int) -> None:
+        """Use a window as the prompt; its first ``n_cached`` tokens are in the cache."""
         if self.cache.n_rows > 1:
             self.forward.keep([0])
         self._start = self._window = window
         self.prompt = window.rows[0]
         self.n_prompt = window.n_forgotten + len(window)
-        self.prefill(n_held)
+        self.prefill(n_cached)
 
     def _full(self, n_tokens: int) -> str:
         return (
-            f"the context window is full: the conversation has {n_tokens} tokens, the model sees "
-            f"{self.context_length}. Start again, or use --overflow slide."
+            f"the context window is full: the conversation has {n_tokens} tokens, but the model "
+            f"sees {self.context_length}. Start again, or use --overflow slide."
         )

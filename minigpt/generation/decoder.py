@@ -66,24 +66,24 @@ class Decoder:
     ) -> None:
         """Prefill.
 
-        Args: max_new_tokens, the largest that ``generate`` is called with, None for the full
-            context; n_rows, the largest number of seeds of ``batch``; compiles, as for
-            ``fast.is_compiled``; overflow, as in SamplingConfig, for the remedy for a prompt that
-            is longer than the context.
-        Raises: ConfigError if compiling is asked for and not possible; DataError if the prompt is
+        Args: max_new_tokens, the most that ``generate`` may be asked for, None for the full
+            context; n_rows, the most seeds that ``batch`` may get; compiles, as for
+            ``fast.is_compiled``; overflow, as in SamplingConfig: here it only changes the advice
+            for a prompt that is longer than the context.
+        Raises: ConfigError if compiling is requested but not possible; DataError if the prompt is
             empty, longer than the context, or has unknown token ids.
         """
         self.context_length = model.config.context_length
         if not prompt:
             raise DataError("the prompt is empty. Give at least one character of text.")
         self.prompt = self._in_view(prompt, overflow)
-        """Tokens in view that ``generate`` continues."""
+        """Prompt tokens in the context window."""
         self.n_prompt = len(prompt)
-        """Number of tokens of the prompt, including those that are not in view."""
+        """Number of prompt tokens, including those that have left the window."""
         n_tokens = model.config.vocab_size
         if unknown := [token for token in prompt if not 0 <= token < n_tokens]:
             raise DataError(
-                f"the prompt has the token id {unknown[0]}, the model's are 0 to {n_tokens - 1}. "
+                f"the prompt has the token id {unknown[0]}: the model's are 0 to {n_tokens - 1}. "
                 "Encode the prompt with the model's own tokenizer."
             )
         self.model = model
@@ -105,7 +105,7 @@ class Decoder:
         return self.forward.cache
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Feed tokens and return the logits (V,), float32, of the one after them."""
+        """Feed tokens and return the logits (V,), float32, of the next one."""
         return self.forward.feed(torch.tensor([tokens], device=self.forward.device))[0]
 
     def generate(
@@ -137,15 +137,15 @@ class Decoder:
     ) -> Iterator[tuple[int, Step]]:
         """Yield (row, Step) of one continuation per seed, decoded as a batch, rows in order.
 
-        Each row samples from its own generator, so it equals the row decoded alone, up to the
-        rounding of matrix products of another shape. Finished rows are removed.
+        Each row samples from its own generator, so it equals the row decoded alone, up to
+        rounding that depends on the batch size. Finished rows are removed.
 
         Args: stopped, a set to which the caller adds the rows whose stop string was found; forced,
-            the first tokens of every row, which are taken instead of sampled ones.
+            the first tokens of every row, used instead of sampled ones.
         Raises: CheckpointError for NaN or inf in the logits.
         """
         n_positions = min(self.context_length, len(self.prompt) + config.max_new_tokens)
-        assert n_positions <= self.cache.capacity, "the decoder was made for less max_new_tokens"
+        assert n_positions <= self.cache.capacity, "the decoder was made for fewer new tokens"
         rows = list(range(len(seeds)))
         logits = self._begin(len(rows))
         sampler = Sampler(
@@ -184,18 +184,18 @@ class Decoder:
                 self.forward.keep(places)
             logits = self._feed(rows, tokens)
 
-    def prefill(self, n_held: int = 0) -> None:
-        """Feed the prompt, except for its first ``n_held`` tokens, which are in the cache."""
-        self.cache.truncate(n_held)
+    def prefill(self, n_cached: int = 0) -> None:
+        """Feed the prompt, except for its first ``n_cached`` tokens, which are in the cache."""
+        self.cache.truncate(n_cached)
         # A copy, because the next forward pass may overwrite its output.
-        self.prompt_logits = self.logits(self.prompt[n_held:]).clone()
+        self.prompt_logits = self.logits(self.prompt[n_cached:]).clone()
 
     def _in_view(self, prompt: Sequence[int], overflow: str | None) -> list[int]:
-        """Return the tokens of a prompt that the model sees: all, or raise DataError."""
+        """Return the prompt's tokens in the context window: all, or DataError if too many."""
         if len(prompt) > self.context_length:
             slide = "use --overflow slide, " if overflow else ""
             raise DataError(
-                f"the prompt has {len(prompt)} tokens, the model sees {self.context_length}. "
+                f"the prompt has {len(prompt)} tokens, but the model sees {self.context_length}. "
                 f"Shorten the prompt, {slide}or train with a larger --context-length."
             )
         return list(prompt)
@@ -214,7 +214,7 @@ class Decoder:
 
     @property
     def _holds_prompt(self) -> bool:
-        """Whether the cache begins with the prompt, and the recorder's latest pass is its own."""
+        """Whether the cache starts with the prompt, and the recorder's latest pass is for it."""
         return self.recorder is None or self.cache.length <= len(self.prompt)
 
     def _feed(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
@@ -236,15 +236,15 @@ def require_finite(result: _Result, position: int) -> None:
 
 @torch.inference_mode()
 def to_host(logits: Tensor, tokens: Tensor, n_best: int) -> list[_Result]:
-    """Return each row's token, its log-probability, and the best tokens with theirs."""
+    """Return each row's token and log-probability, and the most probable tokens with theirs."""
     log_probability = logits.log_softmax(dim=-1)
     ids = values = log_probability[:, :0]
     if n_best:
         values, ids = log_probability.topk(min(n_best, logits.shape[1]))
     columns = [tokens[:, None], log_probability.gather(1, tokens[:, None]), ids, values]
     if logits.device.type != "cpu":
-        # One copy, and so one synchronization, per token. float64 holds any id exactly, and float32
-        # those below 2**24, more than any vocabulary has.
+        # One copy, and so one synchronization, per token. float64 represents any id exactly, and
+        # float32 ids below 2**24, which is larger than any vocabulary.
         dtype = widest_float(logits.device)
         joined = torch.cat([column.to(dtype) for column in columns], dim=1).cpu()
         columns = list(joined.split([column.shape[1] for column in columns], dim=1))

@@ -1,4 +1,4 @@
-"""The text of an option as tokens that continue a prompt: --force, --against."""
+"""Token ids of the texts of --force and --against, which continue a prompt."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from minigpt.text.tokenizer import Tokenizer
 def continuation_ids(
     tokenizer: Tokenizer, text: str, option: str, *, special: bool = False
 ) -> list[int]:
-    """Return the token ids of the text of an option, which continues another text.
+    """Return the token ids of an option's text, which continues another text.
 
     Raises: ConfigError for characters that the vocabulary cannot represent.
     """
-    if not special and (lacking := sorted(tokenizer.unencodable(text))):
+    if not special and (unencodable := sorted(tokenizer.unencodable(text))):
         raise ConfigError(
-            f"the vocabulary has no token for {cut(lacking[0])} in the text of {option}, "
+            f"the vocabulary has no token for {cut(unencodable[0])} in the text of {option}, "
             f"{cut(text)}. Use other characters."
         )
     return list(tokenizer.encode(text, is_start=False, special=special))
@@ -33,8 +33,8 @@ def forced_ids(
 ) -> list[int]:
     """Return the token ids of ``sampling.force``, which follow a prompt.
 
-    Raises: ConfigError if they are more than max_new_tokens, or do not fit into the context; as
-        ``encode_prompt``.
+    Raises: ConfigError if there are more than max_new_tokens, or they do not fit into the context;
+        as ``continuation_ids``.
     """
     if sampling.force is None:
         return []
@@ -45,10 +45,10 @@ def forced_ids(
             f"{sampling.max_new_tokens}. Use --max-new-tokens {len(ids)} or more."
         )
     n_positions, context = len(prompt) + len(ids), model.config.context_length
-    # The last token is not fed, but a step beyond the context ends a text.
+    # The last token is never fed to the model, so it may lie one position beyond the context.
     if n_positions > context + 1 and sampling.overflow == "stop":
         raise ConfigError(
-            f"the prompt and the text of --force have {n_positions} tokens, the model sees "
+            f"the prompt and the text of --force have {n_positions} tokens, but the model sees "
             f"{context}. Shorten one of them."
         )
     return ids

@@ -14,11 +14,11 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 
 FAST = "generation.fast"
-"""Ring of the fast ways to decode."""
+"""Module of the ring that decodes faster."""
 
 
 class PlainForward:
-    """Decoding by the model's own ``forward``, which every faster path must equal."""
+    """Decodes with the model's own ``forward``, which every faster path must match."""
 
     is_compiled = False
     """Whether tokens are decoded through a compiled graph."""
@@ -57,11 +57,11 @@ def make_forward(
     recorder: Recorder | None = None,
     compiles: bool | None = False,
 ) -> PlainForward:
-    """Return the fastest way to decode with a model: the fast ring where it supports the model.
+    """Return the fastest forward pass for decoding: the fast ring's if it supports the model.
 
     Args: capacity, the number of positions that the cache has room for; n_rows, the largest number
         of rows; compiles, as for ``fast.is_compiled``.
-    Raises: ConfigError if compiling is asked for and not possible.
+    Raises: ConfigError if compiling is requested but not possible.
     """
     fast = ring(FAST) if compiles else find_ring(FAST)
     sizes = {"capacity": capacity, "n_rows": n_rows, "recorder": recorder}

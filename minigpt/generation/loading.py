@@ -1,4 +1,4 @@
-"""Loading a model to generate with: its weights, laid out for decoding, and its tokenizer."""
+"""Load a model for generation: its weights, in the layout for decoding, and its tokenizer."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -32,8 +32,8 @@ def load(
 
     Args: decodes, whether to lay out the weights for fast decoding while they are read; compile
         and n_rows, as for ``fast.is_compiled``.
-    Raises: CheckpointError if it is damaged; ConfigError for a device or quantization that is
-        unknown or not available.
+    Raises: CheckpointError if it is damaged; ConfigError for an unknown or unavailable device or
+        quantization.
     """
     require_choice("device", device, DEVICES)
     require_choice("dtype", dtype, DTYPES)
@@ -61,19 +61,19 @@ def load(
 
 
 def tokenizer_of(loaded: LoadedModel) -> Tokenizer:
-    """Return the tokenizer of a model; if it has none, one whose text is token ids."""
+    """Return the tokenizer of a model; if it has none, one that uses token ids as text."""
     return loaded.tokenizer or ring(VOCABULARIES).id_tokenizer(loaded.folder, loaded.model.config)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, *, special: bool = False) -> list[int]:
     """Return the token ids of a prompt; empty text starts a new document.
 
-    Args: special, whether the text of a special token becomes its id.
-    Raises: DataError if the vocabulary has no token for that.
+    Args: special, whether to parse special tokens in the text.
+    Raises: DataError if the prompt is empty and the vocabulary has no token to start a document.
     """
     ids = tokenizer.encode_prompt(prompt, special=special)
     if not ids:
-        raise DataError("this model has no token that begins a document. Give a prompt.")
+        raise DataError("this model has no token that starts a document. Give a prompt.")
     return ids
 
 
@@ -93,7 +93,7 @@ def make_decoder(
     *,
     compile: bool | None = None,
 ) -> Decoder:
-    """Return a decoder for as many samples at a time as fit into its memory.
+    """Return a decoder for as many samples at a time as fit into memory.
 
     Args: compile, as for ``fast.is_compiled``.
     Raises: DataError if the prompt is empty, or longer than the context and overflow is stop.
@@ -101,8 +101,8 @@ def make_decoder(
     n_rows = 1
     if sampling.num_samples > 1:
         n_positions = len(prompt) + sampling.max_new_tokens
-        most = ring("generation.samples").max_rows_together
-        n_rows = most(model.config, sampling.num_samples, n_positions)
+        max_rows_together = ring("generation.samples").max_rows_together
+        n_rows = max_rows_together(model.config, sampling.num_samples, n_positions)
     slides = sampling.overflow == "slide"
     decoder_class = ring("generation.sliding").SlidingDecoder if slides else Decoder
     return decoder_class(

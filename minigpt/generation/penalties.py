@@ -1,4 +1,4 @@
-"""Penalties for tokens that a text has already, on logits (B, V) and tokens (B, N)."""
+"""Penalties on the logits (B, V) of tokens (B, N) that a text already contains."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from minigpt.config import SamplingConfig
 
 
 class Penalties:
-    """The penalties of a sampler, and the tokens of its rows, also those out of the window."""
+    """Applies a sampler's penalties, and stores all tokens of each row, also beyond the window."""
 
     def __init__(
         self, config: SamplingConfig, prompt: Sequence[int], n_rows: int, device: torch.device | str
     ) -> None:
-        """Args: prompt, token ids that every row begins with."""
+        """Args: prompt, token ids that every row starts with."""
         self._config, self._n_prompt = config, len(prompt)
         tokens = torch.tensor([list(prompt)] * n_rows, dtype=torch.int64, device=device)
         self._tokens = tokens  # (B, N)

@@ -13,7 +13,7 @@ _MAX_ROWS = 256
 
 
 def max_rows_together(config: ModelConfig, n_rows: int, n_positions: int) -> int:
-    """Return how many of n rows to decode together: at least 1, and at most a GiB of cache."""
+    """Return how many of n rows to decode together: at least 1, with at most 1 GiB of cache."""
     row_bytes = min(n_positions, config.context_length) * cache_bytes_per_token(config)
     return max(1, min(n_rows, _MAX_ROWS, _MAX_CACHE_BYTES // row_bytes))
 

@@ -5,13 +5,13 @@ The options apply in this order, each skipped at its neutral value:
 1. ignore_eos removes the tokens that end a text;
 2. repetition_penalty, on tokens of the prompt and the output, as in transformers and vLLM;
 3. presence_penalty and frequency_penalty, on tokens of the output, as in OpenAI's API and vLLM;
-4. temperature; 0 takes the most probable token and skips the rest;
+4. temperature; 0 picks the most probable token and skips the rest;
 5. top_k;
 6. top_p, on the probabilities after top_k;
 7. min_p, relative to the most probable token;
 8. sampling, by one uniform random number from the row's own generator.
 
-From 4 on the order is that of transformers. logprobs are of the logits before all of this.
+From 4 on the order is that of transformers. logprobs are those of the unmodified logits.
 
 Shapes: B rows, V vocabulary, K candidates, N tokens.
 """
@@ -50,7 +50,7 @@ class Sampler:
         """Args: seeds, one for each row; prompt, token ids that every row starts with."""
         self.config, self._device = config, device
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self._uniforms = torch.empty(0)  # (N, B, 1), those not used yet
+        self._uniforms = torch.empty(0)  # (N, B, 1), not used yet
         never = sorted(end_of_text) if config.ignore_eos else []
         self._never = torch.tensor(never, dtype=torch.int64, device=device)
         self._penalties: Any = None
@@ -64,15 +64,15 @@ class Sampler:
         """Sample the next token of each row, without synchronizing with the device.
 
         Args: logits (B, V), float32, which are not modified; forced, the token to return instead of
-            the sampled one, so that the RNG is where it is after sampling that token.
+            the sampled one; the RNG advances as if it had been sampled.
         Returns: token ids (B,), int64, on the device.
         """
         if self.config.temperature == 0:
             tokens = self._penalized(logits).argmax(dim=-1)
         else:
             probability, ids = self.candidates(logits)
-            places = self._places(probability)
-            tokens = (places if ids is None else ids.gather(1, places))[:, 0]
+            index = self._sample(probability)
+            tokens = (index if ids is None else ids.gather(1, index))[:, 0]
         if forced is not None:
             tokens = torch.full_like(tokens, forced)
         if self._penalties:
@@ -114,11 +114,11 @@ class Sampler:
         penalties: Any = self._penalties
         return penalties.penalized(logits) if penalties else logits
 
-    def _places(self, probability: Tensor) -> Tensor:
+    def _sample(self, probability: Tensor) -> Tensor:
         """Sample by inversion: return the index (B, 1) where the cumulative sum passes a uniform.
 
         The uniforms are drawn on the CPU and copied in blocks: on a GPU, drawing one number takes
-        as long as a whole step of a small model.
+        as long as a complete step of a small model.
         """
         if not len(self._uniforms):
             drawn = [
@@ -132,11 +132,9 @@ class Sampler:
         if self._cumulative.shape != probability.shape:
             self._cumulative = torch.empty_like(probability, dtype=dtype)
         torch.cumsum(probability, dim=-1, dtype=dtype, out=self._cumulative)
-        places = torch.searchsorted(
-            self._cumulative, uniform * self._cumulative[:, -1:], right=True
-        )
+        index = torch.searchsorted(self._cumulative, uniform * self._cumulative[:, -1:], right=True)
         # With NaN logits the index is out of range; the decoder raises an error for them.
-        return places.clamp_(max=probability.shape[1] - 1)
+        return index.clamp_(max=probability.shape[1] - 1)
 
 
 def _kept(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
@@ -154,15 +152,15 @@ def _kept(logits: Tensor, config: SamplingConfig) -> tuple[Tensor, Tensor]:
     for n in (n_first, 16 * n_first):
         if 4 * n < n_vocab:
             best, ids = logits.topk(n)
-            kept = _first_of(best, total, config)
+            kept = _truncated(best, total, config)
             if bool((kept[:, -1] == -torch.inf).all()):
                 return kept, ids
     best, ids = logits.sort(dim=-1, descending=True, stable=True)
-    return _first_of(best, total, config), ids
+    return _truncated(best, total, config), ids
 
 
-def _first_of(best: Tensor, total: Tensor | None, config: SamplingConfig) -> Tensor:
-    """Set logits to -inf that top-k, top-p and min-p remove.
+def _truncated(best: Tensor, total: Tensor | None, config: SamplingConfig) -> Tensor:
+    """Set the logits that top-k, top-p and min-p remove to -inf.
 
     Args: best, the highest logits (B, K), descending; total (B, 1), logsumexp of all logits, needed
         for top_p.

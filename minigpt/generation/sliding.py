@@ -1,4 +1,4 @@
-"""``--overflow slide``: a decoder whose full window drops old tokens and goes on.
+"""``--overflow slide``: a decoder that drops old tokens when its window is full, and continues.
 
 A full window slides: it keeps the first few tokens and the newest half of a window, and encodes
 them again from position 0. The first tokens are kept because they are attention sinks: without
@@ -21,14 +21,14 @@ _N_SINK = 4
 
 @dataclass
 class Window:
-    """The tokens in view of rows of equal length, and how many have left the window."""
+    """The tokens in the context window of rows of equal length, and how many have left it."""
 
     rows: dict[int, list[int]]
-    """Tokens in view, by the number of the row."""
+    """Tokens in the window, by row number."""
     n_slides: int = 0
-    """Number of times that it has slid."""
+    """Number of times that the window has slid."""
     n_forgotten: int = 0
-    """Tokens of each row that have left the window."""
+    """Number of tokens of each row that have left the window."""
 
     def __len__(self) -> int:
         return len(next(iter(self.rows.values())))
@@ -44,7 +44,7 @@ class Window:
 
 
 class SlidingDecoder(Decoder):
-    """A decoder that knows the tokens in view, and slides when ``overflow`` is slide."""
+    """A decoder that records the tokens in its window, and slides it if ``overflow`` is slide."""
 
     def _in_view(self, prompt: Sequence[int], overflow: str | None) -> list[int]:
         window = Window({0: list(prompt)})

@@ -21,7 +21,7 @@ class TextStep:
 
 
 class TextStream:
-    """Turns the steps of one continuation into text, holding back what is not final yet."""
+    """Turns the steps of one continuation into text, holding back text that is not final yet."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), sample: int = 0) -> None:
         self._tokenizer, self._sample = tokenizer, sample
@@ -29,10 +29,10 @@ class TextStream:
         self._finder = ring("generation.stops").StopFinder(stops) if stops else None
 
     def push(self, step: Step) -> TextStep:
-        """Take the next step; if it completes a stop string, its finish becomes "stop"."""
+        """Add the next step; if it completes a stop string, its finish becomes "stop"."""
         is_end = step.finish == "end_of_text"
         data = b"" if is_end else self._tokenizer.token_bytes(step.token)
-        # A limit may be reached inside a character, which is left out.
+        # A limit may be reached inside a character, which is then dropped.
         text = self._utf8.decode(data, final=is_end)
         if finder := self._finder:
             text = finder.push(text) + (finder.finish() if step.finish else "")

@@ -125,12 +125,13 @@ def _run(model: GPT, tokens: Sequence[int]) -> None:
     """Run a prompt through a model; raise DataError if it does not fit."""
     if len(tokens) > model.config.context_length:
         raise DataError(
-            f"the prompt has {len(tokens)} tokens, the model sees {model.config.context_length}: "
-            "it cannot be run as a whole, which this intervention needs. Shorten the prompt."
+            f"the prompt has {len(tokens)} tokens, but the model sees "
+            f"{model.config.context_length}: this intervention needs a forward pass of the full "
+            "prompt. Shorten it."
         )
     if unknown := [token for token in tokens if not 0 <= token < model.config.vocab_size]:
         raise DataError(
-            f"the prompt has the token id {unknown[0]}, the model's are 0 to "
+            f"the prompt has the token id {unknown[0]}: the model's are 0 to "
             f"{model.config.vocab_size - 1}. Encode the prompt with the model's own tokenizer."
         )
     model(torch.tensor([list(tokens)], device=model.device), logits_to_keep=1)

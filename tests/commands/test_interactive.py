@@ -77,8 +77,8 @@ def test_a_line_that_does_not_fit_is_reported_and_a_shorter_one_works(run: Run) 
     first = answer(run, "The")
     result = run(*WORDS, stdin=b"x" * 65 + b"\nThe\n" + b"y" * 60 + b"\n king\n")
     assert result.out == f"{first}\n{answer(run, f'The{first} king')}\n"
-    assert "the prompt has 65 tokens, the model sees 64" in result.err
-    assert "the conversation has 68 tokens, the model sees 64" in result.err
+    assert "the prompt has 65 tokens, but the model sees 64" in result.err
+    assert "the conversation has 68 tokens, but the model sees 64" in result.err
 
 
 def test_a_sliding_window_never_ends_the_conversation(run: Run) -> None:

@@ -75,5 +75,5 @@ def test_generation_ends_at_the_end_of_text_id_of_the_model(mute: Path) -> None:
 
 
 def test_without_an_end_of_text_an_empty_prompt_is_refused(mute: Path) -> None:
-    with pytest.raises(DataError, match="no token that begins a document"):
+    with pytest.raises(DataError, match="no token that starts a document"):
         minigpt.generate(mute, "")

@@ -2,14 +2,14 @@
 
 import torch
 
-from minigpt.generation.fast.quantize import WeightOnlyLinear, hold_weights_apart
+from minigpt.generation.fast.quantize import WeightOnlyLinear, use_weight_only_layers
 from minigpt.model.language_model import LanguageModel
 
 
 @torch.no_grad()
 def use_float32_activations(model: LanguageModel) -> None:
     """Make a bfloat16 model compute in float32, with bfloat16 weights, in-place."""
-    hold_weights_apart(model)
+    use_weight_only_layers(model)
     for module in model.modules():
         if isinstance(module, WeightOnlyLinear):
             module.dtype = torch.float32

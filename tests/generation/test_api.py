@@ -81,10 +81,15 @@ def test_more_samples_than_rows_are_decoded_in_several_batches() -> None:
 @pytest.mark.parametrize(
     ("model", "options", "error", "said"),
     [
-        (MODEL, {}, ConfigError, "Pass tokenizer, too."),
+        (MODEL, {}, ConfigError, "Pass tokenizer as well."),
         (MODEL, {"tokenizer": BYTES, "tempurature": 1}, ConfigError, "Did you mean temperature?"),
         (MODEL, {"tokenizer": BYTES, "top_p": 2.0}, ConfigError, "top_p must be in (0, 1]"),
-        (MODEL, {"tokenizer": BYTES, "prompt": "x" * 99}, DataError, "99 tokens, the model sees"),
+        (
+            MODEL,
+            {"tokenizer": BYTES, "prompt": "x" * 99},
+            DataError,
+            "99 tokens, but the model sees",
+        ),
         (MODEL, {"tokenizer": BYTES, "prompt": []}, DataError, "the prompt is empty"),
         (MODEL, {"tokenizer": BYTES, "prompt": [-1]}, DataError, "the token id -1"),
         (MODEL, {"tokenizer": BYTES, "prompt": [9999]}, DataError, "the token id 9999"),

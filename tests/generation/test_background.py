@@ -15,9 +15,9 @@ from small_models import LAYOUTS, random_tokens, small_model
 from minigpt.errors import ConfigError
 from minigpt.files import locked
 from minigpt.generation.fast import (
-    agrees_compiled,
     background,
     compiled,
+    compiled_matches_eager,
     compiles_by_default,
     is_compiled,
     prepare_for_decoding,
@@ -113,8 +113,8 @@ def test_a_graph_replaces_an_eager_step_only_if_both_round_like_float32(
     steps = torch.cat([eager.feed(tokens[:, i : i + 1]).clone() for i in range(4, 12)])
     with torch.no_grad():
         error = (steps - exact(tokens)[0, 4:]).abs().max()
-    assert agrees_compiled(model) == (kind in KINDS)
-    assert error < 1e-4 or not agrees_compiled(model)
+    assert compiled_matches_eager(model) == (kind in KINDS)
+    assert error < 1e-4 or not compiled_matches_eager(model)
 
 
 def test_only_one_process_compiles_a_step(

@@ -269,7 +269,7 @@ def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
     assert decoder.is_full
     before = decoder.prompt
     with pytest.raises(
-        DataError, match=r"^the context window is full: the conversation has 28 tokens, the mo"
+        DataError, match=r"^the context window is full: the conversation has 28 tokens, but"
     ):
         decoder.extend([1, 2, 3])
     assert decoder.prompt == before

@@ -195,8 +195,8 @@ def test_a_prompt_longer_than_the_context_raises_a_data_error_with_both_lengths(
     with pytest.raises(DataError) as caught:
         Decoder(small_model(), random_tokens(25).tolist())
     assert str(caught.value) == (
-        "the prompt has 25 tokens, the model sees 24. Shorten the prompt, or train with a larger "
-        "--context-length."
+        "the prompt has 25 tokens, but the model sees 24. Shorten the prompt, or train with a "
+        "larger --context-length."
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch._inductor import cpp_builder, cpu_vec_isa
 
-from minigpt.generation.fast.toolchain import overlapped, without_collecting
+from minigpt.generation.fast.toolchain import gc_disabled, overlapped
 
 WRAPPER, KERNEL = "g++ a.wrapper.cpp -c -o a.o", "g++ b.kernel.cpp -c -o b.o"
 LINK = "g++ a.o b.o -shared -o c.so"
@@ -90,6 +90,6 @@ def test_the_garbage_collector_runs_again_after_a_failure() -> None:
         raise OSError("failed")
 
     assert gc.isenabled()
-    with pytest.raises(OSError, match="failed"), without_collecting():
+    with pytest.raises(OSError, match="failed"), gc_disabled():
         fail()
     assert gc.isenabled()

@@ -140,7 +140,7 @@ def test_forced_text_that_does_not_fit_is_refused() -> None:
     model = model_of("llama")
     with pytest.raises(ConfigError, match=r"has 5 tokens.*Use --max-new-tokens 5"):
         traced(model, "to", force=" be o", max_new_tokens=4)
-    with pytest.raises(ConfigError, match="have 26 tokens, the model sees 24"):
+    with pytest.raises(ConfigError, match="have 26 tokens, but the model sees 24"):
         traced(model, "to", force="x" * 24)
     assert traced(model, "to", force="x" * 23).footer.finish == "context"
     with pytest.raises(ConfigError, match="force must not be the empty string"):

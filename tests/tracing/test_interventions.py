@@ -189,7 +189,7 @@ def test_an_intervention_names_what_it_patches(patch: str, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "says"),
-    [([1] * 25, "the prompt has 25 tokens, the model sees 24"), ([257], "the token id 257")],
+    [([1] * 25, "the prompt has 25 tokens, but the model sees 24"), ([257], "the token id 257")],
 )
 def test_a_patch_prompt_that_the_model_cannot_run_is_refused(tokens: list[int], says: str) -> None:
     model = model_of("llama")
@@ -207,7 +207,7 @@ def test_in_python_the_patch_prompt_may_be_token_ids() -> None:
         (s.token, s.log_probability) for s in other.steps
     ]
     assert one.header.intervention == other.header.intervention
-    with pytest.raises(ConfigError, match="token ids that are not 0 to 256"):
+    with pytest.raises(ConfigError, match="token ids outside 0 to 256"):
         traced(model, patch_from=[1, 2, 3, 4, 5, 6, 7, 257], patch="1.*")
 
 

@@ -145,5 +145,5 @@ def test_invalid_options_are_refused(
 
 
 def test_a_model_without_a_tokenizer_is_refused() -> None:
-    with pytest.raises(ConfigError, match="Pass tokenizer, too"):
+    with pytest.raises(ConfigError, match="Pass tokenizer as well"):
         minigpt.trace(small_model(), PROMPT)

@@ -1,4 +1,4 @@
-"""Fast decoding of a GPT: a step of few calls, compiled graphs, weight-only quantization."""
+"""Fast decoding of a GPT: a step with few kernel calls, compiled graphs, quantized weights."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.idle import allow_idle_steps
 from minigpt.generation.fast.products import join_weights, max_table_rows
 from minigpt.generation.fast.prompts import use_prompt_linears
-from minigpt.generation.fast.quantize import WeightOnlyEmbedding, hold_weights_apart
+from minigpt.generation.fast.quantize import WeightOnlyEmbedding, use_weight_only_layers
 from minigpt.generation.forward import PlainForward
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT, Block
@@ -22,10 +22,10 @@ from minigpt.model.layers import GatedMLP
 
 
 def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
-    """Return whether the decode step computes what this model's own forward does.
+    """Return whether the decode step computes the same as this model's own forward.
 
-    A subclass of GPT may compute something else, so only GPT itself is supported. The step does not
-    run the hooks of modules.
+    Subclasses of GPT may compute something else, so only GPT itself is supported, and without
+    module hooks, which the step does not run.
     """
     if type(model) is not GPT or model.training:
         return False
@@ -41,21 +41,21 @@ def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
 
 
 def compiles_by_default(model: LanguageModel, n_rows: int) -> bool:
-    """Return whether to decode through a compiled graph without being asked to.
+    """Return whether to decode with a compiled graph by default.
 
     On CUDA, if the model is supported; on a CPU, for one row, if its graph is in the cache and
     computes the same as the eager step up to float32 rounding.
     """
     if model.device.type == "cuda":
         return supports(model, compiles=True)
-    return n_rows == 1 and agrees_compiled(model) and is_cached(model)
+    return n_rows == 1 and compiled_matches_eager(model) and is_cached(model)
 
 
-def agrees_compiled(model: LanguageModel) -> TypeGuard[GPT]:
-    """Return whether the compiled step on a CPU rounds as the eager one does.
+def compiled_matches_eager(model: LanguageModel) -> TypeGuard[GPT]:
+    """Return whether the compiled step on a CPU equals the eager one up to float32 rounding.
 
     Weights must be float32 or int8, and activations float32. With bfloat16, the graph rounds less
-    often than the eager step and its tables, so the same seed could sample another text.
+    often than the eager step and its tables, so the same seed could sample a different text.
     """
     kinds = {model.dtype, stored_dtype(model)}
     is_same = model.device.type in ("cpu", "meta") and kinds <= {torch.float32, torch.int8}
@@ -74,7 +74,7 @@ def stored_dtype(model: LanguageModel) -> torch.dtype:
 def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> None:
     """Lay out the weights in memory as the decode step reads them, without changing any value.
 
-    A step for a model that was not prepared copies the weights that it needs in another layout.
+    For a model that was not prepared, a step copies the weights that it needs in another layout.
     The model must not be trained afterwards.
     """
     if not supports(model, compiles=compiles):
@@ -85,15 +85,15 @@ def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> Non
         use_prompt_linears(model)
     else:
         if max_table_rows(model.dtype) and not isinstance(model.embedding, WeightOnlyEmbedding):
-            hold_weights_apart(model)
+            use_weight_only_layers(model)
         for layers in joined_layers(model):
             join_weights(layers)
     allow_idle_steps(model)
 
 
 def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
-    """Yield the layers of each product of a decode step: those of the same input."""
-    # The largest first, while there is memory for a second copy of it.
+    """Yield the layers of each matrix product of a decode step: those that share an input."""
+    # The largest first, while there is still memory for a second copy of it.
     yield [model.unembedding or model.embedding]
     for block in model.blocks:
         assert isinstance(block, Block)
@@ -106,10 +106,10 @@ def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
 
 
 def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) -> bool:
-    """Return whether to decode through a compiled graph.
+    """Return whether to decode with a compiled graph.
 
-    Args: compiles, whether it is asked for; None for ``compiles_by_default``. If that fails,
-        decoding continues without it, with a warning.
+    Args: compiles, whether the user requests it; None for ``compiles_by_default``. If compiling
+        then fails, ``make_forward`` warns and decodes without it.
     """
     return compiles_by_default(model, n_rows) if compiles is None else compiles
 
@@ -125,7 +125,7 @@ def make_forward(
     """Return the decode step of a model; None if the model is not supported.
 
     Args: as for ``forward.make_forward``.
-    Raises: ConfigError if compiling is asked for and not possible.
+    Raises: ConfigError if compiling is requested but not possible.
     """
     if compiles and not supports(model, compiles=True):
         raise ConfigError(

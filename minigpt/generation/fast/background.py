@@ -1,8 +1,8 @@
-"""Compiling the decode step in a process of low priority, for later starts.
+"""Compile the decode step in a background process of low priority, for later runs.
 
-The process outlives the command that starts it. It holds a lock, so that only one compiles a step;
-it leaves a package in the cache, or a file with the reason why there is none, which keeps later
-commands from trying again.
+The process outlives the command that starts it. It holds a lock, so that no other compiles the same
+step, and writes a package to the cache, or if compilation fails a file with the error, which keeps
+later commands from trying again.
 """
 
 import json
@@ -21,7 +21,7 @@ import torch
 from minigpt.config import ModelConfig
 from minigpt.errors import LockedError, MinigptError
 from minigpt.files import locked, resource_errors, write_atomically
-from minigpt.generation.fast import agrees_compiled, stored_dtype
+from minigpt.generation.fast import compiled_matches_eager, stored_dtype
 from minigpt.generation.fast.compiled import compile_step, is_cached, package_key
 from minigpt.generation.fast.packages import failure_path, lock_path
 from minigpt.generation.fast.reading import model_of_zeros
@@ -29,16 +29,16 @@ from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 
 VARIABLE = "MINIGPT_COMPILE_AFTER"
-"""Seconds of decoding after which a command starts to compile, or never."""
+"""Environment variable: seconds of decoding before a command starts to compile, or never."""
 
 _AFTER_S = 5.0
 _GIVE_UP_S = 1800
 
 
 def compile_after() -> float:
-    """Return the seconds of decoding after which to compile: infinity for never.
+    """Return the seconds of decoding before compiling starts: infinity for never.
 
-    By default never without a terminal: a script's machine may be gone before the next start.
+    The default without a terminal is never: a script's machine may be gone before the next run.
     """
     chosen = os.environ.get(VARIABLE, str(_AFTER_S) if sys.stderr.isatty() else "never")
     try:
@@ -48,24 +48,24 @@ def compile_after() -> float:
 
 
 def start(model: LanguageModel) -> bool:
-    """Start to compile a model's decode step for one row; return whether it is started.
+    """Start compiling a model's decode step for one row; return whether it was started.
 
-    It is not if the step is in the cache, another process compiles it, compiling it failed before,
-    there is no C++ compiler, or the compiled step would round differently.
+    It is not started if the step is in the cache, another process is compiling it, compiling it
+    failed before, there is no C++ compiler, or the compiled step would round differently.
     """
     compiler = os.environ.get("CXX", "g++")
-    if not agrees_compiled(model) or not shutil.which(compiler):
+    if not compiled_matches_eager(model) or not shutil.which(compiler):
         return False
-    work = description(model)
-    alike = described(work, "meta")
-    key = package_key(alike)
-    if failure_path(key).exists() or is_cached(alike):
+    properties = description(model)
+    meta_model = model_of_zeros_like(properties, "meta")
+    key = package_key(meta_model)
+    if failure_path(key).exists() or is_cached(meta_model):
         return False
     try:
         with resource_errors(lock_path(key)), locked(lock_path(key), "it is being compiled"):
             pass
         subprocess.Popen(
-            [sys.executable, "-m", __name__, json.dumps(work)],
+            [sys.executable, "-m", __name__, json.dumps(properties)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -77,7 +77,7 @@ def start(model: LanguageModel) -> bool:
 
 
 def description(model: GPT) -> dict[str, Any]:
-    """Return what the compiled step depends on: all but the values of the weights."""
+    """Return the properties of a model that its compiled step depends on: all but its weights."""
     return {
         "config": asdict(model.config),
         "is_int8": stored_dtype(model) == torch.int8,
@@ -85,23 +85,23 @@ def description(model: GPT) -> dict[str, Any]:
     }
 
 
-def described(work: dict[str, Any], device: str) -> GPT:
-    """Return a model with these properties, whose weights are zeros."""
+def model_of_zeros_like(properties: dict[str, Any], device: str) -> GPT:
+    """Return a model with these properties and zero weights."""
     model = model_of_zeros(
-        ModelConfig(**work["config"]),
+        ModelConfig(**properties["config"]),
         device=torch.device(device),
         dtype=torch.float32,
         activations=torch.float32,
-        quantizes=work["is_int8"],
+        quantizes=properties["is_int8"],
     )
     assert isinstance(model, GPT)
     return model
 
 
-def compile_described(work: dict[str, Any]) -> None:
-    """Compile the step of a description, unless another process does."""
-    torch.set_num_threads(work["n_threads"])
-    model = described(work, "cpu")
+def compile_described(properties: dict[str, Any]) -> None:
+    """Compile the step of a model with these properties, unless another process is doing so."""
+    torch.set_num_threads(properties["n_threads"])
+    model = model_of_zeros_like(properties, "cpu")
     key = package_key(model)
     try:
         with locked(lock_path(key), "it is being compiled"):
@@ -115,7 +115,7 @@ def compile_described(work: dict[str, Any]) -> None:
 
 @contextmanager
 def _ending_cleanly() -> Iterator[None]:
-    """Let signals and a deadline end the process by an exception, which removes temporary files."""
+    """Turn signals and a deadline into an exception, so that temporary files are removed."""
 
     def stop(number: int, frame: Any) -> NoReturn:
         raise SystemExit(128 + number)
@@ -129,7 +129,7 @@ def _ending_cleanly() -> Iterator[None]:
 
 
 def main() -> None:
-    """Compile what the command line describes."""
+    """Compile the step that the command line describes."""
     if hasattr(os, "nice"):
         os.nice(19)
     with _ending_cleanly():

@@ -1,9 +1,9 @@
-"""Decoding by a compiled graph of the decode step: ``--compile``.
+"""Decoding with a compiled graph of the decode step: ``--compile``.
 
 AOTInductor compiles ahead of time, for later processes too. torch.compile's own caches only save
 the C++ compiler's time: every process would import the compiler and trace the model again, while
-the loader of a package is already in torch. The weights stay outside the package, so it is small
-and serves every checkpoint of the same shape.
+torch loads a package without either. The weights are not part of the package, so it is small
+and works for every checkpoint of the same shape.
 
 Shapes: B rows, S positions in view.
 """
@@ -39,33 +39,33 @@ from minigpt.model.gpt import GPT
 Run = Callable[[list[Tensor]], list[Tensor]]
 """Takes the tensors of GraphStep.forward as one list and returns its results as another."""
 
-_CPU_VIEW = 16  # positions in view are rounded up to whole vectors
-_CUDA_VIEW = 256  # and on CUDA to a power of two from this on, as each needs its own CUDA graph
+_CPU_VIEW = 16  # positions in view are rounded up to full vectors
+_CUDA_VIEW = 256  # on CUDA: to a power of two, at least this, as each has its own CUDA graph
 
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     # Would only speed up later compilations.
     "aot_inductor.precompile_headers": False,
     "size_asserts": False,
-    # a * b + c in one instruction, as in a library's product.
+    # a * b + c in one instruction, as in the matrix products of libraries.
     "cpp.enable_floating_point_contract_flag": "fast",
-    # Loops that share only the position are fused: those that write a key and a value.
+    # Fuse the loops that write a key and a value, which share only the position.
     "score_fusion_memory_threshold": 1,
-    # On CUDA, the compiler would not see that biases and cache writes read what products wrote.
+    # On CUDA, it would keep bias additions and cache writes from fusing with their products.
     "loop_ordering_after_fusion": False,
 }
 
 _idle_loaders: defaultdict[Path, list[Any]] = defaultdict(list)
-"""Loaded packages that no decoder uses now: checking and loading one takes longer than a token."""
+"""Loaded packages not in use by a decoder: checking and loading one takes longer than a token."""
 _CUDA_HEADERS = ("cuda_runtime.h", "crt/host_defines.h", "nv/target")
 _FIRST_CUDA_OF_ONE_FOLDER = 13
-"""Version from which on all wheels of NVIDIA install their headers into one folder."""
+"""First CUDA version whose wheels from NVIDIA all install their headers into one folder."""
 
 
 class CompiledForward(StepForward):
-    """Decodes one token per row by a compiled graph with a dynamic number of positions.
+    """Decodes one token per row with a compiled graph whose number of positions is dynamic.
 
-    The graph of several rows is dynamic in the rows too, but needs at least two of them.
+    In the graph for several rows, the number of rows is dynamic too, but at least two.
     """
 
     is_compiled = True
@@ -85,7 +85,7 @@ class CompiledForward(StepForward):
         # Unfilled positions have weight 0, but 0 times NaN or inf would be NaN.
         self.cache.keys_LBGSD.zero_()
         self.cache.values_LBGSD.zero_()
-        # One graph serves with and without a trace; on CUDA, what is not needed would cost kernels.
+        # One graph works with and without a trace; on CUDA, unneeded outputs would cost kernels.
         shown = decode_step.shown_to(recorder) if model.device.type == "cuda" else "residual"
         kind = _kind(shown, is_batch=n_rows > 1)
         make = partial(_make_step, model, shown, is_batch=n_rows > 1)
@@ -103,7 +103,7 @@ class CompiledForward(StepForward):
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows. On CUDA, buffers shrink only when half of them are unused.
 
-        Every number of rows needs CUDA graphs of its own, and capturing one takes as long as many
+        Every number of rows needs its own CUDA graphs, and capturing one takes as long as many
         tokens. The rows that are kept move to the front; the others repeat the last one.
         """
         n_held = self.cache.n_rows
@@ -129,7 +129,7 @@ class CompiledForward(StepForward):
         return outputs
 
     def _n_view(self, n_filled: int) -> int:
-        """Return how many positions to read, rounded up so that few different numbers occur."""
+        """Return how many positions to read, rounded up so that only a few numbers occur."""
         if self.device.type == "cuda":
             n_view = max(_CUDA_VIEW, 1 << (n_filled - 1).bit_length())
         else:
@@ -161,15 +161,15 @@ def _make_step(model: GPT, shown: Shown, *, is_batch: bool) -> tuple[Run, Prompt
 
 
 def is_cached(model: GPT) -> bool:
-    """Return whether the package of a model's step is idle or in the cache.
+    """Return whether a model's step is idle or its package is in the cache.
 
-    It is not for a model whose weights were prepared for eager decoding.
+    For a model whose weights were prepared for eager decoding, it is not.
     """
     return has_idle_step(model, _kind()) or find_package(package_key(model)) is not None
 
 
 def package_key(model: GPT) -> str:
-    """Return what identifies the package of a model's step for one row."""
+    """Return the cache key of the package of a model's step for one row."""
     step = GraphStep(model)
     return _key(step, _tensors(step), model.dtype, is_batch=False)
 
@@ -196,7 +196,7 @@ def _tensors(step: GraphStep) -> dict[str, Tensor]:
 
 
 def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
-    """Return the compiled step, for one row or for any number from two on; cached on disk.
+    """Return the compiled step, for one row or for two or more; it is cached on disk.
 
     Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder
         cannot be used.
@@ -210,7 +210,7 @@ def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> R
     loader.load_constants(weights, False, True, True)  # require all of them; do not copy
 
     def run(inputs: list[Tensor]) -> list[Tensor]:
-        assert weights  # the loader only points at them
+        assert weights  # keeps them alive: the loader only has pointers
         return loader.run(inputs)
 
     weakref.finalize(run, idle.append, loader).atexit = False
@@ -218,14 +218,14 @@ def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> R
 
 
 def _loader(path: Path) -> Any:
-    # torch._inductor.aoti_load_package is this and an import of the compiler.
+    # torch._inductor.aoti_load_package does the same, but also imports the compiler.
     try:
         return torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
     except RuntimeError as error:
         path.unlink(missing_ok=True)
         reason = str(error).strip().splitlines()[0]
         raise ResourceError(
-            f"the compiled step {str(path)!r} cannot be loaded: {reason} It was deleted: start "
+            f"the compiled step {str(path)!r} cannot be loaded: {reason} It was deleted. Run "
             "again to compile it, or use --no-compile."
         ) from error
 
@@ -282,7 +282,7 @@ def _export(
 
 def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch: bool) -> None:
     """Write the package of a step's graph."""
-    # Imported here because it takes a second, which only the first run needs.
+    # Imported here because it takes a second, and only the first run needs it.
     import torch._inductor
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -298,12 +298,12 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
             warnings.catch_warnings(),
             fresh_cache(),
             torch.no_grad(),
-            toolchain.without_collecting(),
-            toolchain.little_code(),
+            toolchain.gc_disabled(),
+            toolchain.less_code(),
             toolchain.overlapped(),
         ):
             warnings.simplefilter("ignore")  # the compiler warns about its own code
-            nodes.teach_compiler()
+            nodes.register_lowerings()
             torch._inductor.aoti_compile_and_package(
                 _export(step, cache_dtype, is_batch=is_batch),
                 package_path=str(path),
@@ -317,13 +317,13 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
         if not isinstance(cause, (InvalidCxxCompiler, CppCompileError)):
             raise
         raise ConfigError(
-            f"compiling needs a working C++ compiler: {reason}. Install g++, or name another in "
-            "the variable CXX, or use --no-compile."
+            f"compiling needs a working C++ compiler: {reason}. Install g++, set the variable CXX "
+            "to another compiler, or use --no-compile."
         ) from error
 
 
 def _error_line(error: BaseException) -> str:
-    """Return the first line that names an error, of a compiler that also prints its command."""
+    """Return the line with the error from a compiler's output, which starts with its command."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     named = (line for line in lines if "error:" in line or "cannot find" in line)
     return next(named, lines[0]).rstrip(".")
@@ -342,9 +342,9 @@ def _cuda_remedy() -> str:
 def _find_cuda_headers() -> None:
     """Point torch at the CUDA headers of NVIDIA's wheels, if no toolkit is installed.
 
-    torch itself does not look there. pip installs some of these wheels with torch; those of the
-    headers that cuda_runtime.h includes have to be asked for.
-    Raises: ConfigError if headers are missing, which the compiler would say after a minute.
+    torch itself does not look there. pip installs some of these wheels with torch; those with the
+    headers that cuda_runtime.h includes must be installed separately.
+    Raises: ConfigError if headers are missing; the compiler would only notice after a minute.
     """
     from torch.utils import cpp_extension
 

@@ -1,10 +1,10 @@
-"""Decoding a GPT by a step that computes the logits after one new token in each row.
+"""Decoding a GPT with a step that computes the logits after one new token in each row.
 
 ``GPT.forward`` is the definition. ``DecodeStep`` is the same computation for one query per row,
-made of a set of kernels: eager ones, which need few calls, or those of a compiled graph.
+built from a set of kernels: eager ones, which need few calls, or those of a compiled graph.
 
 Shapes: B rows, C model dim, V vocabulary, L layers, N = 2 L + 1 states of the residual stream, H
-query heads, D head dim, S positions in view, X all heads' values side by side.
+query heads, D head dim, S positions in view, X concatenated values of all heads.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ from minigpt.model.layers import MLP, GatedMLP
 
 Function = Callable[[Tensor], Tensor]
 Shown = Literal["nothing", "attention", "residual"]
-"""What a step returns beside the logits; residual: attention and the residual stream."""
+"""What a step returns besides the logits; residual: attention and the residual stream."""
 Add = Callable[[Tensor, Tensor], Tensor]
 """Residual stream and branch -> the stream plus a linear layer of the branch, perhaps in-place."""
 Attend = Callable[[Tensor, Any, Any, Any], tuple[Tensor, Tensor]]
@@ -54,14 +54,14 @@ class Kernels(Protocol):
 
 
 def shown_to(recorder: Recorder | None) -> Shown:
-    """Return what a step has to return for a recorder."""
+    """Return what a step must return for a recorder."""
     if recorder is None:
         return "nothing"
     return "residual" if recorder.needs_residual else "attention"
 
 
 class DecodeStep:
-    """The logits after one more token in every row, as GPT.forward computes them."""
+    """Computes the logits after one more token in every row, as GPT.forward does."""
 
     def __init__(self, model: GPT, kernels: Kernels, shown: Shown) -> None:
         self._kernels, self._shown = kernels, shown
@@ -91,9 +91,9 @@ class DecodeStep:
         """Write the new keys and values into the caches, and attend to all positions up to them.
 
         Args: tokens (B,); position, the index of the new tokens; caches, one for each layer; keep,
-            called with each state of the residual stream, if nothing but logits is to be returned.
-        Returns: logits (B, V); if it shows attention, also the weights (L, B, H, S) and the heads'
-            outputs (L, B, H, D); if it shows the residual stream, also that (N, B, C).
+            called with each state of the residual stream; if given, only logits are returned.
+        Returns: logits (B, V); if ``shown`` is attention or residual, also the weights
+            (L, B, H, S) and heads' outputs (L, B, H, D); if residual, also its states (N, B, C).
         """
         x = self._kernels.embed(tokens, position)
         weights, contexts, residual = [], [], []
@@ -131,7 +131,7 @@ class StepForward(PlainForward):
     """
 
     min_rows = 1
-    """Least number of rows that a step takes; the last row is repeated."""
+    """Minimum number of rows of a step; the last row is repeated to reach it."""
     _prompt: Callable[[Tensor, KVCache, Recorder | None], Tensor] | None = None
     """Appends tokens (T,) to the cache and returns the logits (1, V). None for GPT.forward."""
 
@@ -140,11 +140,11 @@ class StepForward(PlainForward):
         return self.device.type == "cpu"  # a CUDA graph overwrites its outputs
 
     def _bind(self) -> None:
-        """Make the buffers for the rows that the cache now has."""
+        """Allocate buffers for the number of rows that the cache now has."""
         raise NotImplementedError
 
     def _decode(self, tokens: Tensor, position: int) -> Sequence[Tensor]:
-        """Run the step for tokens (B,) at a position; return what DecodeStep does."""
+        """Run the step for tokens (B,) at a position; return the outputs of DecodeStep."""
         raise NotImplementedError
 
     @torch.inference_mode()

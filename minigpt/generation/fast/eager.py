@@ -1,10 +1,11 @@
-"""Eager kernels of the decode step on a CPU: few calls, buffers made once.
+"""Eager kernels of the decode step on a CPU: few calls, preallocated buffers.
 
-A step of a small model is bound by calls (2 to 5 us each), one of a large model by reading its
-weights. So: no modules, projections of the same input in one product, in-place where possible.
+A step of a small model is bound by kernel calls (2 to 5 us each), one of a large model by reading
+its weights. So there are no modules, projections of the same input are one product, and operations
+are in-place where possible.
 
 Shapes: B rows, C model dim, H query heads, G key/value heads, N = B G, R = H / G, D head dim, S
-positions in view, L layers, P positions of the context, X all heads' values side by side.
+positions in view, L layers, P positions of the context, X concatenated values of all heads.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -44,7 +45,7 @@ class EagerForward(StepForward):
             self, model, ("eager", shown), lambda: PromptStep(model, EagerKernels(model), shown)
         )
         self._step, self._kernels = self._prompt.step, self._prompt.kernels
-        if self._kernels.n_rows > 1:  # of the decoder before
+        if self._kernels.n_rows > 1:  # left by the previous decoder
             self._bind()
 
     def _bind(self) -> None:
@@ -72,21 +73,21 @@ class EagerKernels:
             self._sin_PD = torch.cat((model.rotary_sin, model.rotary_sin), dim=1)
         if config.qk_norm:
             weight_LXD = torch.stack([_qk_weight(attention) for attention in model.attentions])
-            # What sin multiplies comes from the other half of the head.
+            # sin multiplies the other half of the head.
             self._qk_weights = weight_LXD, weight_LXD.roll(config.d_head // 2, 2)
         self.bind(1)
 
     def bind(self, n_rows: int) -> None:
-        """Make the buffers for a number of rows."""
+        """Allocate the buffers for a number of rows."""
         self.n_rows, config, dtype = n_rows, self._config, self._dtype
         n_query, n_key, d_head = config.n_head, config.n_kv_head, config.d_head
-        # The residual stream x, with room for -x beside it.
+        # The residual stream x, with room for -x next to it.
         self._both_B2C = torch.empty(n_rows, 2 * config.d_model, dtype=dtype)
         self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
         is_gated = config.family == "llama"
         self._hidden = torch.empty(n_rows, config.d_mlp * (1 + is_gated), dtype=dtype)
         self._gate_and_up = self._hidden.chunk(2, dim=1)
-        # Queries, keys and values of the new positions side by side, and views of them.
+        # Concatenated queries, keys and values of the new positions, and views of them.
         self._qkv_BX = torch.empty(n_rows, (n_query + 2 * n_key) * d_head, dtype=dtype)
         heads = self._qkv_BX.unflatten(1, (-1, d_head))
         q_BHD, self._k_BGD, self._v_BGD = heads.split([n_query, n_key, n_key], dim=1)
@@ -144,9 +145,9 @@ class EagerKernels:
         return norm
 
     def _rotate(self, cos: Tensor, sin: Tensor, norm_eps: float | None) -> None:
-        """Normalize queries and keys, if there is an eps, and rotate them.
+        """Normalize queries and keys, if ``norm_eps`` is given, and rotate them.
 
-        The norms' weights are in cos and sin; -x beside x makes the RMSNorm a LayerNorm.
+        The norms' weights are in cos and sin; with -x next to x, a LayerNorm is the RMSNorm.
         """
         torch.mul(self._qk_twice, self._signs, out=self._both_qk)
         both = self._both_flat
@@ -205,13 +206,13 @@ class EagerKernels:
         return attend_step
 
     def _attend_in_prompt(self, module: Attention, prompt: "Prompt") -> Tensor:
-        """Return the context (T, X) of the tokens; in the last layer that of the last token."""
+        """Return the context (T, X) of the tokens; in the last layer, only the last token's."""
         q_BHTD = self._q_BHTD[:, :, 0].transpose(0, 1)[None]
         new_k_BGTD, new_v_BGTD = (x.transpose(0, 1)[None] for x in (self._k_BGD, self._v_BGD))
         k_BGSD, v_BGSD = prompt.cache.write(module.layer, new_k_BGTD, new_v_BGTD)
         collector = prompt.collector
         if collector is not None:
-            q_BHTD = q_BHTD.clone()  # it may keep them, and the next layer overwrites the buffer
+            q_BHTD = q_BHTD.clone()  # may be kept, and the next layer overwrites the buffer
         if module.layer < self._config.n_layer - 1:
             context_BHTD = attend(module.score, q_BHTD, k_BGSD, v_BGSD, None, collector)
         else:
@@ -223,7 +224,7 @@ class EagerKernels:
         return context_BHTD[0].transpose(0, 1).flatten(1)
 
     def _keep_last(self) -> None:
-        """Go on with the residual stream of the last row."""
+        """Continue with the residual stream of the last row only."""
         self._both_B2C, self._hidden = self._both_B2C[-1:], self._hidden[-1:]
         self._x_BC, self._minus_x_BC = self._both_B2C.chunk(2, dim=1)
         self._gate_and_up = self._hidden.chunk(2, dim=1)
@@ -268,15 +269,15 @@ class EagerKernels:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """What the tokens of a prompt attend to, and are added to."""
+    """The cache that the tokens of a prompt attend to and are added to."""
 
     cache: KVCache
-    """That of one row."""
+    """Cache of one row."""
     collector: PassCollector | None
 
 
 class PromptStep:
-    """A decode step that also takes several new tokens of one row, as rows of its products.
+    """A decode step that also accepts several new tokens of one row, as rows of its products.
 
     In the last layer, only the last token's attention and MLP are computed.
     """
@@ -309,7 +310,7 @@ class PromptStep:
 
 
 def _casts(dtype: torch.dtype) -> tuple[Function, Function]:
-    """Return the casts to float32 and back, which are not called if there is nothing to do."""
+    """Return functions that cast to float32 and back; for float32, they make no torch call."""
     if dtype == torch.float32:
         return (lambda x: x), (lambda x: x)
     return Tensor.float, lambda x: x.to(dtype)
@@ -326,10 +327,10 @@ def _qk_weight(attention: Attention) -> Tensor:
 
 
 def append_views(cache: KVCache) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield views for one more position of each layer, which the caller must write.
+    """Yield views of the next position of each layer, which the caller must fill.
 
-    Returns: its key and its value, each (B, G, D), and keys (N, D, S) and values (N, S, D) of all
-        positions including it.
+    Returns: the new key and value, each (B, G, D), and the keys (N, D, S) and values (N, S, D) of
+        all positions including the new one.
     Raises: ValueError if it does not fit.
     """
     end = cache.length + 1

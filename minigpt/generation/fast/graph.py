@@ -1,10 +1,10 @@
 """Kernels of the decode step for a compiled graph: pure functions that fuse into few loops.
 
-Activations are float32 whatever the weights are: a weight is converted on its way into the product,
-so that fewer bytes are read, and only the weights and the cache are rounded.
+Activations are float32 for every dtype of the weights: weights are converted as they are read,
+which saves memory bandwidth, and only the weights and the cache are rounded.
 
 Shapes: B rows, C model dim, V vocabulary, L layers, H query heads, G key/value heads, R = H / G, D
-head dim, S positions in view, P positions that the caches have room for, I inputs, O outputs.
+head dim, S positions in view, P capacity of the caches, I inputs, O outputs.
 """
 
 from collections.abc import Sequence
@@ -21,18 +21,18 @@ from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP, rotate
 
 _CPU_PARTS = 4
-"""Parts of a weight that a CPU reads alternately, of 1, 2, 4 and 8 the fastest: a fifth faster than
-1 for float32 and bfloat16, by half for int8."""
+"""Parts of a weight that a CPU reads alternately. The fastest of 1, 2, 4 and 8: 20 % faster than 1
+for float32 and bfloat16, 50 % for int8."""
 _MAX_CUDA_PARTS = 8
-"""Most parts of a weight on CUDA. Products with equally many outputs become one kernel, so queries
-are cut into parts of as many outputs as the keys and values have."""
+"""Maximum number of parts of a weight on CUDA. Products with the same number of outputs become one
+kernel, so queries are split into parts with as many outputs as the keys and values have."""
 
 
 class GraphStep(nn.Module):
     """The decode step as a function of tensors, which can be exported."""
 
     def __init__(self, model: GPT, shown: Shown = "residual") -> None:
-        """Args: shown, what forward returns beside the logits: by default everything."""
+        """Args: shown, what forward returns besides the logits: by default everything."""
         super().__init__()
         self.model, self.shown = model, shown
         self._step = DecodeStep(model, GraphKernels(model), shown)
@@ -45,12 +45,12 @@ class GraphStep(nn.Module):
         keys: Sequence[Tensor],
         values: Sequence[Tensor],
     ) -> tuple[Tensor, ...]:
-        """Write the tokens' keys and values into the caches, and attend to all up to them.
+        """Write the tokens' keys and values into the caches, and attend to positions up to them.
 
-        Args: tokens (B,); position (1,), their index; in_view (S,), whose shape alone
-            matters: positions from S on are not read; keys and values, for each layer (B, G, P, D),
+        Args: tokens (B,); position (1,), their index; in_view (S,), of which only the shape
+            matters: the first S positions are read; keys and values, for each layer (B, G, P, D),
             finite.
-        Returns: logits (B, V), float32, and what DecodeStep shows.
+        Returns: logits (B, V), float32, and the other outputs of DecodeStep.
         """
         is_filled_S = torch.arange(in_view.shape[0], device=tokens.device) <= position
         caches = [(*pair, is_filled_S) for pair in zip(keys, values, strict=True)]
@@ -58,7 +58,7 @@ class GraphStep(nn.Module):
 
 
 class GraphKernels:
-    """Kernels without side effects but for the caches; modules are read when called."""
+    """Kernels that change nothing except the caches; they read the modules when called."""
 
     def __init__(self, model: GPT) -> None:
         self._model = model
@@ -142,7 +142,7 @@ def _attended(
 ) -> tuple[Tensor, Tensor]:
     """Return the weights (B, H, S) of scaled queries and the heads' outputs (B, X)."""
     n_group, n_view = keys_BGPD.shape[1], is_filled_S.shape[0]
-    # Sums of products and no matmul: see _sum_of_products.
+    # Sums of products instead of a matmul: see _sum_of_products.
     q_BGRTD = _stored(q_BHTD).unflatten(1, (n_group, -1))
     score_BGRS = (q_BGRTD * _float32(keys_BGPD[:, :, None, :n_view])).sum(-1)
     masked_BGRS = torch.where(is_filled_S, score_BGRS, -torch.inf)
@@ -176,9 +176,9 @@ def _sum_of_products(
     """Return a product (B, O) that fuses into one loop.
 
     A sum of products fuses, with the conversion of the weight before it and the bias and residual
-    after it, into one loop that reads each weight once for all rows; a matmul is a library call,
-    made for many rows. The weight is read at several places alternately: one sum alone would wait
-    for its own last addition, and less would be in flight from memory.
+    after it, into one loop that reads each weight once for all rows; a matmul is a library call
+    optimized for many rows. Several parts of the weight are read alternately: a single sum would
+    wait for its previous addition, with fewer memory reads in flight.
     """
     n_each, n_rest = divmod(len(weight), n_parts)
     sizes = [n_each] * n_parts if n_each else []
@@ -194,7 +194,7 @@ def _sum_of_products(
 
 
 def _float32(x: Tensor) -> Tensor:
-    """Return x in float32, without a conversion if it is: a third of the nodes would be those."""
+    """Return x in float32; conversions without effect would be a third of the graph's nodes."""
     return x if x.dtype == torch.float32 else x.float()
 
 
@@ -206,12 +206,12 @@ def _norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 @as_one_node(lambda x, *_: torch.empty_like(x))
 def _normed(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float | None) -> Tensor:
-    """Return LayerNorm where there is a bias, else RMSNorm."""
+    """Return the LayerNorm of x if there is a bias, else its RMSNorm."""
     if bias is None:
         return F.rms_norm(x, weight.shape, _float32(weight), eps)
     return F.layer_norm(x, weight.shape, _float32(weight), _float32(bias), eps or 0)
 
 
 def _stored(x: Tensor) -> Tensor:
-    """Return x as a tensor that the compiler must store, not compute again for each row."""
+    """Return x as a tensor that the compiler must store instead of recomputing it for each row."""
     return torch.as_strided(x, x.shape, x.stride())

@@ -1,4 +1,4 @@
-"""Decode steps of prepared models that no decoder uses now: making one takes as long as a token."""
+"""Decode steps of prepared models, kept for later decoders: making one takes as long as a token."""
 
 import weakref
 from collections import defaultdict
@@ -19,7 +19,7 @@ class _Idle:
     steps: defaultdict[Hashable, list[Any]] = field(default_factory=lambda: defaultdict(list))
 
     def of(self, kind: Hashable) -> list[Any]:
-        """Return the steps of a kind that were made for the parameters as they are now."""
+        """Return the steps of a kind that were made for the current values of the parameters."""
         versions = tuple(0 if p.is_inference() else p._version for p in self.parameters)
         return self.steps[kind, versions]
 
@@ -28,14 +28,14 @@ _idle: weakref.WeakKeyDictionary[LanguageModel, _Idle] = weakref.WeakKeyDictiona
 
 
 def allow_idle_steps(model: LanguageModel) -> None:
-    """Keep the decode steps of a model, whose weights are laid out, for its next decoder."""
+    """Let later decoders reuse the decode steps of a model, whose weights are now laid out."""
     _idle[model] = _Idle(list(model.parameters()))
 
 
 def borrow(user: object, model: LanguageModel, kind: Hashable, make: Callable[[], Step]) -> Step:
-    """Return an idle step of a kind, or a new one; it is idle again when its user is gone.
+    """Return an idle step of a kind, or a new one; it becomes idle again when ``user`` is deleted.
 
-    Args: make, returns a step without a reference to the model itself, which would keep it alive.
+    Args: make, returns a step that has no reference to the model, which would keep it alive.
     """
     if model not in _idle:
         return make()

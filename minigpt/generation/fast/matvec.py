@@ -1,8 +1,8 @@
-"""Matrix-vector products by embedding_bag, for a few rows at a time.
+"""Matrix-vector products with embedding_bag, for a few rows at a time.
 
 y = sum_i x_i W[:, i] is a weighted sum of the rows of a table. torch's embedding_bag kernels on x86
-(FBGEMM) convert bfloat16 and int8 as they read, prefetch, and sum in float32: they read at the
-speed of memory, where a matmul of one row reaches half of it.
+(FBGEMM) convert bfloat16 and int8 as they read, prefetch, and sum in float32: they use the full
+memory bandwidth, while a matmul of one row reaches half of it.
 
 Shapes: B rows, I inputs, O outputs; N blocks of W outputs each.
 """
@@ -12,9 +12,9 @@ from torch import Tensor
 
 MAX_ROWS = 16
 """Number of rows up to which a table, read once per row, is no slower than converting it for a
-matmul, or than a bfloat16 matmul without instructions for it (measured: 1, 2, 4, 16)."""
+matmul, or than a bfloat16 matmul without bfloat16 instructions (measured: 1, 2, 4, 16)."""
 
-_MAX_WIDTH = 256  # a block's sums stay in registers; 768 reads GPT-2 a third slower
+_MAX_WIDTH = 256  # a block's sums stay in registers; with 768, GPT-2 is read a third slower
 _MIN_WIDTH = 64
 _ZERO = 128  # int8 is stored as uint8; the kernel computes scale * value + offset per row
 
@@ -25,10 +25,10 @@ def has_matvec_kernels(device: torch.device) -> bool:
 
 
 def has_slow_matvec(device: torch.device) -> bool:
-    """Return whether float32 products of few rows are slow: MKL's on CPUs not made by Intel.
+    """Return whether float32 products of few rows are slow: those of MKL on CPUs not from Intel.
 
-    Measured with GPT-2's matrices: for one row, a third of the memory bandwidth on an AMD CPU with
-    AVX512, nine tenths on Intel.
+    Measured with GPT-2's matrices: one row reaches a third of the memory bandwidth on an AMD CPU
+    with AVX512, 90 % on Intel.
     """
     if device.type != "cpu" or not torch.backends.mkl.is_available():
         return False
@@ -38,12 +38,12 @@ def has_slow_matvec(device: torch.device) -> bool:
 class MatvecTable:
     """A float32, bfloat16 or int8 matrix (O, I), transposed and cut into N blocks of outputs.
 
-    Each block is one bag. Threads share the blocks, and each sum is in the order of the inputs, so
-    the result does not depend on the number of threads or rows.
+    Each block is one bag. The blocks are divided among threads, and each sum is in the order of the
+    inputs, so the result does not depend on the number of threads or rows.
     """
 
     def __init__(self, *weights_OI: Tensor) -> None:
-        """Args: weights_OI, of one dtype, whose outputs follow each other.
+        """Args: weights_OI, of one dtype, whose outputs are concatenated.
 
         Blocks are copied one by one, so that no other copy of a large matrix is made.
         """
@@ -84,7 +84,7 @@ class MatvecTable:
         return self._as_stored(self._blocks()[block, :, place])
 
     def _pieces(self, start: int, n_outputs: int) -> list[int]:
-        """Return the sizes of outputs from ``start`` on, cut where blocks begin."""
+        """Split the outputs from ``start`` on at the borders of blocks; return the sizes."""
         first = min(n_outputs, -start % self._width)
         n_whole, last = divmod(n_outputs - first, self._width)
         return [n for n in (first, *[self._width] * n_whole, last) if n]
@@ -134,7 +134,7 @@ class MatvecTable:
         return sums[:, : self.n_outputs] if self._is_padded else sums
 
     def _make_bags(self, n_rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the rows and the start of each bag, and two views of a buffer of the factors."""
+        """Return the rows and the start of each bag, and two views of a buffer for the factors."""
         places = torch.arange(len(self._table), dtype=torch.int32).view(-1, 1, self.n_inputs)
         starts = torch.arange(self._n_blocks * n_rows, dtype=torch.int32) * self.n_inputs
         dtype = torch.float32 if self.dtype == torch.int8 else self.dtype
@@ -145,7 +145,7 @@ class MatvecTable:
 def split_into_blocks(n_outputs: int, n_threads: int) -> tuple[int, int]:
     """Return the number of blocks of outputs, and their width.
 
-    The number is a multiple of the threads, if possible, with the least padding.
+    If possible, the number of blocks is a multiple of the threads, with the least padding.
     """
     least = -(-n_outputs // _MAX_WIDTH)
     most = max(least, n_outputs // _MIN_WIDTH)

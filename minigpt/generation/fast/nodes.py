@@ -1,7 +1,7 @@
-"""Functions that stay one node of a graph until the compiler makes loops of them.
+"""Functions that stay single graph nodes until the compiler turns them into loops.
 
-Python traces a graph twice and then reads it in a dozen passes, each in time per node: 652 for
-GPT-2 instead of 2,239. What a function computes is traced once for all layers.
+torch traces a graph twice and then walks it in a dozen passes, all of which take time per node:
+652 for GPT-2 instead of 2,239. The code of a function is traced once for all layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, fx
 
 TensorFunction = Callable[..., Any]
-"""Takes tensors and numbers, the first a tensor; returns new tensors. Its annotations are of types
-that torch.library.infer_schema knows."""
+"""Takes tensors and numbers, the first a tensor; returns new tensors. Its annotations are types
+that torch.library.infer_schema supports."""
 
 _functions: dict[Any, TensorFunction] = {}
-"""The operations that stand for functions."""
+"""Custom operator -> the function that it runs."""
 
 
 def as_one_node(like: TensorFunction) -> Callable[[TensorFunction], TensorFunction]:
-    """Make a function one node of the graphs of a CPU; on other devices it stays a function.
+    """Make a function a single node in graphs for a CPU; other devices trace into it.
 
     Args: like, takes the same arguments and returns empty tensors like the function's results.
     """
@@ -42,8 +42,8 @@ def as_one_node(like: TensorFunction) -> Callable[[TensorFunction], TensorFuncti
     return decorate
 
 
-def teach_compiler() -> None:
-    """Tell Inductor what the nodes of the next graph stand for."""
+def register_lowerings() -> None:
+    """Register the functions' lowerings in Inductor for the next graph."""
     from torch._inductor.lowering import register_lowering
 
     for node, function in _functions.items():
@@ -51,7 +51,7 @@ def teach_compiler() -> None:
 
 
 def _lowering(function: TensorFunction) -> TensorFunction:
-    """Return what lowers a function's node: its graph, each node lowered in the node's place."""
+    """Return a lowering of a function's node, which lowers each node of its traced graph."""
     from torch._inductor.virtualized import V
 
     graphs: dict[str, fx.Graph] = {}
@@ -67,17 +67,17 @@ def _lowering(function: TensorFunction) -> TensorFunction:
         key = str([kind(arg) for arg in args])
         if key not in graphs:
             graphs[key] = _trace(function, args)
-        given = iter(x for x, arg in zip(inputs, args, strict=True) if isinstance(arg, fx.Node))
-        env, node_in_place = V.graph.env, V.graph.current_node
+        tensors = iter(x for x, arg in zip(inputs, args, strict=True) if isinstance(arg, fx.Node))
+        env, outer_node = V.graph.env, V.graph.current_node
         for node in graphs[key].nodes:
             if node.op == "output":
                 output = fx.map_arg(node.args[0], env.__getitem__)
             elif node.op == "placeholder":
-                env[node] = next(given)
+                env[node] = next(tensors)
             else:
                 V.graph.current_node = node
                 env[node] = V.graph.run_node(node)
-        V.graph.current_node = node_in_place
+        V.graph.current_node = outer_node
         for node in graphs[key].nodes:  # the next layer has other inputs
             env.pop(node, None)
         return output
@@ -86,13 +86,13 @@ def _lowering(function: TensorFunction) -> TensorFunction:
 
 
 def _trace(function: TensorFunction, args: Sequence[Any]) -> fx.Graph:
-    """Return the graph of a call, in the operations that Inductor knows."""
+    """Return the graph of a call, in operators that Inductor can lower."""
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def call(*tensors: Tensor) -> Any:
-        given = iter(tensors)
-        return function(*(next(given) if isinstance(arg, fx.Node) else arg for arg in args))
+        rest = iter(tensors)
+        return function(*(next(rest) if isinstance(arg, fx.Node) else arg for arg in args))
 
     tensors = [arg.meta["val"] for arg in args if isinstance(arg, fx.Node)]
     return make_fx(call, decomposition_table=select_decomp_table())(*tensors).graph

@@ -1,8 +1,8 @@
 """The cache of compiled packages.
 
-A package is machine code that is loaded into this process. So it is only read from a folder and a
-file that are owned by the user and not writable by others, and only if its content has the SHA-256
-that ends its name. Anything else is compiled again.
+A package is machine code that is loaded into this process. So its folder and file must be owned by
+the user and not writable by others, and its SHA-256 must match the one in its name. Otherwise, it
+is compiled again.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:
         make_folder(folder, 0o700)
     if not _is_ours(folder):
         raise ResourceError(
-            f"others may write to {str(folder)!r}, and what is there would be executed. Take their "
-            f"permission away, or set {CACHE_VARIABLE} to a folder of your own."
+            f"others may write to {str(folder)!r}, and files there would be executed. Remove their "
+            f"write permission, or set {CACHE_VARIABLE} to a folder of your own."
         )
     if found := find_package(key):
         return found
@@ -64,12 +64,12 @@ def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:
 
 
 def lock_path(key: str) -> Path:
-    """Return the lock file of the process that compiles a package in the background."""
+    """Return the path of the lock file of the process that compiles a package in the background."""
     return _folder() / f"{_name(key)}.lock"
 
 
 def failure_path(key: str) -> Path:
-    """Return the file that says why a package could not be compiled in the background."""
+    """Return the path of the file with the error of a failed background compilation."""
     return _folder() / f"{_name(key)}.failed"
 
 
@@ -86,7 +86,7 @@ def _digest(data: bytes) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether only this user can have written a file or folder."""
+    """Return whether only this user can write to a file or folder."""
     if os.name == "nt":  # user folders are private, and there are no permission bits
         return True
     status = path.lstat()

@@ -1,4 +1,4 @@
-"""Matrix products of a decode step: a few rows times a weight, bound by reading the weight.
+"""Matrix products of a decode step: a few rows times a weight, bound by memory bandwidth.
 
 Shapes: B rows, I inputs, O outputs.
 """
@@ -18,21 +18,21 @@ from minigpt.generation.fast.prompts import linear
 from minigpt.generation.fast.quantize import WeightOnlyLinear
 from minigpt.model.device import has_fast_bfloat16
 
-_MAX_ROWS_OF_FAST_MATMUL = 4  # where a matmul is slow for very few rows only
+_MAX_ROWS_OF_FAST_MATMUL = 4  # of a table, where a matmul is slow only for very few rows
 
 
 class Product:
-    """Linear layers of the same input, with their outputs side by side: each by itself."""
+    """Linear layers of the same input, applied one by one, with concatenated outputs."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         self._layers = layers
 
     def write(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        """Write the outputs."""
+        """Write the outputs to ``out_BO``."""
         torch.cat([self.apply(layer, x_BI) for layer in self._layers], dim=1, out=out_BO)
 
     def add(self, x_BI: Tensor, out_BO: Tensor) -> None:
-        """Add the outputs."""
+        """Add the outputs to ``out_BO``."""
         for layer in self._layers:
             out_BO.add_(self.apply(layer, x_BI))
 
@@ -48,9 +48,9 @@ class Product:
 def make_product(layers: Sequence[nn.Module], *, copies: bool = True) -> Product:
     """Return the fastest product of these layers for a few rows on this CPU.
 
-    Where embedding_bag has fast kernels (x86), tables serve int8, bfloat16, and float32 if MKL is
-    slow; otherwise a matmul. The choice depends on the hardware alone: a choice by measured time
-    could let the same seed sample other tokens on a busy machine.
+    Where embedding_bag has fast kernels (x86), this is a table for int8, bfloat16, and float32 if
+    MKL is slow; otherwise it is a matmul. The choice depends on the hardware alone: with a choice
+    by measured time, the same seed could sample different tokens on a busy machine.
 
     Args: layers, all nn.Linear or all WeightOnlyLinear; or one nn.Embedding, which is transposed
         (tied embeddings); copies, whether to copy weights that were not laid out by
@@ -83,7 +83,7 @@ def make_product(layers: Sequence[nn.Module], *, copies: bool = True) -> Product
 def join_weights(layers: Sequence[nn.Module]) -> None:
     """Lay out the weights of these layers as ``make_product`` reads them, to avoid a copy there.
 
-    The weights become views of one tensor; their values stay the same.
+    The weights become views of one tensor; their values do not change.
     """
     quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
     if quantized:
@@ -142,8 +142,8 @@ def _transposed_view(weights: Sequence[Tensor]) -> Tensor | None:
 class MatrixProduct(Product):
     """A matmul with a weight stored as (I, O).
 
-    For one row, MKL reads it a tenth (GPT-2's) to a quarter (384 x 384) faster than the (O, I) that
-    nn.Linear has.
+    For one row, MKL reads it 10 % (GPT-2) to 25 % (384 x 384) faster than the (O, I) weight of
+    nn.Linear.
     """
 
     def __init__(self, weight_IO: Tensor, bias_O: Tensor | None = None) -> None:
@@ -162,7 +162,7 @@ class MatrixProduct(Product):
 
 
 class TableProduct(Product):
-    """A table, read once per row for few rows, and multiplied block by block for many."""
+    """A product with a table, read once per row for few rows, and multiplied in blocks for many."""
 
     def __init__(
         self,
@@ -172,7 +172,7 @@ class TableProduct(Product):
         max_rows: int = MAX_ROWS,
     ) -> None:
         self.table, self.max_rows = table, max_rows
-        # A product is always bias + sums * scale, in one call, which is slow for two scalars.
+        # Always bias + sums * scale in one call, in which two scalars would be slow.
         no_scale = torch.ones(table.n_outputs, dtype=table.dtype)
         self._scale_O = no_scale if scale_O is None else scale_O
         self._bias_O = torch.zeros_like(self._scale_O) if bias_O is None else bias_O
@@ -189,7 +189,7 @@ class TableProduct(Product):
             out_BO.add_(self._bias_O)
 
     def _terms(self, x_BI: Tensor, out_BO: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return bias, sums, scale and a view of the outputs, in shapes that fit each other."""
+        """Return bias, sums, scale and a view of the outputs, in shapes that broadcast."""
         if len(x_BI) <= self.max_rows:
             return self._bias_O, self.table.product(x_BI), self._scale_O, out_BO
         sums = self.table.blocks(x_BI)

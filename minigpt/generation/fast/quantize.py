@@ -1,7 +1,7 @@
 """Weight-only quantization: weights in int8 or bfloat16, activations in a wider type.
 
-A decode step is bound by reading the weights: int8 is a quarter of float32's memory, bfloat16 half.
-Activations are never rounded (LLM.int8 and others round both, and lose more).
+A decode step is bound by reading the weights: int8 takes a quarter of float32's memory, bfloat16
+half. Activations are not quantized (LLM.int8 and others quantize both, and lose more accuracy).
 
 Shapes: I inputs, O outputs, V vocabulary.
 """
@@ -21,11 +21,11 @@ from minigpt.model.language_model import LanguageModel
 _MAX_INT8 = 127  # symmetric, so that zero is exact
 _ROWS_AT_ONCE = 4096
 _VALUES_AT_ONCE = 2**20  # to round: a copy of a large embedding would set the peak memory
-_CACHED_ROWS = 128  # whose float32 copy stays in the cache: GPT-2's logits in a quarter of the time
+_CACHED_ROWS = 128  # their float32 copy fits the CPU's cache: GPT-2's logits take a quarter as long
 
 
 class WeightOnlyLinear(nn.Module):
-    """A linear layer with a bfloat16 weight, or int8 and a scale: (..., I) -> (..., O)."""
+    """A linear layer with a weight in bfloat16, or in int8 with a scale: (..., I) -> (..., O)."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class WeightOnlyLinear(nn.Module):
         self.bias = bias
         self.dtype = dtype
         self.table: MatvecTable | None = None
-        """Table that holds the weight after ``move_into``."""
+        """Table that contains the weight after ``move_into``."""
         self._start = 0
 
     @property
@@ -76,20 +76,20 @@ class WeightOnlyLinear(nn.Module):
         return rows if self.scale is None else rows * self.scale[outputs].unsqueeze(-1)
 
     def move_into(self, table: MatvecTable, start: int) -> None:
-        """Release the weight, which the table holds from output ``start`` on."""
+        """Release the weight, which the table contains from output ``start`` on."""
         self.table, self._start, self._weight = table, start, None
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cuda" and self.scale is not None and _is_few(x):
-            # The kernel reads the weight once for each row, and widens it in registers. It takes
-            # rows of float32 for adjacent, whatever their strides are.
+            # The kernel reads the weight once for each row, and converts it in registers. It
+            # assumes that float32 rows are contiguous, without checking the strides.
             x_BI = x.flatten(0, -2).contiguous()
             product = torch._weight_int8pack_mm(x_BI, self.weight, self.scale)
             product = product.unflatten(0, x.shape[:-1])
             return product if self.bias is None else product + self.bias
         if self.table is None:
-            # int8 fits into bfloat16, and bfloat16 into float32: the conversion is exact. A large
-            # weight is converted in parts: at once, it would set the peak memory, and take longer.
+            # int8 fits into bfloat16, and bfloat16 into float32: the conversion is exact. Large
+            # weights are converted in parts, which lowers the peak memory and takes less time.
             is_large = len(self.weight) > _ROWS_AT_ONCE
             parts = self.weight.split(_CACHED_ROWS if is_large else _ROWS_AT_ONCE)
             product = torch.cat([linear(x, part.to(x.dtype)) for part in parts], dim=-1)
@@ -109,7 +109,7 @@ class WeightOnlyLinear(nn.Module):
 
 
 def _is_few(x: Tensor) -> bool:
-    """Return whether kernels for few rows, which have no gradient, serve x (..., I)."""
+    """Return whether x (..., I) can use the kernels for few rows, which have no gradient."""
     return x.numel() <= MAX_ROWS * x.shape[-1] and not x.requires_grad
 
 
@@ -150,8 +150,8 @@ def require_int8(config: ModelConfig, device: torch.device) -> None:
     """Raise ConfigError for a device without int8 products, or for an LSTM."""
     if config.arch != "gpt":
         raise ConfigError(
-            f"quantize int8 needs arch gpt: of arch {config.arch}, only the embeddings would "
-            "become smaller. Leave it out."
+            f"quantize int8 needs arch gpt: with arch {config.arch}, it would only shrink the "
+            "embeddings. Leave it out."
         )
     if device.type == "mps":
         raise ConfigError(
@@ -160,8 +160,8 @@ def require_int8(config: ModelConfig, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def hold_weights_apart(model: LanguageModel) -> None:
-    """Make all linear layers and the embedding WeightOnly ones, with their weights as they are."""
+def use_weight_only_layers(model: LanguageModel) -> None:
+    """Replace all linear layers and the embedding by WeightOnly ones with the same weights."""
     _replace_layers(model, partial(WeightOnlyLinear, dtype=model.dtype))
 
 
@@ -177,7 +177,7 @@ def _replace_layers(
 
 
 def put_embedding(model: LanguageModel, embedding: WeightOnlyLinear) -> None:
-    """Make a weight the embedding of a model, and if tied the output projection."""
+    """Use a weight as the embedding of a model and, if tied, as its output projection."""
     if model.config.tie_embeddings:
         model.unembedding = embedding
     setattr(model, "embedding", WeightOnlyEmbedding(embedding))  # noqa: B010  another type
@@ -192,12 +192,12 @@ def to_int8(
 ) -> WeightOnlyLinear:
     """Return a layer with a weight (O, I) in int8.
 
-    Args: device and dtype, to convert the weight to before it is rounded, None to leave it.
+    Args: device and dtype, to which the weight is moved before rounding; None to keep its own.
     """
     device, dtype = device or weight.device, dtype or weight.dtype
     steps = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=dtype, device=device)
-    if weight.is_meta:  # where a norm would import the compiler, 80 MB of memory
+    if weight.is_meta:  # on meta, a norm would import the compiler: 80 MB of memory
         return WeightOnlyLinear(steps, bias, scale, dtype=dtype)
     n_rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
     parts = (tensor.split(n_rows) for tensor in (weight, steps, scale))

@@ -1,9 +1,9 @@
 """Several queries of one sequence at once, each with earlier positions hidden from it.
 
 A query is a token at its position. All queries share the cache, which is not changed, and each has
-its own key and value, because those of higher layers depend on what was hidden below. So the
-queries of several tokens are rows of the same products: on a CPU, 64 rows of a product cost three
-to four times as much as one, and 128 rows a sixth less per row than 64.
+its own key and value, because those of higher layers depend on the positions hidden in lower ones.
+So the queries of several tokens are rows of the same products: on a CPU, a product of 64 rows costs
+three to four times as much as one of a single row, and 128 rows a sixth less per row than 64.
 
 Shapes: B queries, S positions in view of the last query, C model dim, V vocabulary, H query heads,
 G key/value heads, R = H / G, D head dim.
@@ -24,22 +24,22 @@ from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 
 MIN_ROWS = MAX_ROWS + 1
-"""Number of rows from which on each has the same bits whatever the others are, where products of
-fewer rows have kernels of their own."""
+"""Minimum number of rows for the bits of each not to depend on the others; on some CPUs, products
+of fewer rows use different kernels."""
 
 
 @dataclass(frozen=True, eq=False)
 class Hidden:
-    """What is hidden from queries."""
+    """The positions that are hidden from each query."""
 
     positions_B: Tensor
     """Position of each query."""
     hidden_BS: Tensor
     """True for positions that are hidden from a query."""
     heads_LGR: Tensor | None
-    """True for the heads that they are hidden from. None for all heads."""
+    """True for heads from which the positions are hidden; None for all heads."""
     is_value: bool
-    """Whether values are hidden and the weights stay, instead of keys."""
+    """Whether to hide the values and leave the weights unchanged, instead of hiding the keys."""
 
     def layers(self, cache: KVCache) -> list[tuple[Tensor, Tensor, "_Masks"]]:
         """Return each layer's keys and values (G, S, D), and its masks."""
@@ -58,16 +58,16 @@ class Hidden:
         if self.is_value:
             return later, hidden
         masked = later | hidden
-        is_blind = masked.all(dim=-1, keepdim=True)  # the softmax of nothing is NaN
+        is_blind = masked.all(dim=-1, keepdim=True)  # a softmax over no position is NaN
         return masked, is_blind if is_blind.any() else None
 
 
 _Masks = tuple[Tensor, Tensor | None]
-"""What the softmax leaves out, and the weights that are set to 0 after it; (G, B, R, S)."""
+"""Positions masked before the softmax, and weights set to 0 after it; (G, B, R, S)."""
 
 
 class QueryStep:
-    """The logits after queries, by the decode step with attention to a shared cache."""
+    """Computes the logits after queries, with the decode step and attention to a shared cache."""
 
     def __init__(self, model: GPT) -> None:
         """Args: model, supported by the fast ring, whose score is a dot product."""
@@ -79,7 +79,7 @@ class QueryStep:
     def __call__(self, tokens_B: Tensor, hidden: Hidden, cache: KVCache) -> Tensor:
         """Return the logits (B, V), float32, after each token at its position.
 
-        Args: cache, of one sequence, which holds at least the positions in view.
+        Args: cache, of one sequence, with at least the positions in view.
         """
         if len(tokens_B) != self._n_rows:
             self._n_rows = len(tokens_B)
@@ -98,7 +98,7 @@ class QueryKernels(EagerKernels):
         return super().rotary(position.positions_B)
 
     def unembed(self, module: nn.Module) -> Function:
-        # The logits of many rows are the largest tensor of all: they are not copied to a buffer.
+        # The logits of many rows are the largest tensor, so they are not copied to a buffer.
         return lambda normed_BC: Product.apply(module, normed_BC)
 
     def attention(self, module: Attention) -> Attend:
@@ -130,7 +130,7 @@ class QueryKernels(EagerKernels):
             context_GND = torch.bmm(weights_GBRS.flatten(1, 2), v_GSD.float())
             context_GBRD = context_GND.view_as(q_GBRD) + own_weight_GBR1 * own_v_GB1D
             context_BX = context_GBRD.transpose(0, 1).reshape(len(normed_BC), -1)
-            # The weights of all layers together would take more memory than all else.
+            # The weights of all layers together would take more memory than everything else.
             return context_BX.to(normed_BC.dtype), self._zero
 
         return attend

@@ -1,7 +1,7 @@
-"""Reading a model's weights into the layout that decodes them, without a second copy of any.
+"""Read a model's weights into the layout for decoding, without a second copy of them.
 
 Each weight is converted when it is read from its file, and joined with those of the same input as
-soon as the last of them is read: only that product is in memory twice at any time.
+soon as the last of them is read: only one group is in memory twice at any time.
 """
 
 import ctypes
@@ -29,11 +29,11 @@ from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel, model_class
 
 _MMAP_THRESHOLD = 2**18
-_LARGEST_MMAP_THRESHOLD = 2**25  # glibc's own, which it raises the threshold to
+_LARGEST_MMAP_THRESHOLD = 2**25  # the most to which glibc itself raises the threshold
 
 
 class WeightReader:
-    """Takes the weights of linear layers and the embedding as they are read, and keeps them."""
+    """Converts the weights of linear layers and the embedding as they are read from files."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class WeightReader:
         _set_mmap_threshold(_MMAP_THRESHOLD)
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor for the model, without memory of its own if ``finish`` replaces it."""
+        """Return the tensor for the model: a placeholder without memory if ``finish`` sets it."""
         self._join()
         layer, _, kind = name.rpartition(".")
         if kind != "weight" or layer not in self._groups:
@@ -91,7 +91,7 @@ class WeightReader:
         return placeholder.expand(tensor.shape)
 
     def _join(self) -> None:
-        """Join the layers that are complete: at the next call, when the tensor read is released."""
+        """Join a complete group of layers, after the tensor read last has been released."""
         group = self._groups.get(self._last, []) if self._joins else []
         if group and all(layer in self._layers for layer in group):
             join_weights([self._layers[layer] for layer in group])
@@ -119,13 +119,13 @@ class WeightReader:
 
 
 def _set_mmap_threshold(n_bytes: int) -> None:
-    """Let glibc return larger blocks to the system when they are freed.
+    """Make glibc return blocks from this size on to the system when they are freed.
 
-    By default they leave holes, which the tensors that stay do not fit into: 140 MB for GPT-2.
+    By default they leave holes that are too small for the remaining tensors: 140 MB for GPT-2.
     """
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         mallopt(-3, n_bytes)  # M_MMAP_THRESHOLD
-        # M_TRIM_THRESHOLD; if it stayed at 128 KB, each step would fault its pages in again.
+        # M_TRIM_THRESHOLD; with 128 KB, each step would fault its pages in again.
         mallopt(-1, 2 * n_bytes)
 
 
@@ -141,22 +141,22 @@ def make_reader(
     """Return the reader of a model.
 
     Args: decodes, whether to lay out the weights for the eager decode step, unless the model will
-        be decoded through a compiled graph; compiles and n_rows, as for ``fast.is_compiled``;
+        be decoded with a compiled graph; compiles and n_rows, as for ``fast.is_compiled``;
         kinds, dtype, activations and quantizes, as for ``WeightReader``.
     """
     decodes = decodes and device.type == "cpu" and model_class(config) is GPT
     compiled = False
     if decodes:
-        alike = model_of_zeros(config, device=torch.device("meta"), **kinds)
-        compiled = is_compiled(alike, compiles, n_rows)
+        meta_model = model_of_zeros(config, device=torch.device("meta"), **kinds)
+        compiled = is_compiled(meta_model, compiles, n_rows)
     joins = decodes and not compiled
     return WeightReader(config, device=device, joins=joins, compiles=compiled, **kinds)
 
 
 def model_of_zeros(config: ModelConfig, *, device: torch.device, **kinds: Any) -> LanguageModel:
-    """Return a model as a reader makes it for a compiled graph, with zeros for weights.
+    """Return a model with zero weights, as a reader builds it for a compiled graph.
 
-    Args: device, on meta, tensors take no memory; kinds, as for ``WeightReader``.
+    Args: device, meta to use no memory; kinds, as for ``WeightReader``.
     """
     reader = WeightReader(config, device=device, joins=False, **kinds)
     kind = model_class(config)

@@ -1,8 +1,8 @@
-"""Compiling a graph fast: less code, and the C++ compiler beside Python on another core.
+"""Compiling a graph faster: less code, and the C++ compiler runs in parallel with Python.
 
 torch's compiler is one thread that waits for each run of the C++ compiler: first for small programs
-that show which vector instructions it knows, then for the two files that it generated. None of them
-needs another's result.
+that detect its vector instructions, then for the two files that torch generated. None of these runs
+depends on another.
 """
 
 import gc
@@ -16,17 +16,17 @@ from typing import Any
 from unittest.mock import patch
 
 _MAX_KERNEL_TENSORS = 32
-"""Tensors from which on a kernel takes no more loops. Few, so that layers have equal kernels, which
-are compiled once, and run faster: with torch's 500, a model is one or two functions."""
+"""Number of tensors above which no more loops are fused into a kernel. Low, so that layers have
+equal kernels, which are compiled once and run faster: torch's 500 makes one or two per model."""
 _PART = "struct Part { void* start; void* data_ptr() const { return start; } void reset() {} };"
 
 
 @contextmanager
-def little_code() -> Iterator[None]:
-    """Generate code for a CPU without repeated kernels, tensors of parts, and checks of the inputs.
+def less_code() -> Iterator[None]:
+    """Generate code for a CPU without repeated kernels, tensors for parts, and input checks.
 
-    The checks would run only if the variable AOTI_RUNTIME_CHECK_INPUTS is set. Where a version of
-    torch has no such names, there is more to compile.
+    The checks would run only if the variable AOTI_RUNTIME_CHECK_INPUTS is set. If a version of
+    torch does not have the patched names, more code is compiled.
     """
     from torch._inductor.codegen.cpp import CppScheduling
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
@@ -56,10 +56,10 @@ def little_code() -> Iterator[None]:
 def _point_to_part(
     wrapper: Any, allocate: Callable[[Any, str, Any], None], name: str, view: Any
 ) -> None:
-    """Declare a part of torch.cat's result as a pointer, which is all that kernels take of it.
+    """Declare a part of torch.cat's result as a pointer, which is all that kernels need.
 
-    torch makes a tensor of each, four in a product, at each token: 4 to 9 % of mini's time in
-    int8, and a tenth of what the wrapper of GPT-2 takes to compile.
+    torch creates a tensor for each part, four in a product, at each token: 4 to 9 % of mini's time
+    in int8, and 10 % of the compilation time of GPT-2's wrapper.
     """
     from torch._inductor.codegen.common import DeferredLine
 
@@ -75,7 +75,7 @@ def _point_to_part(
 def overlapped() -> Iterator[None]:
     """Overlap runs of the C++ compiler with each other and with Python.
 
-    Where a version of torch has no such functions, they run one after another.
+    If a version of torch does not have the patched functions, they run one after another.
     """
     from torch._inductor import cpp_builder, cpu_vec_isa
 
@@ -85,7 +85,7 @@ def overlapped() -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(2) as pool:
-        # In one thread: a probe changes the flags of its object for a while.
+        # In one thread, because a probe temporarily changes the flags of its object.
         isas = pool.submit(_best_isa, probe)
         with (
             patch.object(cpu_vec_isa, "valid_vec_isa_list", isas.result),
@@ -98,7 +98,7 @@ def _best_isa(probe: Any) -> list[Any]:
     """Return the widest vector instructions that work; torch probes all and uses the first."""
     from torch._inductor import cpu_vec_isa
 
-    if "ATEN_CPU_CAPABILITY" in os.environ:  # asks for others
+    if "ATEN_CPU_CAPABILITY" in os.environ:  # the user chose others
         return list(probe())
     for isa in cpu_vec_isa.supported_vec_isa_list:
         with patch.object(cpu_vec_isa, "supported_vec_isa_list", [isa]):
@@ -127,8 +127,8 @@ def _deferring_wrapper(
 
 
 @contextmanager
-def without_collecting() -> Iterator[None]:
-    """Stop the cyclic garbage collector, which walks the graph's objects again and again."""
+def gc_disabled() -> Iterator[None]:
+    """Disable the cyclic garbage collector, which would traverse the graph's objects repeatedly."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
