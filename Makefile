@@ -1,7 +1,7 @@
-# Every target makes its own .venv first; nothing else is needed.
+# Every target creates .venv first; nothing else is needed.
 PYTHON ?= python3
 BIN := .venv/bin
-# What demo needs, and what the other targets need.
+# Timestamps of the packages for demo, and for the other targets.
 RUNTIME := .venv/.installed
 INSTALLED := .venv/.installed-dev
 
@@ -23,7 +23,7 @@ demo: $(RUNTIME) ## Tell a tale with the model that ships and trace it; train on
 test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not integration and not slow and not torture and not dist and not browser and not gpu'
 
-test-integration: $(INSTALLED) ## Run the tests of whole runs, a few seconds each
+test-integration: $(INSTALLED) ## Run the tests of complete runs, a few seconds each
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'integration and not slow and not gpu'
 
 test-slow: $(INSTALLED) ## Run the tests of ten seconds and more: compiled graphs, kill and resume
@@ -56,7 +56,7 @@ format: $(INSTALLED) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/python docs/reading_order.py --write
 
-docs: $(INSTALLED) ## Write all outputs and pictures in README.md and docs/: some 15 minutes; commit a new model before
+docs: $(INSTALLED) ## Update all outputs and pictures in README.md and docs/: about 15 minutes; commit a new model first
 	@$(PYTHON) install.py dev browser
 	$(BIN)/python docs/reading_order.py --write
 	$(BIN)/python docs/outputs.py

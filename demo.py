@@ -1,4 +1,4 @@
-"""Show what minigpt does: a tale and its trace from the model that ships, then one of your own.
+"""Show what minigpt does: a tale and its trace from the model that ships, then from your own model.
 
 python demo.py        in an environment that has minigpt (make demo, or install.py)
 """
@@ -15,16 +15,16 @@ PROMPT = "Once upon a time"
 NAME = "There was once a fox named Zilpo. One morning"
 HOW_TO_READ = """
 How to read this:
-  A line is a new token; prob is the probability that the model gave it.
-  The rest of the line is where its attention heads looked, 100 % in all.
+  Each line is a new token; prob is the probability that the model gave it.
+  The rest of the line shows where its attention heads looked, 100 % in total.
   sink is the first position, where heads look when nothing else matches.
-  Then the tokens with the most attention, each with its position and share.
+  Then come the tokens with the most attention, with their position and share.
   Few bits: the attention is on few tokens. Many bits: it is spread out.
-  Attention is not a cause: --n-verified 2 shows what changes without a token."""
+  Attention is not causation: --n-verified 2 shows the effect of hiding a token."""
 
 AFTER_A_MINUTE = """
-After a minute, the words are right, and there is no story yet. The model that
-ships had six hours and more text."""
+After one minute, the words are right, but there is no story yet. The model that
+ships was trained for six hours, on more text."""
 
 
 def main() -> None:
@@ -37,23 +37,23 @@ def main() -> None:
     say("1. The model that ships tells a tale")
     minigpt("generate", *shipped, "--max-new-tokens", "120", PROMPT)
 
-    say("2. What each of its tokens looked at")
+    say("2. What each of its tokens attended to")
     minigpt("attention-trace", *shipped, "--max-new-tokens", "12", "--html", page, PROMPT)
     print(HOW_TO_READ)
-    print(f"The same, to click through, is {page}: open it in a browser.", flush=True)
+    print(f"Open {page} in a browser for the interactive page.", flush=True)
 
     say("3. One head alone, which copies a name that it has never read")
     minigpt("attention-trace", *copying, "--max-new-tokens", "5", NAME)
 
     say("4. A model of your own: at most one minute on 150 tales")
-    # With whole words in its vocabulary, the text is words even where a slow core does 40 steps.
+    # With complete words in its vocabulary, even 40 steps on a slow core give a text of words.
     minigpt("train", "--name", name, "--tokenizer", "bpe:2048", "--max-minutes", "1")
     minigpt("generate", *own, "--max-new-tokens", "80", PROMPT)
     minigpt("attention-trace", *own, "--max-new-tokens", "12", PROMPT)
     print(AFTER_A_MINUTE, flush=True)
 
     activate = r".venv\Scripts\activate" if os.name == "nt" else ". .venv/bin/activate"
-    say(f"Next, with a text of yours:\n  {activate}\n  minigpt train FILE")
+    say(f"Next, with your own text:\n  {activate}\n  minigpt train FILE")
     print("  minigpt train FILE --from storyteller   # English, from the model that ships")
 
 
@@ -67,7 +67,7 @@ def minigpt(*words: str) -> None:
 
 
 def shell_lines(*words: str) -> list[str]:
-    """Return a command in lines that fit the terminal; the last two cells are for " \\"."""
+    """Return a command in lines that fit the terminal, with two columns left for " \\"."""
     room = shutil.get_terminal_size().columns - 6 if sys.stdout.isatty() else sys.maxsize
     lines = [""]
     for word in map(shlex.quote, words):
@@ -85,5 +85,5 @@ def say(line: str) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:  # the command has said so
+    except KeyboardInterrupt:  # the command has already reported it
         sys.exit(130)

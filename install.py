@@ -1,10 +1,10 @@
-"""Install minigpt into .venv, with PyTorch's small CPU build where there is no GPU.
+"""Install minigpt into .venv, with PyTorch's small CPU build if there is no GPU.
 
-    python install.py            what minigpt needs
-    python install.py dev        what its tests need, too: the extras of pyproject.toml
+    python install.py            the dependencies of minigpt
+    python install.py dev        also those of its tests: any extras of pyproject.toml
 
-uv installs, since it can choose the build of PyTorch; it gets the settings of pip (mirrors, folders
-of wheels). If uv fails, pip installs. Needs the standard library only.
+uv is used because it can choose the build of PyTorch, with the settings of pip (mirrors, folders
+of wheels). If uv fails, pip is used. This script needs the standard library only.
 """
 
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON, UV = BIN / "python", BIN / "uv"
-# uv's variable for each setting of pip, and what separates the values in it.
+# uv's variable for each setting of pip, and the separator of its values.
 SETTINGS = {
     "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
@@ -32,7 +32,7 @@ SETTINGS = {
 def uv_environment(pip_config: str) -> dict[str, str]:
     """Return pip's indexes and folders of wheels, from `pip config list`, as variables of uv.
 
-    The environment (`:env:`) is listed first and wins over the files, as in pip.
+    The environment (`:env:`) is listed first and takes precedence over the files, as in pip.
     """
     found: dict[str, str] = {}
     for line in pip_config.splitlines():
@@ -42,7 +42,7 @@ def uv_environment(pip_config: str) -> dict[str, str]:
             words = shlex.split(value)[0].replace("\\n", " ").split()
             found.setdefault(variable, separator.join(words))
     if "UV_INDEX" in found:
-        # As pip does: the best version of all indexes, not those of the first that has the name.
+        # As in pip: the best version of all indexes, not that of the first one with the package.
         found["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     return found
 
@@ -53,7 +53,7 @@ def main() -> None:
     say("Installing minigpt and PyTorch into .venv, once.")
     if not PYTHON.with_suffix(".exe" if os.name == "nt" else "").exists():
         run(sys.executable, "-m", "venv", VENV, check=True)
-    say("  getting uv, which installs the packages")
+    say("  installing uv, which installs the packages")
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
     run(*pip, "install", "--quiet", "uv", stderr=subprocess.DEVNULL)
     listed = run(*pip, "config", "list", stdout=subprocess.PIPE, text=True)
@@ -62,7 +62,7 @@ def main() -> None:
     for backend in (["--torch-backend=auto"], []):
         install = [UV, "pip", "install", "--python", VENV, *backend, *what]
         try:
-            # Without output first: what an index out of reach has to say is long.
+            # A dry run without output first: the errors of an unreachable index are long.
             tried = run(
                 *install,
                 "--dry-run",
@@ -72,20 +72,20 @@ def main() -> None:
             )
         except FileNotFoundError:
             break
-        if tried.returncode == 0 and install_in_one_line(*install, env=environment):
+        if tried.returncode == 0 and install_with_progress(*install, env=environment):
             return
         if backend:
-            say("  PyTorch's own index is out of reach; taking PyTorch from your package index")
-    say("uv cannot install it, so pip does.")
+            say("  PyTorch's own index cannot be used; using PyTorch from your package index")
+    say("uv failed; installing with pip.")
     sys.exit(run(*pip, "install", *what).returncode)
 
 
-def install_in_one_line(*words, env: dict[str, str]) -> bool:
-    """Run uv, and show what it does in one line, not as a list of packages.
+def install_with_progress(*words, env: dict[str, str]) -> bool:
+    """Run uv and show its progress in one line, instead of a list of packages.
 
-    What it said is printed if it fails. Returns: whether it did its work.
+    Its output is printed if it fails. Returns: whether it succeeded.
     """
-    said, doing, started = [], "", time.monotonic()
+    output, task, started = [], "", time.monotonic()
     is_live, width = sys.stdout.isatty(), 0
     command = [str(word) for word in words]
     pipe = {"stderr": subprocess.PIPE, "text": True, "encoding": "utf-8", "errors": "replace"}
@@ -95,25 +95,25 @@ def install_in_one_line(*words, env: dict[str, str]) -> bool:
         reader.start()
         while reader.is_alive() or not lines.empty():
             try:
-                said.append(lines.get(timeout=0.25))
-                doing = current_task(said[-1]) or doing
+                output.append(lines.get(timeout=0.25))
+                task = current_task(output[-1]) or task
             except queue.Empty:
                 pass
             if is_live:
                 width = max(shutil.get_terminal_size().columns - 1, 20)
-                line = f"  installing, {time.monotonic() - started:.0f} s: {doing}"
+                line = f"  installing, {time.monotonic() - started:.0f} s: {task}"
                 print(f"\r{line[:width]:<{width}}", end="", flush=True)
     if is_live:
         print(f"\r{'':<{width}}\r", end="")
     if process.returncode:
-        say("".join(said))
+        say("".join(output))
         return False
     say(f"  installed in {time.monotonic() - started:.0f} s")
     return True
 
 
 def current_task(line: str) -> str:
-    """Return a line of uv as what it is doing, empty for an entry of its list of packages."""
+    """Return the task in a line of uv's output; empty for an entry of its list of packages."""
     words = line.split()
     return "" if not words or words[0] in "+-~" else " ".join(words)
 

@@ -1,9 +1,9 @@
-"""generate and train beside other busy processes, compared with a fixed time that threads spin.
+"""Speed of generate and train while other processes are busy, compared with fixed spin times.
 
     python benchmarks/busy.py ../shared/data/tinyshakespeare.txt --busy 0 1 2
 
-Whole commands in turns: as they are, and with GOMP_SPINCOUNT, which turns off what
-commands/openmp.py does. Prints medians of tokens/s, and how many times as long a token takes as on
+Complete commands alternate: by default, and with GOMP_SPINCOUNT, which disables
+commands/openmp.py. Prints medians of tokens/s, and how many times as long a token takes as on
 the idle machine.
 """
 
@@ -50,7 +50,7 @@ COMMANDS = {"generate": generate, "train": train}
 
 
 def main() -> None:
-    """Measure in turns and print a table."""
+    """Measure the variants alternately and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--busy", type=int, nargs="+", default=[0, 1])
@@ -59,9 +59,9 @@ def main() -> None:
     arguments = parser.parse_args()
     text = arguments.text.resolve()
     plain = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    ways: dict[str, tuple[dict[str, str], list[str]]] = {"as it is": (plain, [])}
-    ways |= {f"GOMP_SPINCOUNT={n}": (plain | {"GOMP_SPINCOUNT": n}, []) for n in FIXED}
-    ways["--threads 1"] = (plain, ["--threads", "1"])
+    variants: dict[str, tuple[dict[str, str], list[str]]] = {"default": (plain, [])}
+    variants |= {f"GOMP_SPINCOUNT={n}": (plain | {"GOMP_SPINCOUNT": n}, []) for n in FIXED}
+    variants["--threads 1"] = (plain, ["--threads", "1"])
     rates: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -72,10 +72,10 @@ def main() -> None:
                 loop = [sys.executable, "-c", "while True: pass"]
                 others = [subprocess.Popen(loop) for _ in range(n_busy)]
                 try:
-                    for way, (environment, threads) in ways.items():
+                    for variant, (environment, threads) in variants.items():
                         for command in arguments.commands:
                             rate = COMMANDS[command](folder / command, threads, environment, text)
-                            rates[command, way, n_busy].append(rate)
+                            rates[command, variant, n_busy].append(rate)
                 finally:
                     for other in others:
                         other.kill()
@@ -83,11 +83,11 @@ def main() -> None:
     print(f"\n| | | {' | '.join(f'{n} busy' for n in arguments.busy)} |")
     print(f"| --- | --- | {' | '.join('---:' for _ in arguments.busy)} |")
     for command in arguments.commands:
-        for way in ways:
-            medians = [statistics.median(rates[command, way, n]) for n in arguments.busy]
-            idle = statistics.median(rates[command, "as it is", arguments.busy[0]])
+        for variant in variants:
+            medians = [statistics.median(rates[command, variant, n]) for n in arguments.busy]
+            idle = statistics.median(rates[command, "default", arguments.busy[0]])
             cells = [f"{rate:,.0f} ({idle / rate:.1f} x)" for rate in medians]
-            print(f"| {command} | {way} | {' | '.join(cells)} |")
+            print(f"| {command} | {variant} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

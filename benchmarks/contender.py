@@ -1,4 +1,4 @@
-"""What a decoding benchmark asks of a contender, and what it gets. Only the standard library."""
+"""Requests and replies between a decoding benchmark and its contenders. Imports no libraries."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,11 +38,11 @@ class Job:
     gpt_fast: str
     """Path of a gpt-fast checkout, or empty."""
     longest_prompt: list[int] = field(default_factory=list)
-    """Begins with the prompt; empty if no turn has another."""
+    """The prompt and tokens after it, for longer prompts; empty if no turn has one."""
 
     @property
     def n_positions(self) -> int:
-        """Positions that any turn needs."""
+        """Maximum number of positions that a turn needs."""
         return max(len(self.prompt), len(self.longest_prompt)) + self.n_new
 
 
@@ -51,28 +51,28 @@ class Turn:
     """The timing of one decoding."""
 
     first_s: float
-    """From the prompt's ids to the first new token's on the host."""
+    """Seconds from the prompt's ids to the first new token's id on the host."""
     rest_s: float
-    """From there to the last new token's."""
+    """Seconds from the first to the last new token's id."""
     tokens: list[int]
-    """The first row's new ones."""
+    """New tokens of the first row."""
     peak_bytes: int
-    """The most memory that the process, or with CUDA its tensors, ever had."""
+    """Peak memory of the process so far, or with CUDA of its tensors."""
 
 
 Decode = Callable[[Job, Callable[[], None]], list[int]]
-"""Decodes greedily; calls the function once the first token is on the host; returns row 0's."""
+"""Decodes greedily, calls the function once the first token is on the host, returns row 0."""
 
 
 class UnavailableError(Exception):
-    """A contender cannot be measured here, with the reason."""
+    """A contender cannot be measured on this machine, with the reason."""
 
 
 def drain(tokens: Any, first: Callable[[], None]) -> list[int]:
-    """Take all tokens; call the function after the first."""
-    taken = []
+    """Return a list of all tokens; call the function after the first."""
+    drained = []
     for token in tokens:
-        taken.append(token)
-        if len(taken) == 1:
+        drained.append(token)
+        if len(drained) == 1:
             first()
-    return taken
+    return drained

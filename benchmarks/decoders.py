@@ -2,9 +2,9 @@
 
     python decoders.py '{"contender": {...}, "job": {...}}'
 
-Each line on standard input requests a turn: an empty one the job's, a number the first token after
-as many tokens of the longest prompt. Each line on standard output is a Turn as JSON, or
-{"failed": why}. The module level only imports the standard library, because the Python that has
+Each line on standard input requests a turn: an empty line that of the job, a number N the first
+token after N tokens of the longest prompt. Each line on standard output is a Turn as JSON, or
+{"failed": REASON}. The module level only imports the standard library, because the Python that has
 llama.cpp may not have torch.
 """
 
@@ -22,7 +22,7 @@ from peers import PEERS, WITHOUT_TORCH
 
 
 def minigpt(contender: Contender, job: Job) -> Decode:
-    """minigpt, through the classes that the commands use."""
+    """Return minigpt's decoder, through the classes that the commands use."""
     from minigpt.config import SamplingConfig
     from minigpt.generation.decoder import Decoder
     from minigpt.generation.loading import load
@@ -51,7 +51,7 @@ def minigpt(contender: Contender, job: Job) -> Decode:
 
 
 def _traced(model: Any, contender: Contender) -> Decode:
-    """minigpt with a row of attention per token, as in ``attention-trace``."""
+    """Return minigpt's decoder with an attention row per token, as in ``attention-trace``."""
     from random_models import ENDLESS
 
     from minigpt.config import SamplingConfig
@@ -74,7 +74,7 @@ def _traced(model: Any, contender: Contender) -> Decode:
 
 
 def memory(contender: Contender, job: Job) -> Decode:
-    """Read an array that fits no cache: a pass for the first token and one for each other."""
+    """Return a decoder whose tokens are passes over an array that is larger than any cache."""
     import torch
 
     array = torch.ones(READ_BYTES // 4, device=job.device)
@@ -90,12 +90,12 @@ ENGINES = {"minigpt": minigpt, "memory": memory, **PEERS}
 
 
 def peak_bytes(device: str) -> int:
-    """Return the most memory that this process has had resident, or with CUDA allocated."""
-    if device == "cuda" and "torch" in sys.modules:  # llama.cpp's is not known
+    """Return this process's peak resident memory, or with CUDA its peak allocated memory."""
+    if device == "cuda" and "torch" in sys.modules:  # unknown for llama.cpp
         import torch
 
         return torch.cuda.max_memory_allocated()
-    # Not getrusage: on Linux its maximum begins with that of the process that started this one.
+    # Not getrusage: on Linux its maximum starts with that of the parent process.
     status = Path("/proc/self/status")
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -106,7 +106,7 @@ def peak_bytes(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def take_turn(decode: Decode, job: Job) -> Turn:
+def timed_turn(decode: Decode, job: Job) -> Turn:
     """Decode once and time it."""
     marks: list[float] = []
     started = time.perf_counter()
@@ -127,21 +127,21 @@ def main() -> None:
 
             torch.set_num_threads(job.threads)
         decode = ENGINES[contender.engine](contender, job)
-        print(json.dumps(asdict(take_turn(decode, job))), file=replies)
+        print(json.dumps(asdict(timed_turn(decode, job))), file=replies)
     except Exception as error:
         words = str(error).strip().splitlines() or [""]
-        why = (
+        reason = (
             words[0]
             if isinstance(error, UnavailableError)
             else f"{type(error).__name__}: {words[0]}"
         )
-        print(json.dumps({"failed": why}), file=replies)
+        print(json.dumps({"failed": reason}), file=replies)
         raise
     for line in sys.stdin:
-        wanted = job
+        requested = job
         if line.strip():
-            wanted = replace(job, prompt=job.longest_prompt[: int(line)], n_new=1)
-        print(json.dumps(asdict(take_turn(decode, wanted))), file=replies)
+            requested = replace(job, prompt=job.longest_prompt[: int(line)], n_new=1)
+        print(json.dumps(asdict(timed_turn(decode, requested))), file=replies)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ shuffled order, while the others sleep, so that other load on the machine affect
 ratio is the median over rounds of the ratio in the same round. Before the timing starts, each
 decodes once, and minigpt's float32 tokens must equal those of transformers.
 
-llama.cpp is measured where a Python has llama-cpp-python, gguf and safetensors (by default this
-one), CTranslate2 and ONNX Runtime where one has ctranslate2 or onnxruntime-genai, onnx-ir, torch
-and transformers, and gpt-fast from a checkout of it. --device cuda has not been run yet.
+llama.cpp needs a Python with llama-cpp-python, gguf and safetensors (by default this one),
+CTranslate2 and ONNX Runtime one with ctranslate2 or onnxruntime-genai, onnx-ir, torch and
+transformers, and gpt-fast a checkout of its repository. --device cuda is untested.
 """
 
 import argparse
@@ -44,12 +44,12 @@ from random_models import SHAPES, shape_of, weights_read, write_random
 
 HERE = Path(__file__).parent
 CONVERTED = ("CTranslate2", "ONNX")
-"""Engines that have formats of their own; ONNX is ONNX Runtime's generate()."""
+"""Engines with their own model formats; ONNX is ONNX Runtime's generate()."""
 GGUF_TYPES = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
 
 
 def quick_contenders(precisions: list[str]) -> list[Contender]:
-    """Return those that start without compiling: ours and its main peers."""
+    """Return the contenders that start without compiling: minigpt and its main peers."""
     found = [Contender("minigpt", precision) for precision in precisions]
     found += [Contender("transformers", p, "loop") for p in precisions if p != "int8"]
     engines = ("llama.cpp", *CONVERTED)
@@ -98,8 +98,9 @@ class Worker:
     def turn(self, *, is_first: bool = False, n_prompt: int | None = None) -> Turn | str:
         """Decode once and return the timing, or the reason for a failure.
 
-        The first turn starts without a request. Args: n_prompt, to time only the first token after
-        as many tokens.
+        The first turn starts without a request.
+
+        Args: n_prompt, to time only the first token after a prompt of this length.
         """
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -110,7 +111,7 @@ class Worker:
         except BrokenPipeError:
             line = ""
         if not line:
-            return f"its process ended with {self.process.wait()}"
+            return f"its process exited with code {self.process.wait()}"
         reply = json.loads(line)
         return str(reply["failed"]) if "failed" in reply else Turn(**reply)
 
@@ -125,9 +126,9 @@ def measure(
 ) -> tuple[dict[Contender, Measured], dict[Contender, str], list[int]]:
     """Time the contenders in rounds.
 
-    Args: pythons, of engines that need not be in this Python; prefill, lengths of prompts to time
-        the first token after, in each round.
-    Returns: the measurements, the reasons of failures, and the float32 tokens.
+    Args: pythons, of engines that may be installed in another Python; prefill, lengths of prompts
+        after which to time the first token in each round.
+    Returns: the measurements, the reasons for failures, and the float32 tokens.
     """
     prefills: dict[Contender, dict[int, list[float]]] = {}
     workers, failed, texts = {}, dict[Contender, str](), dict[Contender, list[int]]()
@@ -136,8 +137,8 @@ def measure(
         for contender in [MEMORY, *chosen]:
             note(f"starting {contender.name}")
             python = pythons.get(contender.engine, sys.executable)
-            if contender.engine in CONVERTED and (why := convert(contender, job.folder, python)):
-                failed[contender] = why
+            if contender.engine in CONVERTED and (error := convert(contender, job.folder, python)):
+                failed[contender] = error
                 continue
             worker = Worker(contender, job, python)
             stack.callback(worker.close)
@@ -157,7 +158,7 @@ def measure(
                 )  # threads of the previous contender spin for a moment before they sleep
                 turn = workers[contender].turn()
                 if isinstance(turn, str):
-                    raise SystemExit(f"{contender.name}, after it had warmed up: {turn}")
+                    raise SystemExit(f"{contender.name}, after its warm-up: {turn}")
                 turns[contender].append(turn)
                 for n_prompt in prefill if contender != MEMORY else []:
                     turn = workers[contender].turn(n_prompt=n_prompt)
@@ -166,27 +167,27 @@ def measure(
                         times.setdefault(n_prompt, []).append(turn.first_s)
                 rest_s = turns[contender][-1].rest_s
                 note(f"round {number + 1} of {rounds}, {contender.name}: {rest_s:.3g} s")
-    measured = {one: Measured(one, taken, prefills.get(one, {})) for one, taken in turns.items()}
+    measured = {one: Measured(one, timed, prefills.get(one, {})) for one, timed in turns.items()}
     return measured, failed, reference
 
 
 def check_tokens(texts: dict[Contender, list[int]]) -> list[int]:
     """Return the float32 tokens of transformers; SystemExit if minigpt's differ."""
-    ways = (Contender("transformers", "fp32", variant) for variant in ("", "loop"))
-    theirs = next((texts[way] for way in ways if way in texts), None)
+    variants = (Contender("transformers", "fp32", variant) for variant in ("", "loop"))
+    theirs = next((texts[variant] for variant in variants if variant in texts), None)
     for contender, tokens in texts.items():
         if theirs is None or contender.engine != "minigpt" or contender.precision != "fp32":
             continue
         if tokens != theirs:
             raise SystemExit(
-                f"{contender.name} and transformers, both fp32, part after "
+                f"{contender.name} and transformers, both fp32, differ after "
                 f"{n_same(tokens, theirs)} of {len(theirs)} tokens: one of them is wrong."
             )
     return theirs or texts.get(Contender("minigpt", "fp32"), [])
 
 
 def note(words: str) -> None:
-    """Print the progress."""
+    """Print a line of progress."""
     print(f"  {words}", file=sys.stderr, flush=True)
 
 
@@ -202,7 +203,7 @@ def write_ggufs(folder: Path, precisions: list[str], python: str) -> None:
 
 
 def convert(contender: Contender, folder: str, python: str) -> str:
-    """Write the folder's model in a peer's format; return why it failed, else ""."""
+    """Write the folder's model in a peer's format; return the error, or "" if there is none."""
     out = str(peer_folder(folder, contender))
     words = [contender.engine, folder, out, contender.precision]
     done = subprocess.run(
@@ -243,15 +244,15 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
     n_weights = weights_read(config)
     bytes_per_s = bandwidth(results)
     verdicts = {str(bar): bar.verdict(results) for bar in bars(shape, args.device)}
-    print(f"\n## {shape}: {n_weights / 1e6:.1f}M weights read a step\n")
+    print(f"\n## {shape}: {n_weights / 1e6:.1f}M weights read per step\n")
     print(table(results, n_weights, reference))
     if args.prefill:
         print(f"\nMilliseconds to the first token after a prompt:\n\n{prefill_table(results)}")
     print(f"\nReading memory: {(bytes_per_s or 0) / 1e9:.1f} GB/s.\n")
     for bar, verdict in verdicts.items():
         print(f"- {bar}: {verdict}")
-    for contender, why in failed.items():
-        print(f"- not measured: {contender.name}: {why}")
+    for contender, reason in failed.items():
+        print(f"- not measured: {contender.name}: {reason}")
     return {
         "shape": shape,
         "weights_read": n_weights,
@@ -265,16 +266,16 @@ def report(shape: str, args: argparse.Namespace) -> dict[str, Any]:
             | {"first_s": [turn.first_s for turn in one.turns], "prefill_s": one.prefill_s}
             for one in results.values()
         ],
-        "not_measured": {one.name: why for one, why in failed.items()},
+        "not_measured": {one.name: reason for one, reason in failed.items()},
         "bars": verdicts,
     }
 
 
 def is_chosen(contender: Contender, only: list[str], without: list[str]) -> bool:
-    """Return whether a name has all words of one of the texts, and no unwanted word."""
+    """Return whether the name has all words of an entry of ``only``, and none of ``without``."""
     words = set(contender.name.split())
-    is_wanted = not only or any(set(text.split()) <= words for text in only)
-    return is_wanted and not words & set(without)
+    is_included = not only or any(set(text.split()) <= words for text in only)
+    return is_included and not words & set(without)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,7 +292,7 @@ def parse_arguments() -> argparse.Namespace:
         "--static", action="store_true", help="also run transformers' compiled step"
     )
     parser.add_argument(
-        "--only", nargs="+", default=[], help="contenders whose names have these words"
+        "--only", nargs="+", default=[], help="measure contenders whose names have these words"
     )
     parser.add_argument(
         "--without", nargs="+", default=[], help="leave out contenders with these words"
@@ -306,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="nothing that compiles, batch size 1, 3 rounds of 64 tokens: some 3 minutes",
+        help="without compilation, batch size 1, 3 rounds of 64 tokens: about 3 minutes",
     )
     parser.add_argument(
         "--prefill", type=int, nargs="+", default=[], help="also time prompts of these lengths"

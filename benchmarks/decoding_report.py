@@ -8,7 +8,7 @@ from decoders import N_READS, READ_BYTES, Contender, Turn
 
 MEMORY = Contender("memory", "fp32")
 _BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0}
-_Q8_0_BYTES = 34 / 32  # blocks of 32 bytes, each with a scale in two
+_Q8_0_BYTES = 34 / 32  # blocks of 32 bytes, each with a scale of two bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measured:
 
     @property
     def step_ms(self) -> float:
-        """Time of one step, a token of every row."""
+        """Time of one step, which decodes a token of every row."""
         return 1e3 * self.contender.n_rows / self.tokens_per_s
 
     @property
@@ -67,16 +67,16 @@ def bandwidth_share(measured: Measured, n_weights: int, bytes_per_s: float) -> f
 
 
 def transformers_of(contender: Contender, results: Results) -> Measured | None:
-    """Return the faster of transformers' generate and loop, same batch size and precision.
+    """Return the faster of transformers' generate and loop, for the same batch size and precision.
 
-    transformers has no int8 here: int8 is compared with its bf16.
+    transformers is not run in int8: int8 is compared with its bf16.
     """
     precision = "bf16" if contender.precision == "int8" else contender.precision
-    ways = [
+    variants = [
         Contender("transformers", precision, variant, n_rows=contender.n_rows)
         for variant in ("", "loop")
     ]
-    return _fastest([results[way] for way in ways if way in results])
+    return _fastest([results[variant] for variant in variants if variant in results])
 
 
 def _fastest(measured: list[Measured]) -> Measured | None:
@@ -91,7 +91,7 @@ def n_same(tokens: list[int], reference: list[int]) -> int:
 
 def table(results: Results, n_weights: int, reference: list[int]) -> str:
     """Return the results as Markdown. Args: reference, the float32 tokens."""
-    heads = ["", "tokens/s", "ms/step", "first token", "peak memory", "of the bandwidth"]
+    heads = ["", "tokens/s", "ms/step", "first token", "peak memory", "share of bandwidth"]
     rows = [[*heads, "x transformers", "tokens as float32"], ["---"] + 7 * ["---:"]]
     bytes_per_s = bandwidth(results)
     for contender, measured in results.items():
@@ -109,7 +109,7 @@ def table(results: Results, n_weights: int, reference: list[int]) -> str:
                 f"{measured.peak_mb:,.0f} MB",
                 f"{share:.0%}" if share else "-",
                 f"{measured.times_faster(theirs):.2f}" if theirs else "-",
-                # gpt-fast's class cannot hold the same weights.
+                # gpt-fast's model class cannot load the same weights.
                 "other weights" if contender.engine == "gpt-fast" else f"{agreed}",
             ]
         )
@@ -117,7 +117,7 @@ def table(results: Results, n_weights: int, reference: list[int]) -> str:
 
 
 def prefill_table(results: Results) -> str:
-    """Return the milliseconds to the first token after each length of prompt as Markdown."""
+    """Return the milliseconds to the first token for each prompt length as Markdown."""
     timed = {one.name: measured.prefill_s for one, measured in results.items() if one != MEMORY}
     lengths = sorted({length for times in timed.values() for length in times})
     rows = [["", *map(str, lengths)], ["---", *["---:"] * len(lengths)]]
@@ -129,7 +129,7 @@ def prefill_table(results: Results) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """A goal: a factor over the fastest of some contenders."""
+    """A goal: a speedup by a factor over the fastest of some contenders."""
 
     ours: Contender
     theirs: tuple[Contender, ...]

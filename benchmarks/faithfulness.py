@@ -1,4 +1,4 @@
-"""Which measure predicts the exact effects: the tables of docs/faithfulness.md.
+"""Compare how well measures predict exact knockout effects: the tables of docs/faithfulness.md.
 
     python benchmarks/faithfulness.py    the model that ships
     python benchmarks/faithfulness.py stories260K=../shared/weights/stories260K nano=shakespeare
@@ -28,7 +28,7 @@ def compared(model: str, prompt: str, words: list[str]) -> dict[str, Any]:
 
 
 def table(facts: dict[str, Any]) -> str:
-    """Return a table in Markdown; the best measure of each column is bold, controls are not."""
+    """Return a Markdown table; in bold the best measure of each column, excluding controls."""
     controls = ("distance", "random", "exact")
     results = facts["results"]
     lines = [

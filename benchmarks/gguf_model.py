@@ -3,7 +3,7 @@
     python gguf_model.py FOLDER OUT.gguf F32|BF16|Q8_0
 
 A separate script, because it runs in the Python that has llama.cpp, which needs gguf, safetensors
-and numpy, but not torch. The file has no vocabulary: prompts are ids.
+and numpy, but not torch. The file contains no vocabulary: prompts are ids.
 """
 
 import json
@@ -59,13 +59,13 @@ def gguf_tensors(config: dict[str, Any], tensors: dict[str, Array]) -> dict[str,
             _, layer, name = name.split(".", 2)
             block = f"blk.{layer}."
         # GPT-2's projections are stored as (in, out).
-        is_turned = is_gpt2 and block and tensor.ndim == 2
-        renamed[f"{block}{names[name]}.{kind}"] = tensor.T.copy() if is_turned else tensor
+        is_transposed = is_gpt2 and block and tensor.ndim == 2
+        renamed[f"{block}{names[name]}.{kind}"] = tensor.T.copy() if is_transposed else tensor
     return renamed
 
 
 def write(folder: Path, out: Path, type_name: str) -> None:
-    """Write the file; matrices are quantized, norms, biases and positions stay in float32."""
+    """Write the file: matrices are quantized; norms, biases and positions stay in float32."""
     config = json.loads((folder / "config.json").read_text())
     is_gpt2 = config["model_type"] == "gpt2"
     writer = gguf.GGUFWriter(str(out), config["model_type"])

@@ -1,14 +1,14 @@
-"""Everything that docs/gpu.md wants to know of a GPU, by one command, in under 8 minutes.
+"""Run the checks and measurements of docs/gpu.md on a GPU, in under 8 minutes.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --gpt-fast DIR --nanogpt-checkout DIR --out gpu-results
     python benchmarks/gpu.py --device cpu --quick        # rehearse every part without a GPU
 
-The parts run in the order below, what is right before what is fast. Each writes OUT/PART.json as
-soon as it ends, and the command stops at the first part that fails (--keep-going: goes on). At the
-end, also after Ctrl-C, one Markdown table has all results. Nothing begins after --minutes: what is
-left then is "not run", and what still runs a minute later is "not finished". The exit code is 1 if
-a part failed.
+The parts run in the order below, correctness before speed. Each writes OUT/PART.json as soon as it
+ends, and the command stops at the first part that fails (except with --keep-going). At the end,
+also after Ctrl-C, one Markdown table shows all results. No part starts after --minutes: the
+remaining ones are "not run", and a part that still runs a minute later is "not finished". The exit
+code is 1 if a part failed.
 """
 
 import argparse
@@ -48,7 +48,7 @@ PARTS: dict[str, Callable[[Setup], Facts]] = {
 
 
 GRACE_MINUTES = 1
-"""Time that a part which began in time has to end."""
+"""Time after --minutes until a part that is still running is stopped."""
 
 
 def run_part(name: str, setup: Setup) -> Facts:
@@ -59,7 +59,7 @@ def run_part(name: str, setup: Setup) -> Facts:
         return {"part": name, "status": "not run: out of time", "facts": {}, "seconds": 0.0}
     setup.facts.clear()
     setup.faults.clear()
-    torch.set_float32_matmul_precision("highest")  # a part before may have used TF32
+    torch.set_float32_matmul_precision("highest")  # an earlier part may have used TF32
     try:
         setup.facts.update(PARTS[name](setup))
         status = f"FAILED: {'; '.join(setup.faults)}" if setup.faults else "ok"
@@ -86,7 +86,7 @@ def table(results: list[Facts]) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTimeError in what still runs after this time."""
+    """Raise OutOfTimeError in the body if it still runs after this time."""
 
     def stop(*_: Any) -> None:
         raise OutOfTimeError
@@ -105,7 +105,7 @@ def parse_arguments(words: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="rehearse with tiny sizes")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--minutes", type=float, default=7.0, help="after which nothing begins")
+    parser.add_argument("--minutes", type=float, default=7.0, help="start no part after this time")
     parser.add_argument("--keep-going", action="store_true", help="do not stop at a failure")
     parser.add_argument("--out", type=Path, default=Path("gpu-results"))
     data = Path(__file__).parents[2] / "shared/data/tinyshakespeare.txt"
@@ -121,7 +121,7 @@ def main(words: list[str] | None = None) -> int:
     try:
         device = resolve_device(args.device)
     except MinigptError as error:
-        print(f"{error} --device cpu --quick rehearses every part.", file=sys.stderr)
+        print(f"{error} Use --device cpu --quick to rehearse every part.", file=sys.stderr)
         return error.exit_code
     started, results, is_interrupted = time.monotonic(), [], False
     args.out.mkdir(parents=True, exist_ok=True)

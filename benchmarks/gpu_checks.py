@@ -1,4 +1,4 @@
-"""The parts of benchmarks/gpu.py that check what is right: parity, resume, waits, memory, ranks."""
+"""The parts of benchmarks/gpu.py that check correctness: parity, resume, waits, memory, ranks."""
 
 import json
 import os
@@ -27,38 +27,39 @@ from minigpt.training.world import is_sharded
 
 
 def parity(setup: Setup) -> Facts:
-    """Logits and greedy tokens of the CPU and of the device, in float32, bfloat16 and int8."""
-    ways = [(kind, "float32") for kind in KINDS]
-    ways += [("llama", "bfloat16"), ("llama", "int8"), ("gpt2", "int8")]
-    for kind, way in ways:
-        with setup.attempt(f"{kind}, {way}"):
-            setup.facts[f"{kind}, {way}"] = compared(setup, kind, way)
+    """Compare logits and greedy tokens of the CPU and the device in float32, bfloat16 and int8."""
+    pairs = [(kind, "float32") for kind in KINDS]
+    pairs += [("llama", "bfloat16"), ("llama", "int8"), ("gpt2", "int8")]
+    for kind, precision in pairs:
+        with setup.attempt(f"{kind}, {precision}"):
+            setup.facts[f"{kind}, {precision}"] = compared(setup, kind, precision)
     return {}
 
 
-def compared(setup: Setup, kind: str, way: str) -> str:
-    """Compare a model on the CPU and on the device."""
+def compared(setup: Setup, kind: str, precision: str) -> str:
+    """Compare a model on the CPU and on the device; return the differences in words."""
     n_new, prompt = setup.pick(32, 4), [5, 6, 7]
     sampling = SamplingConfig(max_new_tokens=n_new, temperature=0.0)
     logits, tokens = [], []
     for device in (torch.device("cpu"), setup.device):
-        model = model_of(KINDS[kind], device, way if way == "bfloat16" else "float32")
-        if way == "int8":
+        dtype = precision if precision == "bfloat16" else "float32"
+        model = model_of(KINDS[kind], device, dtype)
+        if precision == "int8":
             quantize_int8(model)
         decoder = Decoder(model, prompt, max_new_tokens=n_new)
         logits.append(decoder.prompt_logits.cpu())
         tokens.append([step.token for step in decoder.generate(sampling, seed=0)])
     error = float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
     n_agreed = n_same(*tokens)
-    limit = 0.05 if way == "bfloat16" else 1e-4  # 8 bits of mantissa, and 24
-    require(error < limit, f"logits differ by {error:.2g} of the largest")
-    is_exact = way == "bfloat16" or n_agreed == n_new
-    require(is_exact, f"{n_agreed} of {n_new} greedy tokens are the CPU's")
+    limit = 0.05 if precision == "bfloat16" else 1e-4  # 8 bits of mantissa, and 24
+    require(error < limit, f"logits differ by {error:.2g} times the largest")
+    is_exact = precision == "bfloat16" or n_agreed == n_new
+    require(is_exact, f"only {n_agreed} of {n_new} greedy tokens equal those of the CPU")
     return f"error {error:.1e}, {n_agreed} of {n_new} tokens"
 
 
 def losses(trainer: Trainer, n_steps: int) -> list[float]:
-    """Take steps and return their losses."""
+    """Run training steps and return their losses."""
     found = []
     for _ in range(n_steps):
         trainer.take_step()
@@ -67,7 +68,7 @@ def losses(trainer: Trainer, n_steps: int) -> list[float]:
 
 
 def resume(setup: Setup) -> Facts:
-    """A checkpoint that is saved on one device and resumed on the other."""
+    """Check that a checkpoint saved on one device resumes on the other with the same losses."""
     facts = {}
     for first, second in (("cpu", setup.device.type), (setup.device.type, "cpu")):
         run = {"max_steps": 6, "batch_size": 4, "dtype": "float32"}
@@ -91,9 +92,9 @@ def resume(setup: Setup) -> Facts:
 
 
 def dropout(setup: Setup) -> Facts:
-    """Masks of dropout are a function of seed and step: a resumed run has those of a straight one.
+    """Check that dropout depends on seed and step only: a resumed run equals an uninterrupted one.
 
-    The losses without dropout show that there are masks.
+    The losses without dropout show that dropout is applied.
     """
     run = {"max_steps": 6, "batch_size": 4, "dtype": "float32", "device": setup.device.type}
     settings = {"model": SHAPE | LLAMA | {"dropout": 0.5}, "training": run}
@@ -104,20 +105,20 @@ def dropout(setup: Setup) -> Facts:
         pass
     latest = started.folder.latest()
     assert latest is not None
-    torch.manual_seed(99)  # whatever was drawn before must not matter
+    torch.manual_seed(99)  # the state of the global RNG must not matter
     found += losses(trainer_of(setup, "dropout-first", settings, resume_from=latest.folder), 3)
     error = max(abs(a - b) for a, b in zip(found, expected, strict=True))
     require(error < 1e-3, f"resumed, the losses differ by {error:.2g}")
     without = merge(settings, {"model": {"dropout": 0.0}})
     plain = losses(trainer_of(setup, "dropout-none", without), 6)
     effect = max(abs(a - b) for a, b in zip(plain, expected, strict=True))
-    require(effect > 1e-2, f"dropout of 0.5 changes the losses by {effect:.2g} only")
+    require(effect > 1e-2, f"dropout of 0.5 changes the losses by only {effect:.2g}")
     return {"resumed": f"difference of the loss {error:.1e}", "without": f"{effect:.1e}"}
 
 
 @contextmanager
 def sync_is_an_error(setup: Setup) -> Iterator[None]:
-    """Let torch raise where the host waits for the GPU, or copies memory that is not pinned."""
+    """Make torch raise if the host waits for the GPU, or copies memory that is not pinned."""
     if not setup.is_cuda:
         yield
         return
@@ -129,29 +130,29 @@ def sync_is_an_error(setup: Setup) -> Iterator[None]:
 
 
 def waiting(setup: Setup) -> Facts:
-    """A decode step, sampling, and a training step that is not logged never wait for the GPU."""
+    """Check that decode steps, sampling, and unlogged training steps never wait for the GPU."""
     model = model_of(LLAMA, setup.device)
     sampling = SamplingConfig(top_k=20, top_p=0.9, repetition_penalty=1.1)
     run = {"max_steps": 9, "batch_size": 4, "device": setup.device.type}
-    way = "torch.cuda.set_sync_debug_mode" if setup.is_cuda else "not checked on this device"
+    method = "torch.cuda.set_sync_debug_mode" if setup.is_cuda else "not checked on this device"
     with setup.attempt("training step"):
         trainer = trainer_of(setup, "waiting", {"model": SHAPE | LLAMA, "training": run})
         trainer.take_step()
         with sync_is_an_error(setup):
             for _ in range(3):
                 trainer.take_step()
-        setup.facts["training step"] = way
+        setup.facts["training step"] = method
     for name, compiles in {"eager": False, "compiled": True}.items():
         with setup.attempt(f"decoding and sampling, {name}"):
             decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, compiles=compiles)
             sampler = Sampler(sampling, seeds=[0], device=setup.device, prompt=[5, 6, 7])
-            # Also draws uniforms for the next tokens.
+            # The first draw also samples the uniforms for the next tokens.
             tokens = sampler.draw(decoder.prompt_logits[None])
             tokens = sampler.draw(decoder.forward.feed(tokens[:, None]))
             with sync_is_an_error(setup):
                 for _ in range(3):
                     tokens = sampler.draw(decoder.forward.feed(tokens[:, None]))
-            setup.facts[f"decoding and sampling, {name}"] = way
+            setup.facts[f"decoding and sampling, {name}"] = method
     return {}
 
 
@@ -164,7 +165,7 @@ _LIMITS = {
 
 
 def memory_limit(setup: Setup) -> Facts:
-    """Out of memory in the middle of a run, and a run that can never fit: both exit with 6."""
+    """Check that a run that runs out of memory, and one that can never fit, exit with 6."""
     words = ["train", str(setup.data), "--tokenizer", "bytes", "--max-steps", "2", "--name"]
     words += ["{}", "--device", setup.device.type, "--dtype", "float32", "--patience", "0"]
     facts = {}
@@ -190,7 +191,7 @@ def memory_limit(setup: Setup) -> Facts:
 
 
 def ranks(setup: Setup) -> Facts:
-    """Two processes, replicated and sharded, have the losses of one."""
+    """Check that two processes, replicated and sharded, have the losses of one."""
     if setup.is_cuda and torch.cuda.device_count() < 2:
         raise SkippedError("needs two GPUs")
     options = (
@@ -220,7 +221,7 @@ def ranks(setup: Setup) -> Facts:
 
 
 def shards(setup: Setup) -> Facts:
-    """FSDP2 in a process group of one process, which one GPU is enough for, has the same losses."""
+    """Check that FSDP2 in a group of one process, which needs only one GPU, has the same losses."""
     run = {"max_steps": 4, "batch_size": 4, "dtype": "float32", "device": setup.device.type}
     settings = {"model": SHAPE | LLAMA, "training": run}
     expected = losses(trainer_of(setup, "whole", settings), 4)
@@ -233,7 +234,8 @@ def shards(setup: Setup) -> Facts:
         try:
             settings = merge(settings, {"training": {"shard": True}})
             trainer = trainer_of(setup, "shards", settings, world=world)
-            require(is_sharded(next(trainer.model.parameters())), "the parameters are no shards")
+            is_split = is_sharded(next(trainer.model.parameters()))
+            require(is_split, "the parameters are not sharded")
             found = losses(trainer, 4)
         finally:
             world.close()
@@ -243,7 +245,7 @@ def shards(setup: Setup) -> Facts:
 
 
 def warm_up(setup: Setup) -> Facts:
-    """nano, compiled, through its context warm-up: torch.compile sees one graph, never a part."""
+    """Check that nano, compiled, has no graph breaks through its context warm-up."""
     import torch._dynamo
     from torch._dynamo.utils import counters
 

@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu.py have in common: their setup, small models and trainers."""
+"""Shared code of the parts of benchmarks/gpu.py: their setup, small models and trainers."""
 
 import gc
 import random
@@ -26,43 +26,43 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Setup:
-    """What every part is given."""
+    """The settings of all parts, and the results of the running one."""
 
     device: torch.device
     is_quick: bool
     folder: Path
-    """For files of the parts, which are deleted at the end."""
+    """Folder for the files of the parts, deleted at the end."""
     data: Path
-    """tinyshakespeare.txt, or a stand-in for it."""
+    """tinyshakespeare.txt, or a substitute for it."""
     has_tinyshakespeare: bool
     nanogpt_checkout: Path | None
     gpt_fast: str
     with_transformers: bool
     deadline: float
-    """Time of the clock after which nothing begins."""
+    """Value of time.monotonic() after which no part starts."""
     end: float
-    """Time of the clock at which what still runs is ended."""
+    """Value of time.monotonic() at which the running part is stopped."""
     facts: Facts = field(default_factory=dict)
-    """What the running part has found; kept if it fails."""
+    """Results of the running part; kept if it fails."""
     faults: list[str] = field(default_factory=list)
-    """What the running part found wrong, and went on."""
+    """Failures of the running part after which it continued."""
 
     @property
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
     def pick(self, full: Any, quick: Any) -> Any:
-        """Return the value for a measurement, or for its rehearsal."""
+        """Return the full value for a measurement, or the quick one for its rehearsal."""
         return quick if self.is_quick else full
 
     @property
     def is_late(self) -> bool:
-        """Return whether nothing may begin anymore."""
+        """Whether it is too late to start anything."""
         return time.monotonic() > self.deadline
 
     @contextmanager
     def attempt(self, name: str) -> Iterator[None]:
-        """Note a failure of one of several measurements, or that there is no time for it."""
+        """Record the failure of one of several measurements, or that no time is left for it."""
         try:
             yield
         except SkippedError as reason:
@@ -76,11 +76,11 @@ class Setup:
 
     @property
     def is_over(self) -> bool:
-        """Return whether all was ended; libraries turn OutOfTimeError into errors of their own."""
+        """Whether the time is over; libraries may replace OutOfTimeError by their own errors."""
         return time.monotonic() >= self.end
 
     def require_time(self) -> None:
-        """Raise SkippedError if nothing may begin anymore."""
+        """Raise SkippedError if it is too late to start anything."""
         if self.is_late:
             raise SkippedError("out of time")
 
@@ -103,11 +103,11 @@ class Setup:
 
 
 class FailedError(Exception):
-    """What a part found wrong."""
+    """A check of a part failed."""
 
 
 class SkippedError(Exception):
-    """Why a part cannot run here."""
+    """A part cannot run on this machine, with the reason."""
 
 
 class OutOfTimeError(Exception):
@@ -143,7 +143,7 @@ def model_of(shape: Facts, device: torch.device, dtype: str = "float32") -> Any:
     model = model_class(config)(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in model.parameters():  # initial ones would be 0 in places
+        for parameter in model.parameters():  # some initial weights would be 0
             parameter.normal_(std=0.2, generator=generator)
     resolved = resolve_dtype(dtype, device)
     return model.to(device, resolved).eval().requires_grad_(False)
@@ -168,7 +168,7 @@ def trainer_of(setup: Setup, name: str, settings: Facts, **options: Any) -> Trai
 
 
 def free(setup: Setup) -> None:
-    """Give memory back, so that the next measurement begins with all of it."""
+    """Release memory, so that the next measurement starts with all of it."""
     gc.collect()
     if setup.is_cuda:
         torch.cuda.empty_cache()

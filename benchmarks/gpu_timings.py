@@ -27,7 +27,7 @@ TARGET = 1.4697  # nanoGPT's validation loss on tinyshakespeare, nats per charac
 
 
 def machine(setup: Setup) -> Facts:
-    """Facts of the machine, and the bandwidth of its memory, measured by a copy."""
+    """Return facts about the machine, and its memory bandwidth, measured by a copy."""
     facts: Facts = machine_facts(setup.device.type, ["torch", "transformers", "triton"])
     facts["dtype"] = str(resolve_dtype("auto", setup.device))
     if setup.is_cuda:
@@ -45,7 +45,7 @@ def machine(setup: Setup) -> Facts:
 
 
 def bandwidth(setup: Setup) -> float:
-    """Return the bytes that a copy within the device's memory reads and writes in a second."""
+    """Return the bytes per second that a copy within the device's memory reads and writes."""
     n_bytes = setup.pick(2**31, 2**20)
     source = torch.zeros(n_bytes, dtype=torch.uint8, device=setup.device)
     target = torch.empty_like(source)
@@ -53,25 +53,25 @@ def bandwidth(setup: Setup) -> float:
 
 
 def small(setup: Setup) -> Facts:
-    """Training the preset small: tokens/s, MFU, and peak memory beside the estimate."""
-    ways: dict[str, Facts] = {
+    """Train the preset small: tokens/s, MFU, and measured and estimated peak memory."""
+    variants: dict[str, Facts] = {
         "eager": {},
         "compiled": {"compile": True},
         "float32": {"dtype": "float32"},
         "tf32": {"dtype": "tf32"},
     }
-    for name, options in ways.items():
+    for name, options in variants.items():
         if name == "tf32" and not setup.is_cuda:
             continue
         with setup.attempt(name):
             setup.require_time()
-            small_one_way(setup, name, options)
+            train_small(setup, name, options)
         free(setup)
     return {}
 
 
-def small_one_way(setup: Setup, name: str, options: Facts) -> None:
-    """Train the preset small with these settings."""
+def train_small(setup: Setup, name: str, options: Facts) -> None:
+    """Train the preset small with these settings, and record its speed and memory."""
     shape = setup.pick({"vocab_size": 50257}, SHAPE | {"n_head": 4})
     run = {"device": setup.device.type, "batch_size": setup.pick(16, 2), "micro_batch_size": 0}
     settings = merge(preset("small"), {"model": shape, "training": run | options})
@@ -89,17 +89,17 @@ def small_one_way(setup: Setup, name: str, options: Facts) -> None:
     if setup.is_cuda:
         estimate = estimate_memory(config, 0, trainer.dtype)["total"]
         measured = torch.cuda.max_memory_allocated() / 1e9
-        about = f"{measured:.2f} GB, estimated {estimate / 1e9:.2f} GB"
-        setup.facts[f"{name}, peak memory"] = about
+        memory = f"{measured:.2f} GB, estimated {estimate / 1e9:.2f} GB"
+        setup.facts[f"{name}, peak memory"] = memory
 
 
 def nanogpts(setup: Setup) -> Facts:
-    """Full training steps at nanoGPT's shape for a GPU: minigpt's gpt2 layout and nanoGPT."""
+    """Time training steps at nanoGPT's shape for a GPU: minigpt's gpt2 layout and nanoGPT."""
     shape = throughput.SHAPES[setup.pick("gpu", "cpu")]
     n_steps, batch = setup.pick(20, 1), setup.pick(shape["batch"], 2)
     dtype = resolve_dtype("auto", setup.device)
     tokens = torch.randint(throughput.VOCABULARY, (2, batch, shape["context"]), device=setup.device)
-    theirs = "nanoGPT" if setup.nanogpt_checkout else "stand-in of nanoGPT"
+    theirs = "nanoGPT" if setup.nanogpt_checkout else "stand-in for nanoGPT"
     for compiled in (False, True):
         for name in ("minigpt", theirs):
             what = f"{name}, {'compiled' if compiled else 'eager'}, tokens/s"
@@ -117,7 +117,7 @@ def nanogpts(setup: Setup) -> Facts:
 
 
 def mini(setup: Setup) -> Facts:
-    """Seconds of training the preset mini to nanoGPT's loss on tinyshakespeare."""
+    """Time the training of the preset mini to nanoGPT's loss on tinyshakespeare."""
     if not (setup.is_quick or setup.has_tinyshakespeare):
         raise SkippedError("needs tinyshakespeare.txt: --data FILE")
     base = merge(preset("mini"), {"data": {"paths": [str(setup.data)]}, "preset": "mini"})
@@ -136,7 +136,7 @@ def mini(setup: Setup) -> Facts:
 
 
 def contenders(setup: Setup) -> list[Contender]:
-    """Return the ways to decode, the most telling ones first."""
+    """Return the contenders, the most informative ones first."""
     found = [Contender("minigpt", "bf16", is_compiled=is_compiled) for is_compiled in (False, True)]
     found += [Contender("minigpt", "fp32"), Contender("minigpt", "bf16", n_rows=16)]
     found += [Contender("minigpt", "bf16", "trace"), Contender("minigpt", "int8")]
@@ -155,7 +155,7 @@ def contenders(setup: Setup) -> list[Contender]:
 
 
 def decoding(setup: Setup) -> Facts:
-    """GPT-2's shape, decoded greedily: tokens/s, launches a token and share of the bandwidth."""
+    """Decode greedily at GPT-2's shape: tokens/s, launches per token and share of bandwidth."""
     config = SHAPES["gpt2"]
     if setup.is_quick:
         small: Facts = {"vocab_size": 257, "n_layer": 2, "n_head": 2, "n_kv_head": 2}
@@ -177,7 +177,7 @@ def decoding(setup: Setup) -> Facts:
             measured = Measured(contender, turns)
             share = bandwidth_share(measured, n_weights, bytes_per_s)
             setup.facts[contender.name] = (
-                f"{measured.tokens_per_s:,.0f} tokens/s, {launches:.1f} launches a token, "
+                f"{measured.tokens_per_s:,.0f} tokens/s, {launches:.1f} launches per token, "
                 f"{share:.0%} of the bandwidth"
             )
             print(f"  {contender.name}: {setup.facts[contender.name]}", file=sys.stderr, flush=True)
@@ -187,18 +187,18 @@ def decoding(setup: Setup) -> Facts:
     ):
         if ours in tokens and other in tokens:
             is_same = tokens[ours] == tokens[other]
-            require(is_same, f"{ours} and {other} decode other tokens")
+            require(is_same, f"{ours} and {other} decode different tokens")
     return {}
 
 
 def turns_of(setup: Setup, contender: Contender, job: Job) -> tuple[list[Turn], float]:
-    """Return what some turns measured, and the launches for a token."""
+    """Return some timed turns, and the launches per token."""
     try:
         decode = decoders.ENGINES[contender.engine](contender, job)
     except (UnavailableError, ImportError) as error:
         raise SkippedError(str(error)) from error
-    decoders.take_turn(decode, job)  # compiles, and captures graphs
-    turns = [decoders.take_turn(decode, job) for _ in range(setup.pick(3, 1))]
+    decoders.timed_turn(decode, job)  # compiles, and captures graphs
+    turns = [decoders.timed_turn(decode, job) for _ in range(setup.pick(3, 1))]
     return turns, launches_per_token(setup, lambda: decode(job, lambda: None), job.n_new)
 
 

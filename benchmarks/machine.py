@@ -1,4 +1,4 @@
-"""Description of the machine of a measurement."""
+"""Describe the machine of a measurement."""
 
 import os
 import platform

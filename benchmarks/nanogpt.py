@@ -1,7 +1,7 @@
 """nanoGPT's CPU recipe, from a checkout or a stand-in of the same shape, timed like minigpt.
 
-The recipe is that of its README for a computer without a GPU: 4 layers, 128 wide, context 64,
-batch 12, 2,000 steps of AdamW with a cosine, dropout 0.
+Its README has the recipe for a computer without a GPU: 4 layers, width 128, context 64, batch size
+12, 2,000 steps of AdamW with a cosine schedule, dropout 0.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ CONTEXT, BATCH = 64, 12
 _PEAK_LR, _LEAST_LR, _WARMUP = 1e-3, 1e-4, 100
 
 LossOf = Callable[[Tensor, Tensor], Tensor]
-"""Inputs and targets, each (B, T), to the mean loss."""
+"""Inputs and targets, each (B, T) -> mean loss."""
 
 
 def real(
@@ -35,7 +35,7 @@ def real(
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    sys.modules[spec.name] = module  # its dataclass looks up its module there
     spec.loader.exec_module(module)
     options = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": CONTEXT} | shape
     model = module.GPT(module.GPTConfig(vocab_size=vocab_size, dropout=0.0, bias=False, **options))
@@ -78,8 +78,8 @@ def train(
 ) -> dict[str, Any]:
     """Train with the recipe; steps are timed, evaluation is not.
 
-    Args: tokens, the training text's bytes; validate, what gives the loss over the validation
-        text; checkout, of nanoGPT; None takes the stand-in.
+    Args: tokens, the training text's bytes; validate, returns the loss on the validation text;
+        checkout, of nanoGPT, None for the stand-in.
     """
     ids = {byte: i for i, byte in enumerate(sorted(set(tokens.tolist())))}
     torch.manual_seed(1337)
@@ -87,7 +87,7 @@ def train(
     table = torch.zeros(257, dtype=torch.int64)
     for byte, i in ids.items():
         table[byte] = i
-    own = table[tokens]
+    train_ids = table[tokens]
 
     def loss_of_bytes(inputs: Tensor, targets: Tensor) -> Tensor:
         return loss_of(table[inputs], table[targets])
@@ -97,8 +97,8 @@ def train(
         started = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = _lr(step)
-        starts = torch.randint(len(own) - CONTEXT, (BATCH,))
-        windows = torch.stack([own[i : i + CONTEXT + 1] for i in starts.tolist()])
+        starts = torch.randint(len(train_ids) - CONTEXT, (BATCH,))
+        windows = torch.stack([train_ids[i : i + CONTEXT + 1] for i in starts.tolist()])
         inputs, targets = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         loss_of(inputs, targets).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -1,9 +1,9 @@
-"""Write a Hugging Face folder of minigpt as CTranslate2 or ONNX Runtime reads it.
+"""Convert a Hugging Face folder of minigpt for CTranslate2 or ONNX Runtime.
 
     python peer_models.py CTranslate2|ONNX FOLDER OUT fp32|bf16|int8
 
 A separate script, because the converters need torch and transformers, which must not count as
-memory of the contender. The model has no vocabulary: prompts are ids.
+memory of the contender. The model contains no vocabulary: prompts are ids.
 """
 
 import json
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 
 def write_ctranslate2(folder: Path, out: Path, precision: str) -> None:
-    """Write a model of CTranslate2, which rounds the weights when it reads them."""
+    """Write the model for CTranslate2, which rounds the weights when it loads them."""
     from ctranslate2.converters.transformers import TransformersConverter
 
     names = [str(number) for number in range(_config(folder)["vocab_size"])]
@@ -35,13 +35,13 @@ def write_ctranslate2(folder: Path, out: Path, precision: str) -> None:
 
 
 def write_onnx(folder: Path, out: Path, precision: str) -> None:
-    """Write a model of ONNX Runtime's generate()."""
+    """Write the model for ONNX Runtime's generate()."""
     builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
     paths = ["-i", str(folder), "-o", str(out), "-c", str(out)]
     subprocess.run([*builder, *paths, "-p", precision], check=True)
     path = out / "genai_config.json"
     config = json.loads(path.read_text())
-    # Any token is one that no measured text has, unless the run fails; it cannot have none.
+    # An end token is required. A run fails if it decodes this one, which ends the text early.
     config["model"]["eos_token_id"] = config["model"]["vocab_size"] - 1
     path.write_text(json.dumps(config))
 

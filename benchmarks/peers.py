@@ -1,4 +1,4 @@
-"""The contenders of others: transformers, gpt-fast, llama.cpp, CTranslate2 and ONNX Runtime.
+"""The other contenders: transformers, gpt-fast, llama.cpp, CTranslate2 and ONNX Runtime.
 
 The module level only imports the standard library, because a Python that has one of them may not
 have the others, or torch.
@@ -32,7 +32,7 @@ def transformers(contender: Contender, job: Job) -> Decode:
     options: dict[str, Any] = {"do_sample": False}
     if contender.is_compiled:
         compile_config = CompileConfig(fullgraph=False)
-        compile_config._compile_all_devices = True  # else only on a GPU
+        compile_config._compile_all_devices = True  # otherwise only on a GPU
         options |= {"cache_implementation": "static", "compile_config": compile_config}
 
     class Streamer(BaseStreamer):  # type: ignore[misc]
@@ -41,7 +41,7 @@ def transformers(contender: Contender, job: Job) -> Decode:
 
         def put(self, value: Any) -> None:
             self.n_calls += 1
-            if self.n_calls == 2:  # the first call brings the prompt
+            if self.n_calls == 2:  # the first call passes the prompt
                 self.first()
 
         def end(self) -> None:
@@ -77,11 +77,11 @@ def transformers(contender: Contender, job: Job) -> Decode:
 def gpt_fast(contender: Contender, job: Job) -> Decode:
     """gpt-fast's model class and compiled step, set up as in its main().
 
-    Its class is a Llama without QK-norm, so the shape is the same and the weights are not: with an
-    MLP as wide as keeps the number of them, for a GPT-2.
+    Its class is a Llama without QK-norm, so only the shape is the same, not the weights. For a
+    GPT-2, the width of the MLP is chosen so that the number of weights is the same.
     """
     if not job.gpt_fast:
-        raise UnavailableError("no checkout of it was given: --gpt-fast DIR")
+        raise UnavailableError("no checkout of gpt-fast was given: use --gpt-fast DIR")
     import torch
 
     from minigpt.checkpoint.model_folder import read_config
@@ -140,13 +140,13 @@ def llama_cpp(contender: Contender, job: Job) -> Decode:
         n_threads=job.threads,
         n_threads_batch=job.threads,
         n_gpu_layers=-1 if job.device == "cuda" else 0,
-        # Keys and values in float32 where the weights are; otherwise its own choice.
+        # Keys and values in float32 if the weights are; otherwise llama.cpp's default.
         **({"type_k": 0, "type_v": 0} if contender.precision == "fp32" else {}),
         verbose=False,
     )
 
     def decode(job: Job, first: Callable[[], None]) -> list[int]:
-        model.reset()  # else it would go on from the prompt's keys of the last turn
+        model.reset()  # otherwise it would reuse the prompt's keys of the last turn
         stream = model.generate(job.prompt, temp=0, repeat_penalty=1.0)
         return drain((next(stream) for _ in range(job.n_new)), first)
 
@@ -209,7 +209,7 @@ PEERS: dict[str, Callable[[Contender, Job], Decode]] = {
     "ONNX": onnx_runtime,
 }
 WITHOUT_TORCH = ("llama.cpp", "CTranslate2", "ONNX")
-"""Engines whose Python may not have torch, and whose memory must not count it."""
+"""Engines without torch: their Python may not have it, and their memory must not include it."""
 
 
 def _module(path: Path, name: str) -> ModuleType:
@@ -222,7 +222,7 @@ def _module(path: Path, name: str) -> ModuleType:
 
 
 def _torch_dtype(precision: str) -> Any:
-    """Of the weights before they are quantized, and of everything else."""
+    """Return the dtype of weights before quantization, and of all other tensors."""
     import torch
 
     return torch.float32 if precision == "fp32" else torch.bfloat16

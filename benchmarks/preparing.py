@@ -4,8 +4,8 @@
     TIKTOKEN_CACHE_DIR=../shared/tiktoken python benchmarks/preparing.py \\
         ../shared/data/novels.jsonl.xz --tokenizer gpt2 bpe:1024
 
-Both use the same number of threads and the same pieces of text, and alternate; the best of each is
-shown. minigpt reads and unpacks the files, encodes, hashes and writes the shards; tiktoken's
+Both use the same number of threads and the same pieces of text, and alternate; the table shows the
+best of each. minigpt reads and unpacks the files, encodes, hashes and writes the shards; tiktoken's
 ``encode_ordinary_batch`` only encodes text in memory. Training a BPE and hashing the corpus to find
 an earlier result are not included.
 """

@@ -14,7 +14,7 @@ from minigpt.text.tokenizer import BytesTokenizer, Tokenizer, make_tokenizer
 
 BYTES = make_tokenizer("bytes", [])
 ENDLESS = BytesTokenizer("bytes", (2**30,))
-"""A tokenizer whose end-of-text token no model samples."""
+"""A tokenizer whose end-of-text token is outside every vocabulary."""
 
 SHAPES = {
     "gpt2": ModelConfig(
@@ -31,7 +31,7 @@ SHAPES = {
 
 
 def shape_of(name: str, n_positions: int) -> ModelConfig:
-    """Return a shape whose context has room for this number of positions."""
+    """Return a shape whose context length is at least this number of positions."""
     config = SHAPES[name]
     return replace(config, context_length=max(config.context_length, n_positions))
 

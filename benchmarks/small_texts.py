@@ -1,17 +1,17 @@
-"""What a run leaves on small texts, compared with the best of any of its steps and larger budgets.
+"""Loss of the final model on small texts, compared with the best step and with smaller budgets.
 
     python benchmarks/small_texts.py ../shared/data/fairytales.txt --kilobytes 20 60 200 \
         --steps 300 600 6000
     python benchmarks/small_texts.py ... --seconds 30 60 600 --cpu-time
 
-With --cpu-time, the seconds are those that the threads computed, so that other load on the machine
-does not make a budget smaller. On a free machine with one thread, they are those of a clock.
+With --cpu-time, the seconds are CPU time, so that other load on the machine does not shrink a
+budget. On an idle machine with one thread, they equal wall-clock time.
 
-Each text is the beginning of a file (.txt, or .jsonl.xz with a field "text"), each cell a run of
+Each text is the beginning of a file (.txt, or .jsonl.xz with a field "text"), each row a run of
 minigpt train with that budget and all defaults. `left` is the validation loss of the model that the
-run leaves, in nats per byte; `any step` the lowest of the weights of every n-th step, on the same
-windows; `worse` is left minus any step (the goal is at most 0.005), and `budget +` left minus what
-the best smaller budget left (the goal is at most 0).
+run leaves, in nats per byte; `any step` the lowest loss of the weights of every n-th step, on the
+same windows; `worse` is left minus any step (goal: at most 0.005), and `budget +` left minus the
+lowest left of the smaller budgets (goal: at most 0).
 """
 
 import argparse
@@ -44,7 +44,7 @@ SIDES = ["---"] + ["---:"] * (len(HEAD) - 1)
 
 
 def beginning(path: Path, n_bytes: int) -> bytes:
-    """Return the first bytes of a corpus, without a cut character."""
+    """Return the first bytes of a corpus, without an incomplete character at the end."""
     if path.suffix != ".xz":
         with path.open("rb") as file:
             text = file.read(n_bytes)
@@ -57,7 +57,7 @@ def beginning(path: Path, n_bytes: int) -> bytes:
 
 
 def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
-    """Train once with the defaults of minigpt train, and return what it left."""
+    """Train once with the defaults of minigpt train, and return the results."""
     overrides = {"data": {"paths": [str(path)]}, "training": budget | {"log_every": every}}
     settings = settings_of(overrides)
     data = prepare(with_vocabulary(settings, 1).data)
@@ -104,8 +104,8 @@ def main() -> None:
     parser.add_argument("--kilobytes", type=int, nargs="+", default=[20, 60, 200, 1000, 3000])
     parser.add_argument("--steps", type=int, nargs="+", default=[])
     parser.add_argument("--seconds", type=float, nargs="+", default=[])
-    parser.add_argument("--every", type=int, default=10, help="steps between those measured")
-    parser.add_argument("--cpu-time", action="store_true", help="budgets in seconds of computing")
+    parser.add_argument("--every", type=int, default=10, help="steps between measured ones")
+    parser.add_argument("--cpu-time", action="store_true", help="budgets in seconds of CPU time")
     args = parser.parse_args()
     if args.cpu_time:
         time.perf_counter = time.process_time

@@ -4,13 +4,13 @@
     python benchmarks/startup.py --shape gpt2 --compile --rounds 7
     python benchmarks/startup.py --model storyteller
 
-With --model, a model that is there and import torch only, and the ratio is of processor time too,
-which other load on the machine changes less.
+--model compares an existing model with import torch only, and also shows the ratio of processor
+time, which other load on the machine affects less.
 
-Each is a separate process, and they alternate; the time is from before its start to the first byte
-on standard output. "import torch, load" reads the same model.safetensors with safetensors'
-load_file, which memory-maps the file without reading weights. Every file has been read once before,
-so it is in the page cache.
+Each command is a separate process, and they alternate; the time is from before its start to the
+first byte on standard output. "import torch, load" reads the same model.safetensors with
+safetensors' load_file, which memory-maps the file without reading weights. Every file has been read
+once before, so it is in the page cache.
 """
 
 import argparse
@@ -53,7 +53,7 @@ print(model.generate(prompt, do_sample=False, max_new_tokens=1)[0, -1])
 
 
 def commands(folder: str, prompt: str, *, with_compiled: bool) -> dict[str, list[str]]:
-    """Return the command of each name."""
+    """Return the arguments of Python for each command, by its name."""
     options = ["--model", folder, "--max-new-tokens", "1", "--dtype", "float32"]
     generate = ["-m", "minigpt", "generate", prompt, *options]
     found = {
@@ -91,23 +91,23 @@ def seconds_to_first_byte(words: list[str], threads: int) -> float:
 
 def measure(found: dict[str, list[str]], rounds: int, threads: int) -> dict[str, list[float]]:
     """Time each command in rounds, after a warm-up; report those that fail."""
-    taken: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
     for name, words in found.items():
         try:
-            note(f"{name}, the first time: {seconds_to_first_byte(words, threads):.2f} s")
-            taken[name] = []
+            note(f"{name}, warm-up: {seconds_to_first_byte(words, threads):.2f} s")
+            times[name] = []
         except RuntimeError as error:
             print(f"- not measured: {name}: {error}")
     for _ in range(rounds):
-        for name, seconds in taken.items():
+        for name, seconds in times.items():
             seconds.append(seconds_to_first_byte(found[name], threads))
-    return taken
+    return times
 
 
 def compare_with_import(model: str, rounds: int, threads: int) -> None:
-    """Print how long the first token of a model takes, as multiples of import torch."""
+    """Print the time to the first token of a model, relative to import torch."""
     words = ["-m", "minigpt", "generate", "--model", model, "--max-new-tokens", "1", "Once"]
-    seconds_to_first_byte(words, threads)  # bytecode is written, files are in the page cache
+    seconds_to_first_byte(words, threads)  # writes bytecode and fills the page cache
     pairs = []
     for _ in range(rounds):
         pair = []
@@ -152,12 +152,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_random(Path(folder), shape_of(shape, args.prompt + 1), BYTES)
             found = commands(folder, prompt, with_compiled=args.compile)
-            taken = measure(found, args.rounds, args.threads)
-        runs.append({"shape": shape, "seconds": taken})
-        medians = {name: statistics.median(seconds) for name, seconds in taken.items()}
+            times = measure(found, args.rounds, args.threads)
+        runs.append({"shape": shape, "seconds": times})
+        medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         print(f"\n## {shape}\n\n| | s to the first byte | x {LOAD} |\n| --- | ---: | ---: |")
         for name, seconds in medians.items():
-            pairs = zip(taken[name], taken[LOAD], strict=True)
+            pairs = zip(times[name], times[LOAD], strict=True)
             ratio = statistics.median(ours / base for ours, base in pairs)
             print(f"| {name} | {seconds:.2f} | {ratio:.2f} |", flush=True)
         if COMPILED in medians:

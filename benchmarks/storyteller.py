@@ -1,4 +1,4 @@
-"""Make the texts that checkpoints/storyteller was trained on, and measure and sample the model.
+"""Create the texts that checkpoints/storyteller was trained on, and measure and sample the model.
 
     python benchmarks/storyteller.py texts ../shared/data OUT   the training texts, and the
                                                                 works that are held out
@@ -6,8 +6,8 @@
                                                                 twelve samples
 
 The card, checkpoints/storyteller/README.md, has the commands of the training itself. Every
-twentieth tale, every tenth of the short ones, four novels and 50 tales of the grammar are held out
-whole. Hard-wrapped lines are joined to paragraphs, so that the model does not learn to break lines.
+twentieth tale, every tenth of the short ones, four novels and 50 tales of the grammar are held out.
+Hard-wrapped lines are joined into paragraphs, so that the model does not learn to break lines.
 """
 
 import json
@@ -29,13 +29,13 @@ HELD_OUT_NOVELS = {
     "Stevenson_Catriona_1893",
 }
 N_NOVELS = 48
-"""Number of novels that are trained on: those with the shortest words and sentences."""
+"""Number of novels to train on: those with the shortest words and sentences."""
 PIECE = 120
 """Paragraphs of a novel in one document, so that tales and novels alternate."""
 N_COPIED = 2_700_000
-"""Letters of the texts that repeat themselves, 5 % of the mixture."""
+"""Number of letters in repetitive texts, 5 % of the mixture."""
 N_TOLD = 20_000
-"""Number of tales of the grammar that the last three runs read from."""
+"""Number of tales of the grammar in the texts of the last three runs."""
 N_NAMES = 100
 """Number of new names that the model is asked to repeat."""
 SAMPLES = [
@@ -60,7 +60,7 @@ def paragraphs(text: str) -> str:
 
 
 def difficulty(text: str) -> float:
-    """Return words per sentence plus 16 for each letter of a word beyond 4.5."""
+    """Return words per sentence, plus 16 times the mean letters per word beyond 4.5."""
     n_words = len(text.split())
     return n_words / len(re.split(r"[.!?]+\s", text)) + 16 * (len(text) / n_words - 4.5)
 
@@ -82,10 +82,10 @@ def in_pieces(novels: list[str]) -> list[str]:
 
 
 def copies(tales: list[str], draw: random.Random) -> list[str]:
-    """Return texts that repeat themselves, from which a model learns to copy (an induction head).
+    """Return repetitive texts, from which a model learns to copy (an induction head).
 
-    What is repeated are words drawn from all words of the tales, or a paragraph; between the first
-    two may be a piece of another paragraph.
+    Each repeats random words of the tales, or a paragraph; part of another paragraph may separate
+    the first two copies.
     """
     words = sorted({word for tale in tales for word in re.findall(r"[A-Za-z]+", tale)})
     choices = [part for tale in tales for part in tale.split("\n\n") if 60 < len(part) < 500]
@@ -106,7 +106,7 @@ def copies(tales: list[str], draw: random.Random) -> list[str]:
 
 
 def texts(data: Path) -> dict[str, list[str]]:
-    """Return the documents of each text by its name."""
+    """Return the documents of each text, by its name."""
     source = (data / "fairytales.txt").read_text(encoding="utf-8")
     tales = [paragraphs(tale) for tale in source.split("<|endoftext|>") if tale.strip()]
     with lzma.open(data / "novels.jsonl.xz", "rt", encoding="utf-8") as file:
@@ -145,7 +145,7 @@ def texts(data: Path) -> dict[str, list[str]]:
 
 
 def write(out: Path, name: str, documents: list[str]) -> None:
-    """Write a text as OUT/NAME.jsonl, a document a line."""
+    """Write a text as OUT/NAME.jsonl, one document per line."""
     lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in documents]
     (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     n_letters = sum(map(len, documents))
@@ -171,7 +171,7 @@ def new_names(documents: list[str]) -> list[str]:
 
 
 def n_repeated(names: list[str], ablated: str | None) -> int:
-    """Return how many names the most probable continuation of a prompt begins with."""
+    """Return for how many names the greedy continuation of a prompt starts with the name."""
     n = 0
     for name in names:
         prompt = f"There was once a fox named {name}. One morning"
@@ -184,11 +184,11 @@ def n_repeated(names: list[str], ablated: str | None) -> int:
 def card(data: Path) -> None:
     """Print the measurements and samples of the card in Markdown."""
     with tempfile.TemporaryDirectory() as folder:
-        made = texts(data)
-        for name, documents in made.items():
+        all_texts = texts(data)
+        for name, documents in all_texts.items():
             write(Path(folder), name, documents)
-        read = (made[name] for name in made if not name.endswith("held-out"))
-        names = new_names([text for documents in read for text in documents])
+        seen = (all_texts[name] for name in all_texts if not name.endswith("held-out"))
+        names = new_names([text for documents in seen for text in documents])
         for head in (None, "4.1", "3.2"):
             print(f"without head {head}: {n_repeated(names, head)} of {N_NAMES} names repeated")
         for name in ("tales-held-out", "novels-held-out", "short-tales-held-out", "told-held-out"):

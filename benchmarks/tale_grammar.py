@@ -26,7 +26,7 @@ N_DRAWN = {
     "find": 1,
     "beast": 2,
 }
-"""Number of phrases that a tale draws from each list; the second one of thing is ``{thing2}``."""
+"""Number of phrases that a tale draws from each list; the second thing is ``{thing2}``."""
 
 BEGINNINGS = ("B", "D", "F", "G", "H", "K", "L", "M", "N", "P", "R", "S", "T", "V", "W", "Z")
 BEGINNINGS += ("Br", "Ch", "Fl", "Gr", "Pl", "Qu", "Sh", "Tr", "Y", "J", "")
@@ -53,7 +53,7 @@ class Character:
         names = GRAMMAR["names_she" if is_she else "names_he"]
         self.kind: str = draw.choice([kind for kind in kinds if kind not in taken])
         name: str = draw.choice([name for name in names if name not in taken])
-        if draw.random() < 0.6:  # a name that is in no other tale has to be copied
+        if draw.random() < 0.6:  # a name that occurs in no other tale must be copied
             name = invented(draw, is_she=is_she)
         self.he, self.him, self.his = ("she", "her", "her") if is_she else ("he", "him", "his")
         self.He, self.His, self.self = self.he.title(), self.his.title(), f"{self.him}self"
@@ -109,7 +109,7 @@ def tell(draw: random.Random) -> str:
 
 
 def proofread(text: str) -> str:
-    """Return a text with its commas after quotes, spaces, capitals and articles put right."""
+    """Return a text with corrected commas in quotes, spaces, capitals and articles."""
     text = re.sub(r'([?!.])[,!]"', r'\1"', text)
     text = re.sub(r" +", " ", text).replace(" \n", "\n").strip()
     begins = r'((?:^|\n\n|[.!?]"? )"?)(a|an|the) '

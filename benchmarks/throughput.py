@@ -3,9 +3,9 @@
     python benchmarks/throughput.py --nanogpt-checkout DIR
     python benchmarks/throughput.py --nanogpt-checkout DIR --device cuda --dtype bfloat16 --compile
 
-Both take full optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, and
-alternate, so that other load affects both. minigpt's is taken once more without its kernels, by the
-model's modules and torch's backward pass of attention. The results are medians after a warm-up.
+Both run full optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, and
+alternate, so that other load affects both. minigpt also runs without its kernels, with the model's
+modules and torch's backward pass of attention. The results are medians after a warm-up.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def ours(
     compiled: bool,
     with_kernels: bool = True,
 ) -> Step:
-    """Return a training step of minigpt's gpt2 layout with AdamW, as the trainer takes it.
+    """Return a training step of minigpt's gpt2 layout with AdamW, as in the trainer.
 
     Args: with_kernels, whether to use ``training.kernels`` and ``training.fused``, as the trainer
         does.
@@ -90,7 +90,7 @@ def theirs(
     compiled: bool,
     checkout: Path | None,
 ) -> Step:
-    """Return a training step of nanoGPT's model with its optimizer, as its train.py takes it.
+    """Return a training step of nanoGPT's model with its optimizer, as in its train.py.
 
     Args: checkout, of nanoGPT; None for a stand-in of the same shape.
     """
@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt-checkout", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
-    parser.add_argument("--batch", type=int, help="sequences [those of the shape]")
+    parser.add_argument("--batch", type=int, help="sequences [the shape's]")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")

@@ -6,13 +6,13 @@
     python benchmarks/trace.py --transformers
 
 A model with random weights continues one prompt in several variants in one process. The variants
-alternate, one whole text each, in shuffled order, so that other load affects all of them; not token
-by token, because a trace shows several tokens at a time. The text of the trace goes to a file, as
-with `minigpt attention-trace > file`. A ratio is the median over the rounds; the one in brackets is
-that of the sums. The prompt and the first token are not counted.
+alternate, one complete text each, in shuffled order, so that other load affects all of them; not
+token by token, because a trace shows several tokens at a time. The text of the trace goes to a
+file, as with `minigpt attention-trace > file`. A ratio is the median over the rounds; the one in
+brackets is that of the sums. The prompt and the first token are not counted.
 
---memory decodes a thousand tokens in a separate process per variant, and prints how far its peak
-resident memory is above that without a trace. --transformers does both for transformers with
+--memory decodes a thousand tokens in a separate process per variant, and prints the difference of
+its peak resident memory from that without a trace. --transformers does both for transformers with
 output_attentions, for comparison.
 """
 
@@ -63,7 +63,7 @@ SLOW_WAYS: dict[str, AnalysisConfig] = {
     "lines, --measure gradient": AnalysisConfig(measure="gradient"),
     "lines, --measure integrated": AnalysisConfig(measure="integrated"),
 }
-"""Variants with forward passes of their own over all tokens so far."""
+"""Variants that run their own forward passes over all previous tokens."""
 WIDTH = 140
 TRANSFORMERS = ("transformers", "transformers, output_attentions")
 
@@ -119,7 +119,7 @@ def transformers_decoding(
     for _ in range(n_new):
         with torch.inference_mode():
             out = model(tokens, past_key_values=cache, output_attentions=attentions)
-        kept.append(out.attentions)  # as generate keeps them, for who asks for attentions
+        kept.append(out.attentions)  # as generate does if attentions are requested
         tokens = out.logits[:, -1:].argmax(dim=-1)
         yield
 

@@ -51,9 +51,9 @@ class Text:
 
     data: PreparedData
     val_fraction: float
-    """The share of the tokens that stand for the last VAL_FRACTION of the bytes."""
+    """Share of the tokens that encode the last VAL_FRACTION of the bytes."""
     tokenizer_s: float
-    """Seconds that training the tokenizer took."""
+    """Training time of the tokenizer in seconds."""
 
 
 def tokenized(path: Path, spec: str) -> Text:
@@ -66,7 +66,7 @@ def tokenized(path: Path, spec: str) -> Text:
     data = prepare(DataConfig(paths=(str(path),)), tokenizer=tokenizer)
     tokens = np.empty(len(data.tokens), np.int64)
     data.tokens.read_into(tokens, 0)
-    # If a token crosses the border, it belongs to the training text.
+    # A token that crosses the border belongs to the training text.
     border = int(np.searchsorted(np.cumsum(tokenizer.token_byte_lengths[tokens]), n_train)) + 1
     return Text(data, 1 - (border + 0.5) / len(tokens), tokenizer_s if spec != "bytes" else 0.0)
 
@@ -121,7 +121,7 @@ def measure_nanogpt(path: Path, checkout: Path | None, eval_every: int) -> dict[
 
 
 def seconds_to(target: float, run: dict[str, Any]) -> float | None:
-    """Return the training seconds of the first validation below the target."""
+    """Return the training seconds until the loss reaches the target, None if it never does."""
     return next((seconds for seconds, loss in run["curve"] if loss <= target), None)
 
 
@@ -146,7 +146,7 @@ def table(runs: list[dict[str, Any]], targets: list[float]) -> str:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Draw the validation losses by seconds of training (needs matplotlib).
+    """Plot the validation losses over seconds of training (needs matplotlib).
 
     For a preset, each point is the end of a separate run; for nanoGPT, all points are of one run.
     """
@@ -172,7 +172,7 @@ def parse_arguments() -> argparse.Namespace:
     default = Path("../shared/data/tinyshakespeare.txt")
     parser.add_argument("data", nargs="?", type=Path, default=default)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--tokenizer", help="tokenizer [that of the preset]")
+    parser.add_argument("--tokenizer", help="tokenizer [the preset's]")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--seconds", type=float, nargs="+", default=[25.0])
     parser.add_argument("--target", type=float, nargs="+", default=[1.88, 1.898])

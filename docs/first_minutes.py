@@ -2,9 +2,9 @@
 
     python docs/first_minutes.py
 
-Clones this repository, as it is committed, into a new folder and runs make demo in a tmux of 80
-columns. Then it types the commands that the demo suggests next. Needs git, make and tmux; packages
-come from the caches of pip and uv if they are there.
+Clones this repository, without uncommitted changes, into a new folder and runs make demo in a tmux
+window of 80 columns. Then it types the commands that the demo suggests next. Needs git, make and
+tmux; packages come from the caches of pip and uv if they are there.
 """
 
 import itertools
@@ -25,10 +25,10 @@ MARKS = {
     "make starts the installation": r"^Installing minigpt",
     "the packages are installed": r"^1\. The model that ships",
     "the tale is generated": r"^120 tokens",
-    "its trace and the page are written": r"^The same, to click through",
+    "its trace and the page are written": r"^Open demo-\S+ in a browser",
     "training begins": r"^run    checkpoints/",
     "the model is trained": r"^best   checkpoints/",
-    "the trained model's text and trace are shown": r"^Next, with a text of yours",
+    "the trained model's text and trace are shown": r"^Next, with your own text",
 }
 AFTER = [
     ". .venv/bin/activate",
@@ -55,10 +55,10 @@ class Terminal:
     def __init__(self, folder: Path) -> None:
         self.tmux = ["tmux", "-L", f"first-minutes-{os.getpid()}", "-f", os.devnull]
         environment = {"HISTFILE": os.devnull, "LC_ALL": "C.UTF-8"}
-        given = [word for item in environment.items() for word in ("-e", "=".join(item))]
+        variables = [word for item in environment.items() for word in ("-e", "=".join(item))]
         size = ["-x", str(COLUMNS), "-y", str(ROWS)]
         shell = "PS1='$ ' exec bash --norc --noprofile"
-        self._run("new-session", "-d", *size, *given, "-c", str(folder), shell)
+        self._run("new-session", "-d", *size, *variables, "-c", str(folder), shell)
         while "$" not in self.screen():
             time.sleep(0.1)
 

@@ -1,11 +1,11 @@
-"""Write the outputs that README.md and docs/ show, and a page for each command.
+"""Update the command outputs in README.md and docs/, and write a page for each command.
 
     python docs/outputs.py            everything (make docs)
     python docs/outputs.py --commands the pages of the commands only, in seconds
 
-A block of a Markdown file that begins with ```console and a line `$ minigpt ...` is run, in the
-order of the file and in one new folder, and what it prints replaces what stood under the command.
-A comment `<!-- show 12 lines -->` before the block limits what each of its commands shows.
+The commands of each Markdown block that starts with ```console and a line `$ minigpt ...` are run,
+in the order of the file and in one new folder, and their output replaces the lines below them.
+A comment `<!-- show 12 lines -->` before the block limits the output of each of its commands.
 """
 
 import os
@@ -26,35 +26,35 @@ BLOCK = re.compile(r"(?:<!-- show (\d+) lines -->\n)?```console\n(\$ minigpt .*?
 
 
 def with_outputs(page: str, folder: Path) -> str:
-    """Return a page whose blocks show what their commands print now."""
+    """Return a page whose blocks show the current output of their commands."""
 
-    def renewed(block: re.Match[str]) -> str:
-        most = int(block[1] or 0)
+    def updated(block: re.Match[str]) -> str:
+        max_lines = int(block[1] or 0)
         parts = []
         for command in re.findall(r"^\$ (.*(?:\\\n.*)*)$", block[2], re.MULTILINE):
             lines = run(command, folder)
-            if most and len(lines) > most:
-                lines = [*lines[:most], "..."]
+            if max_lines and len(lines) > max_lines:
+                lines = [*lines[:max_lines], "..."]
             parts += [f"$ {command}", *lines]
-        limit = f"<!-- show {most} lines -->\n" if most else ""
+        limit = f"<!-- show {max_lines} lines -->\n" if max_lines else ""
         return f"{limit}```console\n" + "\n".join(parts) + "\n```\n"
 
-    return BLOCK.sub(renewed, page)
+    return BLOCK.sub(updated, page)
 
 
 def run(command: str, folder: Path) -> list[str]:
-    """Run a command as in a terminal of 80 columns; return what it prints, stderr too."""
+    """Run a command as in a terminal of 80 columns; return its lines on stdout and stderr."""
     before, _, ours = command.replace("\\\n", " ").rpartition("| ")
-    given = shlex.split(before)[1] + "\n" if before else None
+    stdin = shlex.split(before)[1] + "\n" if before else None
     words = [sys.executable, "-m", *shlex.split(ours)]
     environment = os.environ | {"COLUMNS": "80", "NO_COLOR": "1", "PYTHONPATH": str(ROOT)}
-    environment["MINIGPT_CACHE_DIR"] = str(folder / ".cache")  # without compiled graphs of others
+    environment["MINIGPT_CACHE_DIR"] = str(folder / ".cache")  # without the user's compiled graphs
     print(f"$ {command}", file=sys.stderr, flush=True)
     done = subprocess.run(
         words,
         cwd=folder,
         env=environment,
-        input=given,
+        input=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -72,7 +72,7 @@ def command_pages() -> dict[str, str]:
     names = [[name] for name in LINES]
     subcommands = _help(["checkpoints"]).partition("Commands:\n")[2].split("\n")
     names += [["checkpoints", line.split()[0]] for line in subcommands if re.match(r"  \w", line)]
-    pages, index = {}, ["# Commands", "", "Each page is what `--help` prints.", ""]
+    pages, index = {}, ["# Commands", "", "Each page shows the output of `--help`.", ""]
     for words in sorted(names):
         text = _help(words)
         title, name = " ".join(["minigpt", *words]), "-".join(words)

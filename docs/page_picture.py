@@ -3,8 +3,8 @@
     pip install playwright
     python docs/page_picture.py [MODEL ["PROMPT"]]
 
-Writes docs/trace-page.png, and with -dark, -phone and -phone-dark in its name the same page in
-dark colours and 390 pixels wide. The default is the model that ships. Needs Chromium.
+Writes docs/trace-page.png, and the same page in dark colours and 390 pixels wide, with -dark,
+-phone and -phone-dark in the name. The default is the model that ships. Needs Chromium.
 """
 
 import io
@@ -29,7 +29,7 @@ N_COLOURS = 256
 
 
 def screenshot(browser: Browser, page: Path, position: int, size: str, theme: str) -> Image.Image:
-    """Open a page, click a token and return what the browser shows."""
+    """Open a page, click a token and return a screenshot."""
     width, height = SIZES[size]
     tab = browser.new_page(
         viewport={"width": width, "height": height}, color_scheme="dark" if theme else "light"

@@ -28,7 +28,7 @@ DOCS = Path(__file__).parent
 
 
 def draw(name: str, theme: TerminalTheme, lines: list[Line]) -> None:
-    """Write lines as an SVG that loads nothing: it uses a monospaced font of the reader's."""
+    """Write lines as an SVG that loads no font: it uses a monospaced one of the reader's system."""
     console = Console(
         record=True,
         width=WIDTH,
@@ -47,7 +47,7 @@ def draw(name: str, theme: TerminalTheme, lines: list[Line]) -> None:
 
 
 def streamed(trace: Trace) -> list[Line]:
-    """Return what a terminal shows while the text is generated."""
+    """Return the lines that a terminal shows while the text is generated."""
     layout = make_layout(
         WIDTH,
         vocab_size=1 + max(token.id for token in trace.tokens),

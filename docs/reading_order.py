@@ -1,8 +1,7 @@
 """Print the core of minigpt in reading order, with line counts; --write puts it into the README.
 
-The core is every module that belongs to no ring; pyproject.toml, [tool.minigpt], names both the
-rings and the order of the core's parts. Lines of code are those that are not blank, and no comment
-or docstring.
+The core is every module that belongs to no ring; pyproject.toml, [tool.minigpt], lists both the
+rings and the order of the core's parts. Lines of code exclude blank lines, comments and docstrings.
 """
 
 import ast
@@ -33,7 +32,7 @@ def table() -> str:
         files = [ROOT / "minigpt" / name for name in part["files"]]
         names = [f"`{name}`" for name in part["files"]]
         folder = ROOT / "minigpt" / part["rest_of"]
-        is_top = not part["rest_of"]  # of the files beside the packages
+        is_top = not part["rest_of"]  # the modules outside any sub-package
         rest = [p for p in left if (p.parent == folder if is_top else folder in p.parents)]
         files += [path for path in rest if path not in files]
         left = [path for path in left if path not in files]
@@ -42,7 +41,7 @@ def table() -> str:
         rows.append(f"| {part['what']} | {', '.join(names)} | {n_lines:,} | {n_code:,} |")
     if left:
         names = ", ".join(str(path.relative_to(ROOT)) for path in left)
-        raise SystemExit(f"[tool.minigpt] reading_order lacks {names}")
+        raise SystemExit(f"reading_order in [tool.minigpt] does not list {names}")
     head = [
         "| read | files, most important first | lines | of code |",
         "| --- | --- | ---: | ---: |",
@@ -73,7 +72,7 @@ def _settings() -> dict:  # type: ignore[type-arg]
 
 
 def readme_with(text: str) -> str:
-    """Return the README with the table in its place."""
+    """Return the README with this table."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)

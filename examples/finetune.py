@@ -1,10 +1,10 @@
-"""Fine-tune a model with a training loop of your own, in plain PyTorch.
+"""Fine-tune a model with your own training loop, in plain PyTorch.
 
     python examples/finetune.py book my-letters.txt letters
 
-Reads the model of a run (or a Hugging Face folder), trains it on a text, and writes a model folder,
-which `minigpt generate --model letters` and `transformers` load. `minigpt train --from book` does
-the same with evaluation, checkpoints and exact resume.
+Reads the model of a run (or a Hugging Face folder), trains it on a text, and writes a model folder
+that `minigpt generate --model letters` and `transformers` can load. `minigpt train --from book`
+does the same with evaluation, checkpoints and exact resume.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Read a trace file with nothing but the standard library.
+"""Read a trace file with the standard library only.
 
     minigpt attention-trace --out king.jsonl "The king"
     python examples/read_a_trace.py king.jsonl
 
-Prints, for each generated token, its probability, the share of the attention sink, and the earlier
+Prints each generated token with its probability, the share of the attention sink, and the earlier
 token that it attended to most. docs/trace-format.md describes the file.
 """
 

@@ -163,7 +163,7 @@ def test_uv_gets_the_indexes_and_folders_that_pip_is_configured_for() -> None:
 def test_pip_output_is_shown_only_if_the_installation_fails(
     code: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    install = runpy.run_path(str(ROOT / "install.py"))["install_in_one_line"]
+    install = runpy.run_path(str(ROOT / "install.py"))["install_with_progress"]
     program = "import sys; sys.stderr.write('Resolved 2 packages\\n + torch==2\\n'); sys.exit({})"
     done = install(sys.executable, "-c", program.format(code), env=dict(os.environ))
     shown = capfd.readouterr().out
