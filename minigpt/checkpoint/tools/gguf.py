@@ -24,7 +24,7 @@ from minigpt.checkpoint.tools.gguf_architectures import (
     architecture_of,
     context_of,
     extra_tensors,
-    to_gguf_layout,
+    to_gguf,
 )
 from minigpt.checkpoint.tools.gguf_vocabulary import chat_template, gguf_vocabulary
 from minigpt.checkpoint.weights import check_tied, tensor_names
@@ -114,7 +114,7 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
         file.seek(0, 2)
         for (_, name), kind in zip(written, kinds, strict=True):
             tensor = tensors[name].t() if names[name].is_transposed else tensors[name]
-            tensor = to_gguf_layout(tensor, name, config, architecture)
+            tensor = to_gguf(tensor, name, config, architecture)
             _write_tensor(file, gguf, name, tensor, kind)
         for gguf_name, tensor in extra.items():
             _write_tensor(file, gguf, gguf_name, tensor, gguf.GGMLQuantizationType.F32)

@@ -46,7 +46,7 @@ class Architecture:
     """Whether the factors of LongRoPE are read."""
     has_free_width: bool = True
     """Whether n_head * d_head may differ from d_model."""
-    has_interleaved_rope: bool = False
+    interleaved_rope: bool = False
     """Whether RoPE rotates adjacent dimensions instead of two halves."""
     head: str = "optional"
     """Output projection in the file: ``optional`` if tied, or always ``needed`` or ``tied``."""
@@ -77,8 +77,7 @@ def _check_gemma3(config: ModelConfig) -> None:
     _check_scale(config)
     if config.rope_scaling == "yarn" and config.rope_scaling_factor != 1:
         raise _refusal(
-            "rope_scaling yarn in the gemma3 layout",
-            "llama.cpp would also scale RoPE in sliding layers",
+            "rope_scaling yarn in the gemma3 layout", "llama.cpp would scale sliding layers too"
         )
 
 
@@ -109,7 +108,7 @@ _LLAMA = Architecture(
     has_mlp_biases=True,
     has_divisors=True,
     has_long_rope=True,
-    has_interleaved_rope=True,
+    interleaved_rope=True,
 )
 _GEMMA = Architecture(name="gemma", activations=("gelu_tanh",), head="tied", norm_shift=1.0)
 _GEMMA_FIELDS = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
@@ -147,10 +146,7 @@ ARCHITECTURES = {
         name="phi3", has_free_width=False, has_long_rope=True, hf_fields=("partial_rotary_factor",)
     ),
     "smollm3": Architecture(
-        name="smollm3",
-        has_interleaved_rope=True,
-        hf_fields=("no_rope_layers",),
-        check=_check_smollm3,
+        name="smollm3", interleaved_rope=True, hf_fields=("no_rope_layers",), check=_check_smollm3
     ),
 }
 """Model type -> architecture."""
@@ -318,15 +314,13 @@ def extra_tensors(config: ModelConfig) -> dict[str, Tensor]:
     return {"rope_freqs.weight": frequencies(rope_scaling_factor=1.0) / frequencies()}
 
 
-def to_gguf_layout(
-    tensor: Tensor, name: str, config: ModelConfig, architecture: Architecture
-) -> Tensor:
+def to_gguf(tensor: Tensor, name: str, config: ModelConfig, architecture: Architecture) -> Tensor:
     """Convert a tensor, given by its Hugging Face name, to llama.cpp's layout."""
     if architecture.norm_shift and name.endswith("norm.weight"):
         return tensor.float() + architecture.norm_shift
     if "query_key_value" in name:  # grouped by head -> q, k, v
         return tensor.unflatten(0, (config.n_head, 3, -1)).transpose(0, 1).flatten(0, 2)
-    if architecture.has_interleaved_rope and (".q_proj." in name or ".k_proj." in name):
+    if architecture.interleaved_rope and (".q_proj." in name or ".k_proj." in name):
         halves = tensor.unflatten(0, (-1, 2, config.d_head // 2))  # (H, 2, D / 2, ...)
         return halves.transpose(1, 2).flatten(0, 2)
     return tensor

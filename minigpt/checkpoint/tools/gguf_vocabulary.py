@@ -89,9 +89,7 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
     if kind != "BPE":
         raise _refusal(f"it is of the kind {kind}, and only BPE can be written")
     if len(tokenizer.prefix) > 1:
-        raise _refusal(
-            f"it begins a prompt with {len(tokenizer.prefix)} tokens, llama.cpp with one"
-        )
+        raise _refusal(f"a prompt begins with {len(tokenizer.prefix)} tokens, not at most one")
     model = data["model"]
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
@@ -276,9 +274,7 @@ def _special_ids(
 
 
 def _refusal(what: str, remedy: str = "") -> CheckpointError:
-    remedy = (
-        remedy or "Train with --tokenizer bpe, bytes or gpt2 for a model that llama.cpp can run"
-    )
+    remedy = remedy or "Train with --tokenizer bpe, bytes or gpt2 for a model that llama.cpp runs"
     return CheckpointError(
         f"llama.cpp would not give the same ids as this vocabulary: {what}. {remedy}."
     )
