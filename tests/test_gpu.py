@@ -114,6 +114,6 @@ def test_ablated_and_patched_models_generate_the_tokens_of_the_cpu() -> None:
 
 @pytest.mark.parametrize("part", [part for part in gpu.PARTS if part != "machine"])
 def test_each_part_of_the_benchmark_passes(part: str, tmp_path: Path) -> None:
-    """Resume, dropout, waiting, out of memory, FSDP, two GPUs, graph breaks, and the others."""
+    """Resume, dropout, waiting, out of memory, FSDP, two GPUs, graph breaks, and other parts."""
     words = ["--quick", "--out", str(tmp_path), "--parts", part]
     assert gpu.main(words) == 0

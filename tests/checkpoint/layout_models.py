@@ -70,7 +70,7 @@ _GEMMA3 = _SHAPE | {
 }
 _NEOX = {k: v for k, v in _SHAPE.items() if k != "num_key_value_heads"} | {"model_type": "gpt_neox"}
 _PHI3 = _SHAPE | {"model_type": "phi3", "sliding_window": None}
-FOREIGN = {
+OTHER_FAMILIES = {
     "gemma": _SHAPE | {"model_type": "gemma", "head_dim": 12, "tie_word_embeddings": True},
     "gemma2": _GEMMA2 | {"tie_word_embeddings": True},
     "gemma2-types": _GEMMA2

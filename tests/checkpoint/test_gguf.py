@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_files import folder_of, read
-from layout_models import FOREIGN, LAYOUTS
+from layout_models import LAYOUTS, OTHER_FAMILIES
 from live_bytes import LiveBytes
 from safetensors.torch import load_file
 
@@ -145,10 +145,10 @@ def test_gguf_export_loads_one_tensor_at_a_time(type_: str, tmp_path: Path) -> N
     assert largest <= live.peak < 4 * largest < sum(t.nbytes for t in stored.values()) / 8
 
 
-@pytest.mark.parametrize("layout", FOREIGN)
+@pytest.mark.parametrize("layout", OTHER_FAMILIES)
 def test_every_tensor_of_another_family_has_a_gguf_name(layout: str, tmp_path: Path) -> None:
     """Their logits are compared in tests/checkpoint/test_llama_cpp.py."""
-    config = model_config_from_hf(FOREIGN[layout] | {"vocab_size": 257})
+    config = model_config_from_hf(OTHER_FAMILIES[layout] | {"vocab_size": 257})
     model = model_class(config)(config)
     model.init_weights(torch.Generator().manual_seed(7))
     write_model(tmp_path / "model", model.eval(), BytesTokenizer())

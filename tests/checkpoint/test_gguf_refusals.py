@@ -11,7 +11,7 @@ from typing import Any
 import published_vocabularies as vocabularies
 import pytest
 from gguf_files import folder_of
-from layout_models import FOREIGN
+from layout_models import OTHER_FAMILIES
 from safetensors.torch import load_file, save_file
 
 from minigpt.checkpoint.families import model_config_from_hf
@@ -45,7 +45,7 @@ LONG_ROPE = {
         "long_factor": [2.0, 2.0, 2.0, 2.0],
     }
 }
-REFUSED_FOREIGN = {
+REFUSED_FEATURES = {
     "dynamic": ("llama-linear", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
     "truncate": (
         "qwen2-yarn",
@@ -69,12 +69,12 @@ REFUSED_FOREIGN = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED_FOREIGN)
+@pytest.mark.parametrize("kind", REFUSED_FEATURES)
 def test_features_that_llama_cpp_computes_differently_in_other_families_are_refused(
     kind: str, tmp_path: Path
 ) -> None:
-    layout, change, message = REFUSED_FOREIGN[kind]
-    config = model_config_from_hf(FOREIGN[layout] | {"vocab_size": 257} | change)
+    layout, change, message = REFUSED_FEATURES[kind]
+    config = model_config_from_hf(OTHER_FAMILIES[layout] | {"vocab_size": 257} | change)
     with pytest.raises(CheckpointError, match=f"does not support .*{message}"):
         architecture_of(config)
 
@@ -108,7 +108,7 @@ VOCABULARIES = {
         lambda data: data.update(normalizer={"type": "Lowercase"}),
         "normalizer is Lowercase",
     ),
-    "kept words": (
+    "ignored merges": (
         vocabularies.smollm,
         lambda data: data["model"].update(ignore_merges=True),
         "split pattern",

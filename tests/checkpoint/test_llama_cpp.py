@@ -16,7 +16,7 @@ import published_vocabularies as vocabularies
 import pytest
 import torch
 from fuzzed_texts import SAMPLE, fuzzed_texts
-from layout_models import FOREIGN, LAYOUTS
+from layout_models import LAYOUTS, OTHER_FAMILIES
 from small_models import randomized
 
 from minigpt.checkpoint.families import model_config_from_hf
@@ -47,8 +47,8 @@ COMPUTED = {
 
 def small_folder(folder: Path, tokenizer: Tokenizer | None, layout: str, n_rows: int = 0) -> Path:
     vocab_size = n_rows or (tokenizer.vocab_size if tokenizer else 61)
-    if layout in FOREIGN:
-        config = model_config_from_hf(FOREIGN[layout] | {"vocab_size": vocab_size})
+    if layout in OTHER_FAMILIES:
+        config = model_config_from_hf(OTHER_FAMILIES[layout] | {"vocab_size": vocab_size})
     else:
         shape = {"context_length": 128, "n_layer": 2, "n_head": 4, "d_model": 32}
         config = ModelConfig(vocab_size=vocab_size, **(shape | COMPUTED[layout]))
@@ -78,7 +78,7 @@ def logits_of(llama: Any, ids: list[int]) -> torch.Tensor:
     return torch.tensor(llama.scores[: len(ids)])
 
 
-@pytest.mark.parametrize("layout", [*COMPUTED, *FOREIGN])
+@pytest.mark.parametrize("layout", [*COMPUTED, *OTHER_FAMILIES])
 def test_logits_and_greedy_ids_of_llama_cpp_equal_ours(
     layout: str, tmp_path: Path, exported: Callable[..., Any]
 ) -> None:

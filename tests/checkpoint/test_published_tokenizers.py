@@ -208,7 +208,7 @@ UNUSUAL: dict[str, Callable[[], dict[str, Any]]] = {
     "single_word": lambda: found(single_word=True),
     "normalized": lambda: found(normalized=True),
     "normalized with a space": lambda: with_word(llama2(), "qzqz"),
-    "normalized in small letters": lambda: with_word(changed(gpt2, normalizer=LOWERCASE), "QZqz"),
+    "normalized to lowercase": lambda: with_word(changed(gpt2, normalizer=LOWERCASE), "QZqz"),
     **{
         f"Metaspace {prepend} {splits}": functools.partial(scheme, prepend, splits=splits)
         for prepend in ("never", "first", "always")

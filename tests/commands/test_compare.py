@@ -258,11 +258,11 @@ def test_usage_errors_of_compare_are_one_line(run: Run, words: list[str], parts:
 def test_a_diverging_variant_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = Trainer._loss
 
-    def spoilt(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
+    def nan_loss(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
         is_it = self.config.model.attention == "additive"
         return loss(self, *batch) * (math.nan if is_it else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", spoilt)
+    monkeypatch.setattr(Trainer, "_loss", nan_loss)
     result = run("compare", *TWO, "--name", "cmp")
     assert (result.code, result.out) == (5, ""), result.err
     line = result.err.splitlines()[-1]

@@ -165,20 +165,20 @@ def test_ctrl_c_on_a_separate_process_saves_and_prints_how_to_resume(
     assert Path(f"checkpoints/a/step-{step + 1:06d}").is_dir()
 
 
-def spoil_step(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def make_step_nan(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the loss of a step to NaN."""
     loss = Trainer._loss
 
-    def spoilt(trainer: Trainer, *batch: torch.Tensor) -> torch.Tensor:
+    def nan_loss(trainer: Trainer, *batch: torch.Tensor) -> torch.Tensor:
         return loss(trainer, *batch) * (math.nan if trainer.step + 1 == step else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", spoilt)
+    monkeypatch.setattr(Trainer, "_loss", nan_loss)
 
 
 def test_a_nan_is_reported_with_its_step_and_can_be_skipped_on_resume(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spoil_step(3, monkeypatch)
+    make_step_nan(3, monkeypatch)
     words = ["--save-every", "1"]
     result = run("train", "corpus.txt", "--name", "a", *TINY, *words)
     assert result.code == 5

@@ -1,4 +1,4 @@
-"""The whole model: initial weights, loading, options of forward, dtypes."""
+"""The complete model: initial weights, loading, options of forward, and dtypes."""
 
 import math
 from typing import Any

@@ -165,7 +165,9 @@ def test_a_file_is_synced_before_it_replaces_another(tmp_path: Path) -> None:
     assert names == ["open", "fsync", "replace", "fsync"]
 
 
-@pytest.mark.parametrize("kept", ["no pointer", "old pointers", "torn aside", "nothing new"])
+@pytest.mark.parametrize(
+    "kept", ["no pointer", "old pointers", "torn temporary folder", "nothing new"]
+)
 def test_a_power_cut_leaves_the_old_checkpoint_or_the_complete_new_one(
     kept: str, begun: Path, straight: Path, data: PreparedData, tmp_path: Path
 ) -> None:
@@ -181,14 +183,14 @@ def test_a_power_cut_leaves_the_old_checkpoint_or_the_complete_new_one(
     if kept == "old pointers":
         for name in ("best.json", "latest.json"):
             shutil.copy(old / name, folder)
-    if kept == "torn aside":  # not renamed; every file is empty, truncated or zeros
+    if kept == "torn temporary folder":  # not renamed; every file is empty, truncated or zeros
         aside = step.rename(folder / f".writing-{step.name}")
         for i, path in enumerate(sorted(path for path in aside.rglob("*") if path.is_file())):
             content = path.read_bytes()
             path.write_bytes([b"", content[: len(content) // 2], bytes(len(content))][i % 3])
     if kept == "nothing new":
         shutil.rmtree(step)
-    if kept in ("torn aside", "nothing new"):
+    if kept in ("torn temporary folder", "nothing new"):
         for name in ("best.json", "latest.json"):
             shutil.copy(old / name, folder)
     latest = RunFolder(folder).latest()

@@ -51,11 +51,11 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
             else None
         )
     )
-    if run.get("spoilt", [None])[0] == rank:
+    if run.get("nan_at", [None])[0] == rank:
         loss_of = trainer._loss
-        steps_to_spoil = run["spoilt"][1:]
+        nan_steps = run["nan_at"][1:]
         trainer._loss = lambda *batch: (  # type: ignore[method-assign]
-            loss_of(*batch) * (math.nan if trainer.step + 1 in steps_to_spoil else 1)
+            loss_of(*batch) * (math.nan if trainer.step + 1 in nan_steps else 1)
         )
     for event in trainer.run():
         match event:

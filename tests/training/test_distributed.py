@@ -69,22 +69,22 @@ def interrupted(
 RUNS = [
     run_of("qwen3, 1 rank", QWEN3, 1),
     run_of("qwen3, 2 ranks", QWEN3, 2),
-    run_of("qwen3, 2 ranks in shards", QWEN3, 2, SHARDED),
-    run_of("qwen3, 3 ranks in shards", QWEN3, 3, SHARDED),
+    run_of("qwen3, 2 sharded ranks", QWEN3, 2, SHARDED),
+    run_of("qwen3, 3 sharded ranks", QWEN3, 3, SHARDED),
     run_of("tied, 1 rank", TIED, 1),
     run_of("tied, 2 ranks", TIED, 2, {"recompute": True}),
-    run_of("tied, 2 ranks in shards", TIED, 2, SHARDED | {"recompute": True}),
+    run_of("tied, 2 sharded ranks", TIED, 2, SHARDED | {"recompute": True}),
     run_of("dropout, 2 ranks", DROPPED, 2),
     *interrupted("dropout, 2 ranks to 2", DROPPED, 2, 2),
-    run_of("dropout, 2 ranks in shards", DROPPED, 2, SHARDED),
-    *interrupted("dropout, 2 ranks to 2 in shards", DROPPED, 2, 2, **SHARDED),
+    run_of("dropout, 2 sharded ranks", DROPPED, 2, SHARDED),
+    *interrupted("dropout, 2 ranks to 2 sharded", DROPPED, 2, 2, **SHARDED),
     *interrupted("qwen3, 2 ranks to 1", QWEN3, 2, 1),
-    *interrupted("qwen3, 2 ranks in shards to 1", QWEN3, 2, 1, **SHARDED),
+    *interrupted("qwen3, 2 sharded ranks to 1", QWEN3, 2, 1, **SHARDED),
     *interrupted("qwen3, 1 rank to 2", QWEN3, 1, 2),
-    *interrupted("qwen3, 1 rank to 2 in shards", QWEN3, 1, 2, **SHARDED),
-    run_of("skips, 2 ranks", QWEN3, 2, {"on_nan": "skip"}, spoilt=[1, 2, 5]),
-    run_of("skips, 2 ranks in shards", QWEN3, 2, SHARDED | {"on_nan": "skip"}, spoilt=[1, 2, 5]),
-    run_of("skips, 1 rank", QWEN3, 1, {"on_nan": "skip"}, spoilt=[0, 2, 5]),
+    *interrupted("qwen3, 1 rank to 2 sharded", QWEN3, 1, 2, **SHARDED),
+    run_of("skips, 2 ranks", QWEN3, 2, {"on_nan": "skip"}, nan_at=[1, 2, 5]),
+    run_of("skips, 2 sharded ranks", QWEN3, 2, SHARDED | {"on_nan": "skip"}, nan_at=[1, 2, 5]),
+    run_of("skips, 1 rank", QWEN3, 1, {"on_nan": "skip"}, nan_at=[0, 2, 5]),
     run_of("minutes", QWEN3, 2, {"max_steps": 0, "max_minutes": 0.1}, clock=[1.0, 2.5]),
 ]
 
@@ -132,10 +132,10 @@ def assert_same_course(seen: RankResults, name: str, reference: str) -> None:
 
 SEVERAL = [
     ("qwen3, 2 ranks", "qwen3, 1 rank"),
-    ("qwen3, 2 ranks in shards", "qwen3, 1 rank"),
-    ("qwen3, 3 ranks in shards", "qwen3, 1 rank"),
+    ("qwen3, 2 sharded ranks", "qwen3, 1 rank"),
+    ("qwen3, 3 sharded ranks", "qwen3, 1 rank"),
     ("tied, 2 ranks", "tied, 1 rank"),
-    ("tied, 2 ranks in shards", "tied, 1 rank"),
+    ("tied, 2 sharded ranks", "tied, 1 rank"),
 ]
 
 
@@ -172,7 +172,7 @@ def test_checkpoints_of_several_ranks_equal_those_of_one_rank(
 
 
 def test_every_rank_reports_the_same_losses_and_only_rank_0_saves(seen: RankResults) -> None:
-    for name in ("qwen3, 2 ranks", "qwen3, 2 ranks in shards"):
+    for name in ("qwen3, 2 ranks", "qwen3, 2 sharded ranks"):
         first, second = seen.by(name, 0), seen.by(name, 1)
         assert first["steps"] == second["steps"]
         assert first["evaluations"] == second["evaluations"]
@@ -189,7 +189,7 @@ def test_each_rank_stores_a_shard_of_the_optimizer_state(seen: RankResults) -> N
         assert max(held) < 1.1 * whole / n_ranks + n_counters
 
 
-@pytest.mark.parametrize("kind", ["2 ranks", "2 ranks in shards"])
+@pytest.mark.parametrize("kind", ["2 ranks", "2 sharded ranks"])
 def test_a_stopped_and_resumed_run_of_two_ranks_ends_with_the_same_bits(
     kind: str, seen: RankResults
 ) -> None:
@@ -203,9 +203,9 @@ def test_a_stopped_and_resumed_run_of_two_ranks_ends_with_the_same_bits(
     "name",
     [
         "qwen3, 2 ranks to 1",
-        "qwen3, 2 ranks in shards to 1",
+        "qwen3, 2 sharded ranks to 1",
         "qwen3, 1 rank to 2",
-        "qwen3, 1 rank to 2 in shards",
+        "qwen3, 1 rank to 2 sharded",
     ],
 )
 def test_a_run_resumes_with_more_or_fewer_ranks_and_reports_it(
@@ -226,7 +226,7 @@ def test_a_stop_request_to_one_rank_stops_all_at_the_same_step(seen: RankResults
         assert [step for step, *_ in report["steps"]] == [1, 2]
 
 
-@pytest.mark.parametrize("kind", ["2 ranks", "2 ranks in shards"])
+@pytest.mark.parametrize("kind", ["2 ranks", "2 sharded ranks"])
 def test_a_nan_on_one_rank_is_skipped_by_all(kind: str, seen: RankResults) -> None:
     for rank in (0, 1):  # the NaN was on rank 1
         report = seen.by(f"skips, {kind}", rank)

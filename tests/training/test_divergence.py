@@ -187,12 +187,12 @@ def test_skipping_nan_steps_changes_nothing_if_all_losses_are_finite(
 @pytest.mark.integration
 def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(on_nan="skip", max_steps=50, save_every=2)
-    spoilt = [
+    nan_steps = [
         *range(5, 4 + MAX_SKIPPED_IN_A_ROW),
         *range(20, 20 + MAX_SKIPPED_IN_A_ROW),
     ]
     trainer = trainer_of(config, data, tmp_path)
-    make_losses_nan(trainer, *spoilt)
+    make_losses_nan(trainer, *nan_steps)
     events: list[Event] = []
     with pytest.raises(DivergedError) as caught:
         events.extend(trainer.run())
@@ -202,7 +202,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_pat
     assert f"{MAX_SKIPPED_IN_A_ROW} steps in a row were skipped. The checkpoint of step 28" in str(
         caught.value
     )
-    assert [e.step for e in events if isinstance(e, SkipEvent)] == spoilt[:-1]
+    assert [e.step for e in events if isinstance(e, SkipEvent)] == nan_steps[:-1]
     latest = RunFolder(tmp_path).latest()
     assert latest is not None
     tensors = read_model(latest.folder).model.state_dict().values()
