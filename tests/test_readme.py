@@ -101,7 +101,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("**/*.md")),
     ROOT / "checkpoints" / "storyteller" / "README.md",
 ]
-OF_OTHERS = {"shutdown-timeout", "max-restarts", "logdir", "softcap"}
+EXTERNAL_OPTIONS = {"shutdown-timeout", "max-restarts", "logdir", "softcap"}
 """Options of torchrun, TensorBoard and an example."""
 
 
@@ -137,7 +137,7 @@ def test_options_and_files_that_a_page_names_exist(page: Path) -> None:
     for script in scripts:
         options |= set(re.findall(r'"--([a-z][\w-]*)', script.read_text(encoding="utf-8")))
     named = re.findall(r"(?:`|minigpt [^`\n]*?)--(?:no-)?([a-z][\w-]*)", prose(page))
-    assert {*named} <= options | OF_OTHERS
+    assert {*named} <= options | EXTERNAL_OPTIONS
 
     folders = ("minigpt", "tests", "docs", "benchmarks", "examples")
     files = {path.as_posix() for name in folders for path in (ROOT / name).rglob("*.py")}

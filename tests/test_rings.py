@@ -18,7 +18,10 @@ train corpus.txt --name tiny --tokenizer bytes --max-steps 2 --context-length 32
 generate --model tiny --max-new-tokens 3 --temperature 0 "The king"
 attention-trace --model tiny --max-new-tokens 3 --temperature 0 "The king"
 """
-ALSO = {"views": "heads --model tiny --json", "corpora": "evaluate --model tiny --json"}
+COMMANDS_OF_OTHER_RINGS = {
+    "views": "heads --model tiny --json",
+    "corpora": "evaluate --model tiny --json",
+}
 """Commands of other rings that must still work without a ring."""
 
 
@@ -60,7 +63,7 @@ def test_training_generating_and_tracing_work_without_a_ring(ring: str, tmp_path
     paths = RINGS.get(ring) or [path for parts in RINGS.values() for path in parts]
     folder = without(paths, tmp_path)
     done = subprocess.run(
-        [sys.executable, "-c", DRIVER, JOBS + ALSO.get(ring, "")],
+        [sys.executable, "-c", DRIVER, JOBS + COMMANDS_OF_OTHER_RINGS.get(ring, "")],
         cwd=folder,
         env={"PATH": "", "PYTHONPATH": str(folder), "MINIGPT_CACHE_DIR": "cache"},
         capture_output=True,

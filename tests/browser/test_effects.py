@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from page_traces import made_trace
+from page_traces import random_trace
 from small_models import small_model
 from small_traces import small_trace
 from watched_pages import OpenPage
@@ -139,4 +139,4 @@ def test_the_page_of_a_changed_model_names_its_interventions(
 
 
 def test_the_page_of_an_unchanged_model_names_no_interventions(opened: Opened) -> None:
-    assert not opened(made_trace()).page.locator("#changed").is_visible()
+    assert not opened(random_trace()).page.locator("#changed").is_visible()

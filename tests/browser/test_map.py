@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from page_traces import HOSTILE, made_trace
+from page_traces import HOSTILE, random_trace
 from small_traces import small_trace, with_tokens
 from watched_pages import OpenPage
 
@@ -51,7 +51,7 @@ def point(page: OpenPage, step: int, column: int) -> str:
 
 def signed_trace(n_prompt: int = 6, n_generated: int = 9) -> Trace:
     """Return a trace whose second measure has numbers of both signs and its own unit."""
-    trace = made_trace(n_prompt, n_generated)
+    trace = random_trace(n_prompt, n_generated)
     random = np.random.default_rng(5)
 
     def signed(row: Row) -> Row:
@@ -66,7 +66,7 @@ def signed_trace(n_prompt: int = 6, n_generated: int = 9) -> Trace:
 
 
 def test_the_map_has_a_line_for_each_generated_token(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     for step, column in ((0, 0), (3, 5), (8, 13), (8, 0)):
         share = 100 * float(trace.steps[step].row.weights_S[column])
@@ -86,7 +86,7 @@ def test_the_map_has_a_line_for_each_generated_token(opened: Opened) -> None:
 
 
 def test_clicking_the_map_selects_its_line(opened: Opened) -> None:
-    page = opened(made_trace())
+    page = opened(random_trace())
     x, y = cell_place(page, 4, 2)
     page.page.locator("#map").click(position={"x": x, "y": y})
     page.drawn()
@@ -94,7 +94,7 @@ def test_clicking_the_map_selects_its_line(opened: Opened) -> None:
 
 
 def test_the_map_shows_the_selected_head(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.page.locator("#grid [role=gridcell]").nth(2 * 4 + 1).click()
     page.drawn()
@@ -108,7 +108,7 @@ def test_the_map_shows_the_selected_head(opened: Opened) -> None:
 
 
 def test_each_head_has_a_thumbnail_map(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.page.wait_for_function(
         "Array.from(document.querySelectorAll('#grid canvas')).every((c) => c.width > 1)"
@@ -175,7 +175,7 @@ def copied(page: OpenPage) -> str:
 
 
 def test_signed_numbers_are_summed_over_heads_and_labelled_as_sums(opened: Opened) -> None:
-    page = opened(made_trace(measures=("logit",)))
+    page = opened(random_trace(measures=("logit",)))
     page.click(13)
     rows = page.page.locator("#reduction option").all_inner_texts()
     assert rows == ["as traced", "sum of the heads"]
@@ -187,7 +187,7 @@ def test_signed_numbers_are_summed_over_heads_and_labelled_as_sums(opened: Opene
 
 
 def test_complete_rows_of_heads_are_not_labelled_as_a_part(opened: Opened) -> None:
-    page = opened(made_trace(6, 9, n_sources=13))
+    page = opened(random_trace(6, 9, n_sources=13))
     page.click(13)
     page.choose("head", "1")
     assert "All positions are shaded" in page.text("#listed")
@@ -196,7 +196,7 @@ def test_complete_rows_of_heads_are_not_labelled_as_a_part(opened: Opened) -> No
 
 def test_copying_the_strip_gives_the_text(opened: Opened) -> None:
     texts = ["Once", " upon", "\n", "今日", "\t", "</script>", "\u202e", "\x00", "\x1b[31m"]
-    trace = made_trace(4, 5, texts=texts)
+    trace = random_trace(4, 5, texts=texts)
     page = opened(trace)
     page.click(6)
     plain = [printable(text) for text in texts]
@@ -227,7 +227,7 @@ def test_a_character_of_several_tokens_is_shown_once_with_bytes_on_demand(opened
 
 
 def test_the_introduction_of_the_page_can_be_collapsed(opened: Opened) -> None:
-    page = opened(made_trace())
+    page = opened(random_trace())
     items = page.page.locator("#how li")
     assert items.count() == 4
     assert items.first.is_visible()
@@ -236,7 +236,7 @@ def test_the_introduction_of_the_page_can_be_collapsed(opened: Opened) -> None:
 
 
 def test_hostile_tokens_in_the_map_are_shown_as_text(opened: Opened) -> None:
-    page = opened(made_trace(4, len(HOSTILE), texts=HOSTILE))
+    page = opened(random_trace(4, len(HOSTILE), texts=HOSTILE))
     for step in range(0, len(HOSTILE), 5):
         assert f"token {4 + step} “" in point(page, step, 1)
     assert page.page.evaluate("window.pwned") is None
@@ -244,7 +244,7 @@ def test_hostile_tokens_in_the_map_are_shown_as_text(opened: Opened) -> None:
 
 
 def test_a_map_of_a_thousand_tokens_reads_every_line(opened: Opened) -> None:
-    trace = made_trace(24, 1000, n_layer=2, n_head=2, n_sources=8)
+    trace = random_trace(24, 1000, n_layer=2, n_head=2, n_sources=8)
     page = opened(trace, viewport={"width": 1280, "height": 900})
     step = 900
     column = int(trace.steps[step].row.weights_S.argmax())

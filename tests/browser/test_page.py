@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from page_traces import made_trace
+from page_traces import random_trace
 from watched_pages import OpenPage, assert_shaded, row_of, whole_row
 
 from minigpt.tracing.findings import HeadRows, Row, Trace
@@ -42,7 +42,7 @@ def head_row(trace: Trace, position: int, layer: int, head: int) -> list[float]:
 
 
 def test_clicking_a_token_shades_what_it_attended_to(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     for position in (6, 14, 10):
         page.click(position)
@@ -52,7 +52,7 @@ def test_clicking_a_token_shades_what_it_attended_to(opened: Opened) -> None:
 
 
 def test_the_second_measure_shades_by_its_own_row(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(10)
     page.choose("measure", "norm")
@@ -61,7 +61,7 @@ def test_the_second_measure_shades_by_its_own_row(opened: Opened) -> None:
 
 @pytest.mark.parametrize("control", ["grid", "selects"])
 def test_choosing_a_head_shades_by_its_row(control: str, opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(13)
     if control == "grid":
@@ -88,7 +88,7 @@ def test_choosing_a_head_shades_by_its_row(control: str, opened: Opened) -> None
 def test_several_heads_are_reduced_by_mean_or_max(
     layer: str, head: str, reduction: str, opened: Opened
 ) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(12)
     page.choose("reduction", reduction)
@@ -108,7 +108,7 @@ def test_several_heads_are_reduced_by_mean_or_max(
 
 
 def test_the_table_names_the_sink_and_the_position_of_the_query(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(N_PROMPT)
     kinds = page.page.evaluate(
@@ -119,7 +119,7 @@ def test_the_table_names_the_sink_and_the_position_of_the_query(opened: Opened) 
 
 
 def test_a_prompt_token_shows_the_tokens_that_attended_to_it(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(3)
     expected = [0.0] * N_PROMPT + [float(step.row.weights_S[3]) for step in trace.steps]
@@ -129,7 +129,7 @@ def test_a_prompt_token_shows_the_tokens_that_attended_to_it(opened: Opened) -> 
 
 
 def test_a_generated_token_shows_the_tokens_that_attended_to_it_on_request(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(9)
     page.choose("direction", "readers")
@@ -142,7 +142,7 @@ def test_a_generated_token_shows_the_tokens_that_attended_to_it_on_request(opene
 
 
 def test_hovering_changes_the_shading_until_a_token_is_pinned(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     assert page.pinned() == []
     assert_shaded(page, whole_row(trace, 14))  # the last token is selected initially
@@ -163,7 +163,7 @@ def test_hovering_changes_the_shading_until_a_token_is_pinned(opened: Opened) ->
 
 
 def test_keys_move_the_selection_pin_and_unpin(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(10)
     for key, expected in (
@@ -186,7 +186,7 @@ def test_keys_move_the_selection_pin_and_unpin(opened: Opened) -> None:
 
 
 def test_arrow_keys_move_to_the_lines_above_and_below(opened: Opened) -> None:
-    page = opened(made_trace(6, 60), viewport={"width": 420, "height": 900})
+    page = opened(random_trace(6, 60), viewport={"width": 420, "height": 900})
     page.click(30)
     boxes = {p: page.page.locator(f"#token-{p}").bounding_box() for p in range(66)}
     for key, sign in (("ArrowUp", -1), ("ArrowDown", 1)):
@@ -198,7 +198,7 @@ def test_arrow_keys_move_to_the_lines_above_and_below(opened: Opened) -> None:
 
 
 def test_tab_reaches_every_part_and_arrow_keys_move_in_the_grid(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.page.locator("#about summary").focus()
     seen = []
@@ -223,7 +223,7 @@ def test_tab_reaches_every_part_and_arrow_keys_move_in_the_grid(opened: Opened) 
 
 
 def test_a_question_mark_shows_and_hides_the_help(opened: Opened) -> None:
-    page = opened(made_trace())
+    page = opened(random_trace())
     help_text = page.page.locator("#help")
     assert not help_text.is_visible()
     page.press("?")
@@ -239,7 +239,7 @@ def cells_of(page: OpenPage) -> list[list[str]]:
 
 
 def test_the_table_has_weights_norms_and_knockout_effects(opened: Opened) -> None:
-    trace = made_trace(20, 9)
+    trace = random_trace(20, 9)
     page = opened(trace)
     page.click(26)
     weights, norms = (row_of(trace, 26, measure).weights_S for measure in (0, 1))
@@ -275,7 +275,7 @@ def test_the_table_has_weights_norms_and_knockout_effects(opened: Opened) -> Non
 
 
 def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(13)
     heads = heads_of(row_of(trace, 13))
@@ -297,7 +297,7 @@ def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
 def test_the_grid_of_a_prompt_token_has_means_over_all_generated_tokens(
     opened: Opened,
 ) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(trace)
     page.click(2)
     mean = np.mean([heads_of(step.row).entropy for step in trace.steps], axis=0)
@@ -306,7 +306,7 @@ def test_the_grid_of_a_prompt_token_has_means_over_all_generated_tokens(
 
 
 def test_the_page_reports_what_is_missing_in_a_trace(opened: Opened) -> None:
-    trace = made_trace(has_heads=False, has_roles=False, has_effects=False, measures=("weight",))
+    trace = random_trace(has_heads=False, has_roles=False, has_effects=False, measures=("weight",))
     page = opened(trace)
     page.click(12)
     assert_shaded(page, whole_row(trace, 12))
@@ -321,7 +321,7 @@ def test_the_page_reports_what_is_missing_in_a_trace(opened: Opened) -> None:
 
 
 def test_roles_without_rows_of_heads_are_shown_but_not_selectable(opened: Opened) -> None:
-    trace = made_trace(has_heads=False)
+    trace = random_trace(has_heads=False)
     page = opened(trace)
     page.click(12)
     page.page.locator("#grid [role=gridcell]").first.click()
@@ -330,8 +330,8 @@ def test_roles_without_rows_of_heads_are_shown_but_not_selectable(opened: Opened
 
 
 def test_a_trace_interrupted_before_its_first_token_opens(opened: Opened) -> None:
-    trace = made_trace()
+    trace = random_trace()
     page = opened(Trace(trace.header, (), replace(trace.footer, n_tokens=0, finish=None)))
     page.click(2)
     assert_shaded(page, [0.0] * N_PROMPT)
-    assert opened(made_trace(1, 1)).current() == 1
+    assert opened(random_trace(1, 1)).current() == 1

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from page_traces import made_trace
+from page_traces import random_trace
 from watched_pages import OpenPage, assert_inert, assert_shaded, whole_row
 
 from minigpt.text.escape import visible
@@ -16,7 +16,7 @@ Opened = Callable[..., OpenPage]
 
 
 def test_the_downloaded_picture_shows_the_view(opened: Opened) -> None:
-    trace = made_trace(texts=[" a<b", "&amp;", "\n"])
+    trace = random_trace(texts=[" a<b", "&amp;", "\n"])
     page = opened(trace)
     page.click(12)
     with page.page.expect_download() as download:
@@ -58,7 +58,7 @@ COLOURS = """(selector) => {
 def test_dark_and_light_themes_have_enough_contrast(opened: Opened) -> None:
     papers = []
     for scheme in ("light", "dark"):
-        page = opened(made_trace(), color_scheme=scheme)
+        page = opened(random_trace(), color_scheme=scheme)
         page.click(12)
         for selector in ("body", "#legend .sample:last-of-type", "#listed", "th", ".pinned"):
             ink, (*shade, alpha), paper = page.page.evaluate(COLOURS, selector)
@@ -72,7 +72,7 @@ def test_dark_and_light_themes_have_enough_contrast(opened: Opened) -> None:
 @pytest.mark.parametrize("width", [420, 1000, 1400])
 def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
     page = opened(
-        made_trace(n_layer=12, n_head=12, texts=["x" * 300, "short"]),
+        random_trace(n_layer=12, n_head=12, texts=["x" * 300, "short"]),
         viewport={"width": width, "height": 800},
     )
     page.click(12)
@@ -81,14 +81,14 @@ def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_long_tokens_do_not_push_columns_out_of_the_table(width: int, opened: Opened) -> None:
-    page = opened(made_trace(texts=["token-" * 9]), viewport={"width": width, "height": 800})
+    page = opened(random_trace(texts=["token-" * 9]), viewport={"width": width, "height": 800})
     page.click(12)
     panel = page.page.locator("#panel")
     assert panel.evaluate("(panel) => panel.scrollWidth <= panel.clientWidth")
 
 
 def test_the_page_of_a_thousand_tokens_is_small(opened: Opened) -> None:
-    trace = made_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
+    trace = random_trace(24, 1000, n_layer=12, n_head=12, n_sources=8)
     page = opened(trace)
     page.choose("reduction", "mean")
     elements = "document.getElementsByTagName('*').length"

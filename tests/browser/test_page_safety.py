@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from page_traces import HOSTILE, made_trace
+from page_traces import HOSTILE, random_trace
 from watched_pages import OpenPage, assert_inert
 
 from minigpt.text.escape import visible
@@ -34,7 +34,7 @@ def exercise(page: OpenPage) -> str:
 
 
 def test_hostile_tokens_are_shown_and_never_run(opened: Opened) -> None:
-    trace = made_trace(
+    trace = random_trace(
         len(HOSTILE) // 2, len(HOSTILE) - len(HOSTILE) // 2, texts=HOSTILE, model=" ".join(HOSTILE)
     )
     page = opened(trace)
@@ -52,7 +52,7 @@ def test_hostile_tokens_are_shown_and_never_run(opened: Opened) -> None:
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_names_are_shown_and_never_run(text: str, opened: Opened) -> None:
     names = {"model": text, "dtype": text, "kernel": text, "model_sha256": text}
-    trace = made_trace(1, 1, texts=[text], **names)
+    trace = random_trace(1, 1, texts=[text], **names)
     roles = tuple(
         tuple(replace(role, tag=text) for role in row) for row in trace.header.roles or ()
     )
@@ -76,7 +76,7 @@ def assert_nothing_ran(page: OpenPage) -> None:
 def test_the_content_security_policy_blocks_unescaped_markup(opened: Opened) -> None:
     """An injected attack must be harmless with the policy, and work without it."""
     attack = "<img src=x: onerror=window.pwned=1><script>window.pwned=1</script>"
-    page = to_html(made_trace()).replace("<main>", f"<main>{attack}")
+    page = to_html(random_trace()).replace("<main>", f"<main>{attack}")
     guarded = opened(page, is_quiet=False)
     assert guarded.page.evaluate("window.pwned") is None
     assert len(guarded.page.evaluate("window.violations")) >= 2
@@ -85,6 +85,6 @@ def test_the_content_security_policy_blocks_unescaped_markup(opened: Opened) -> 
 
 
 def test_the_trusted_types_policy_refuses_html_from_text(opened: Opened) -> None:
-    page = opened(made_trace(), is_quiet=False)
+    page = opened(random_trace(), is_quiet=False)
     with pytest.raises(Exception, match="TrustedHTML"):
         page.page.evaluate("() => { document.body.innerHTML = '<b>x</b>'; }")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from page_traces import HOSTILE, made_trace
+from page_traces import HOSTILE, random_trace
 from small_models import small_model
 from watched_pages import OpenPage
 
@@ -80,7 +80,7 @@ def test_a_source_is_selected_by_its_table_row(opened: Opened) -> None:
 
 
 def test_without_an_explained_head_no_calculation_is_shown(opened: Opened) -> None:
-    page = opened(made_trace())
+    page = opened(random_trace())
     assert not page.page.locator("#working-section").is_visible()
     made, _ = explained()
     page = opened(made)
@@ -105,7 +105,7 @@ def with_choices(made: Trace, texts: list[str]) -> Trace:
 
 
 def test_a_token_shows_its_candidates_and_the_predictions_after_each_layer(opened: Opened) -> None:
-    page = opened(with_choices(made_trace(), [" king", " queen", "\n"]))
+    page = opened(with_choices(random_trace(), [" king", " queen", "\n"]))
     page.click(8)
     rows = page.page.locator("#candidates tr").all()
     assert [row.locator("td").all_inner_texts() for row in rows] == [
@@ -122,7 +122,7 @@ def test_a_token_shows_its_candidates_and_the_predictions_after_each_layer(opene
 
 
 def test_hostile_candidates_are_shown_as_text(opened: Opened) -> None:
-    page = opened(with_choices(made_trace(), list(HOSTILE)))
+    page = opened(with_choices(random_trace(), list(HOSTILE)))
     page.click(8)
     shown = page.page.locator("#candidates .text").all_text_contents()
     assert shown == [visible(text.encode()) for text in HOSTILE]

@@ -14,7 +14,7 @@ def write_step(run: RunFolder, step: int, text: str = "weights", **facts: Any) -
     run.point("latest", step, **facts)
 
 
-def assert_holds(run: RunFolder, *steps: int) -> None:
+def assert_complete(run: RunFolder, *steps: int) -> None:
     """Check that the latest checkpoint is one of ``steps``, complete, without leftover files."""
     latest = run.latest()
     assert latest is not None

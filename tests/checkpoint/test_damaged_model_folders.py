@@ -55,13 +55,13 @@ def shard_twice(folder: Path) -> None:
     save_file(tensors, folder / "two.safetensors")
 
 
-def lose_shard(folder: Path) -> None:
+def delete_shard(folder: Path) -> None:
     shard(folder, lambda name: "one.safetensors" if "wte" in name else "two.safetensors")
     (folder / "two.safetensors").unlink()
 
 
 def pickle_shard(folder: Path) -> None:
-    lose_shard(folder)
+    delete_shard(folder)
     (folder / "two.safetensors").write_bytes(pickle.dumps(Bomb()))
 
 
@@ -85,7 +85,7 @@ def pickle_weights(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
-def leave_pointer(name: str) -> Callable[[Path], Any]:
+def write_lfs_pointer(name: str) -> Callable[[Path], Any]:
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 1234\n"
     return lambda folder: (folder / name).write_text(pointer)
 
@@ -119,10 +119,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"is stored as I32.* before it was quantized": lambda f: save(
         f, {n: t.int() for n, t in weights(f).items()}
     ),
-    r"model\.safetensors' is not a .* Git LFS pointer: run `git lfs pull`": leave_pointer(
+    r"model\.safetensors' is not a .* Git LFS pointer: run `git lfs pull`": write_lfs_pointer(
         "model.safetensors"
     ),
-    r"tokenizer\.json' cannot be read: it is a Git LFS": leave_pointer("tokenizer.json"),
+    r"tokenizer\.json' cannot be read: it is a Git LFS": write_lfs_pointer("tokenizer.json"),
     r"its weights are in 'model\.fp16\.safetensors'\. Rename that": rename_weights(
         "model.fp16.safetensors"
     ),
@@ -145,7 +145,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"index\.json' does not map tensors to file": index_of({"a": ["outside.safetensors"]}),
     r"/\.\.' is not a complete safetensors file": index_of({"a": ".."}),
     r"transformer\.wpe\.weight' is in '.*one|two": shard_twice,
-    r"two\.safetensors' is not a complete safetensors file .*No such file": lose_shard,
+    r"two\.safetensors' is not a complete safetensors file .*No such file": delete_shard,
     r"two\.safetensors' is not a complete safetensors file": pickle_shard,
     r"not a complete safetensors file .*(incomplete|Invalid|offset)": claim_huge_tensors,
     r"the eos_token_id of .* is '\[True\]', and not an id": lambda f: (

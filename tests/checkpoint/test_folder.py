@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_steps import assert_holds, write_step
+from run_steps import assert_complete, write_step
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
@@ -65,13 +65,13 @@ def test_a_full_disk_at_any_write_loses_no_checkpoint(
                 write_step(run, 3)
         except ResourceError as error:
             failure = str(error)
-        assert_holds(run, 2, 3)
+        assert_complete(run, 2, 3)
         if not failure:
             break
         assert "No space left" in failure
         assert "Free some space" in failure
     assert 5 < n < 100
-    assert_holds(run, 3)
+    assert_complete(run, 3)
 
 
 def test_a_failed_fsync_at_any_point_loses_no_checkpoint(
@@ -88,11 +88,11 @@ def test_a_failed_fsync_at_any_point_loses_no_checkpoint(
         try:
             write_step(run, 2, "again")  # over an older checkpoint of the same step
         except ResourceError:
-            assert_holds(run, 2)
+            assert_complete(run, 2)
         else:
             break
     assert 5 < n < 100
-    assert_holds(run, 2)
+    assert_complete(run, 2)
 
 
 KILLED = """
@@ -154,7 +154,7 @@ def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path: Path) -> None:
         verify(best.folder, hashes=True)
         assert best.step == 1
         with run.lock():
-            assert_holds(run, 2, 3)
+            assert_complete(run, 2, 3)
             latest = run.latest()
             assert latest is not None
             assert latest.step >= newest  # a later kill never has fewer steps
@@ -183,7 +183,7 @@ def test_a_second_writer_is_refused_while_the_first_is_alive(run: RunFolder) -> 
             pass
         holder.send_signal(signal.SIGKILL)
     with run.lock():
-        assert_holds(run, 2)
+        assert_complete(run, 2)
 
 
 def test_lock_is_not_shared_within_a_process(run: RunFolder) -> None:
@@ -200,7 +200,7 @@ def test_an_exception_removes_the_unfinished_step(run: RunFolder) -> None:
     with pytest.raises(KeyboardInterrupt):
         write_and_interrupt()
     assert run.steps() == [1, 2]
-    assert_holds(run, 2)
+    assert_complete(run, 2)
 
 
 def test_a_step_is_not_visible_before_it_is_complete(run: RunFolder) -> None:
@@ -265,4 +265,4 @@ def test_prune_keeps_best_latest_and_the_newest_others(
     assert prunable(run, keep) == sorted({1, 2, 3, 4, 5, 6} - {*left})
     prune(run, keep)
     assert run.steps() == left
-    assert_holds(run, 6)
+    assert_complete(run, 6)

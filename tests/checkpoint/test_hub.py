@@ -34,7 +34,12 @@ from minigpt.text.tokenizer import BytesTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PICKLE = b"\x80\x04 what would run any code"
-LIES = {"a": "pytorch_model.bin", "b": "old/a.safetensors", "c": "../../a.safetensors", "d": [1]}
+FALSE_INDEXES = {
+    "a": "pytorch_model.bin",
+    "b": "old/a.safetensors",
+    "c": "../../a.safetensors",
+    "d": [1],
+}
 RESOLVER = """
 import json, sys
 from minigpt.checkpoint.resolve import resolve_model
@@ -96,7 +101,7 @@ def hub(models: dict[str, Path]) -> Iterator[Hub]:
         "tiny/lying": {
             "main": {
                 "config.json": one["config.json"],
-                "model.safetensors.index.json": json.dumps({"weight_map": LIES}).encode(),
+                "model.safetensors.index.json": json.dumps({"weight_map": FALSE_INDEXES}).encode(),
                 "pytorch_model.bin": PICKLE,
                 "old/a.safetensors": PICKLE,
             }

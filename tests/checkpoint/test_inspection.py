@@ -46,7 +46,7 @@ BLOCK = {
 }
 
 
-def write_hollow_8b(folder: Path) -> None:
+def write_sparse_8b(folder: Path) -> None:
     """Write the headers of Llama 3 8B and a sparse file for its 16 GB of weights."""
     blocks = {
         f"model.layers.{i}.{name}.weight": shape for i in range(32) for name, shape in BLOCK.items()
@@ -94,7 +94,7 @@ def test_a_model_larger_than_memory_is_described_from_its_headers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """meta-llama/Meta-Llama-3-8B: 8,030,261,248 parameters, 128 KiB of cache per token in BF16."""
-    write_hollow_8b(tmp_path)
+    write_sparse_8b(tmp_path)
     monkeypatch.setattr(stored_tensors, "safe_open", Headers)
     facts = describe(tmp_path)
     assert facts.n_parameters == 8_030_261_248

@@ -103,7 +103,7 @@ NEO = {
     "attention_types": [[["global", "local"], 1], [["local"], 1]],
     "window_size": 9,
 }
-AT = {"original_max_position_embeddings": CONTEXT // 2}
+ORIGINAL_CONTEXT = {"original_max_position_embeddings": CONTEXT // 2}
 LONG = {"rope_type": "longrope", "short_factor": [1.1, 2.0], "long_factor": [3.0, 9.0]}
 KINDS |= {
     "neox": NEOX,
@@ -147,24 +147,29 @@ KINDS |= {
         "max_position_embeddings": 4 * CONTEXT,
     },
     "phi3-short": PHI3 | {"rope_parameters": LONG | {"partial_rotary_factor": 0.5}},
-    "llama-long": LLAMA | {"head_dim": 4, "rope_parameters": LONG | {"rope_theta": 50.0} | AT},
+    "llama-long": LLAMA
+    | {"head_dim": 4, "rope_parameters": LONG | {"rope_theta": 50.0} | ORIGINAL_CONTEXT},
     "llama-long-factor": LLAMA
-    | {"head_dim": 4, "rope_parameters": LONG | AT | {"factor": 3.0, "attention_factor": 1.5}},
-    "mistral-long": MISTRAL | {"head_dim": 4, "sliding_window": 7, "rope_parameters": LONG | AT},
-    "qwen3-long": QWEN3 | {"head_dim": 4, "rope_parameters": LONG | AT},
-    "olmo2-long": OLMO2 | {"head_dim": 4, "rope_parameters": LONG | AT},
-    "smollm3-long": SMOLLM3 | {"head_dim": 4, "rope_parameters": LONG | AT},
-    "gemma2-long": GEMMA2 | {"head_dim": 4, "rope_parameters": LONG | AT},
+    | {
+        "head_dim": 4,
+        "rope_parameters": LONG | ORIGINAL_CONTEXT | {"factor": 3.0, "attention_factor": 1.5},
+    },
+    "mistral-long": MISTRAL
+    | {"head_dim": 4, "sliding_window": 7, "rope_parameters": LONG | ORIGINAL_CONTEXT},
+    "qwen3-long": QWEN3 | {"head_dim": 4, "rope_parameters": LONG | ORIGINAL_CONTEXT},
+    "olmo2-long": OLMO2 | {"head_dim": 4, "rope_parameters": LONG | ORIGINAL_CONTEXT},
+    "smollm3-long": SMOLLM3 | {"head_dim": 4, "rope_parameters": LONG | ORIGINAL_CONTEXT},
+    "gemma2-long": GEMMA2 | {"head_dim": 4, "rope_parameters": LONG | ORIGINAL_CONTEXT},
     "gemma3-long": GEMMA3
     | {
         "head_dim": 4,
         "sliding_window_pattern": 2,
         "rope_parameters": {
-            "full_attention": LONG | AT | {"rope_theta": 500.0},
+            "full_attention": LONG | ORIGINAL_CONTEXT | {"rope_theta": 500.0},
             "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
         },
     },
-    "neox-long": NEOX | {"rotary_pct": 0.5, "rope_parameters": LONG | AT},
+    "neox-long": NEOX | {"rotary_pct": 0.5, "rope_parameters": LONG | ORIGINAL_CONTEXT},
     "neo": NEO,
     "neo-local": NEO | {"attention_types": [[["local"], 3]], "tie_word_embeddings": False},
     "neo-wide": NEO | {"intermediate_size": 40, "activation_function": "relu", "window_size": 1},
@@ -228,7 +233,7 @@ def test_logits_equal_those_of_transformers_at_every_position(pair: Pair) -> Non
 
 
 @torch.no_grad()
-def assert_continues_alike(pair: Pair, prompt: list[int], n_new: int = NEW) -> None:
+def assert_greedy_tokens_agree(pair: Pair, prompt: list[int], n_new: int = NEW) -> None:
     """Check that each of our greedy tokens is the most probable one in transformers."""
     sampling = SamplingConfig(temperature=0.0, max_new_tokens=n_new)
     steps = Decoder(pair.ours.model, prompt).generate(sampling, seed=0)
@@ -249,14 +254,14 @@ def has_long_rope(pair: Pair) -> bool:
 
 def test_greedy_tokens_equal_those_of_transformers(pair: Pair) -> None:
     n_new = NEW if has_long_rope(pair) else 24  # past the longest short window
-    assert_continues_alike(pair, TOKENS[0, :1].tolist(), n_new)
-    assert_continues_alike(pair, TOKENS[0, : CONTEXT - NEW].tolist())  # to the last position
+    assert_greedy_tokens_agree(pair, TOKENS[0, :1].tolist(), n_new)
+    assert_greedy_tokens_agree(pair, TOKENS[0, : CONTEXT - NEW].tolist())  # to the last position
 
 
 @pytest.mark.slow
 def test_greedy_tokens_equal_those_of_transformers_from_every_length(pair: Pair) -> None:
     for length in range(1, CONTEXT - NEW + 1):
-        assert_continues_alike(pair, TOKENS[1, :length].tolist())
+        assert_greedy_tokens_agree(pair, TOKENS[1, :length].tolist())
     if has_long_rope(pair) and pair.ours.model.config.model_type != "phi3":
         return  # transformers keeps cached keys that were rotated with the other frequencies
     generated = pair.theirs.generate(
@@ -306,7 +311,7 @@ def test_a_loaded_and_saved_model_has_the_same_bytes(pair: Pair, tmp_path: Path)
     assert read_model(tmp_path).model.config == pair.ours.model.config
 
 
-UNWRITTEN = {
+OMITTED_FIELDS = {
     "_name_or_path",
     "_sliding_window_pattern",  # layer_types and no_rope_layers are written instead
     "sliding_window_pattern",
@@ -342,7 +347,7 @@ def test_a_loaded_and_saved_config_is_equal(pair: Pair, tmp_path: Path) -> None:
         if expected.get(width, 0) is None:
             expected[width] = 4 * expected[of]
     different = {key for key in expected if expected[key] != again.get(key)}
-    assert different <= UNWRITTEN
+    assert different <= OMITTED_FIELDS
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_steps import assert_holds, write_step
+from run_steps import assert_complete, write_step
 from safetensors.torch import save_file
 
 from minigpt.checkpoint import resolve
@@ -126,4 +126,4 @@ def test_an_unfinished_step_is_refused(run: RunFolder) -> None:
     with pytest.raises(CheckpointError, match="was not finished"):
         resolve_model(str(half))
     with run.lock():
-        assert_holds(run, 2)
+        assert_complete(run, 2)

@@ -32,7 +32,7 @@ def cl100k() -> TiktokenTokenizer:
     return named_tokenizer("cl100k_base")
 
 
-def merged_plainly(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+def merge_plainly(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
     """Return the parts of a token before the final merge, or the parts that cannot be merged."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
@@ -52,7 +52,7 @@ def random_merges() -> TiktokenTokenizer:
     while len(ranks) < 900:
         left, right = draw.choices(letters, k=2)
         token = left + right
-        if token not in ranks and len(token) < 12 and merged_plainly(token, ranks) == [left, right]:
+        if token not in ranks and len(token) < 12 and merge_plainly(token, ranks) == [left, right]:
             ranks[token] = len(ranks)
             letters.append(token)
     pattern = r"[ab]{1,30}+|\s++$|(?s:.)"
@@ -176,7 +176,7 @@ def test_reconstructed_merges_equal_those_of_plain_merging() -> None:
         if draw.random() < 0.3:
             draw.shuffle(tokens)
         ranks = {token: rank for rank, token in enumerate(tokens)}
-        plain = [merged_plainly(token, ranks) for token in ranks if len(token) > 1]
+        plain = [merge_plainly(token, ranks) for token in ranks if len(token) > 1]
         expected = [tuple(parts) for parts in plain if len(parts) == 2]
         assert merges_of(ranks) == expected
         n_unreached += len(plain) - len(expected)

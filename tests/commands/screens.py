@@ -45,6 +45,6 @@ class Screen:
         return self.received.decode("utf-8")
 
 
-def steering(shown: str) -> set[str]:
+def control_characters(shown: str) -> set[str]:
     """Return control characters that rich did not write."""
     return {c for c in OURS.sub("", shown) if not c.isprintable()} - {"\n", "\t"}

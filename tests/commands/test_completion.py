@@ -12,7 +12,7 @@ from calls import ROOT
 
 GUIDE = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
 # Commands with which each shell prints the completions of $LINE.
-ASK = {
+COMPLETION_COMMANDS = {
     "bash": "COMP_WORDS=($LINE); COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); "
     '_minigpt_completion minigpt; printf "%s\\n" "${COMPREPLY[@]}"',
     "fish": 'complete -C "$LINE"',
@@ -23,7 +23,7 @@ ASK = {
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("shell", ASK)
+@pytest.mark.parametrize("shell", COMPLETION_COMMANDS)
 def test_the_setup_line_of_the_guide_enables_completion(shell: str, tmp_path: Path) -> None:
     if os.name == "nt" or shutil.which(shell) is None:
         pytest.skip(f"needs {shell}, not on Windows")
@@ -42,7 +42,7 @@ def test_the_setup_line_of_the_guide_enables_completion(shell: str, tmp_path: Pa
         ("minigpt generate --dev", "--device"),
     ):
         done = subprocess.run(
-            [shell, "-c", f"{begin}{setup}; {ASK[shell]}"],
+            [shell, "-c", f"{begin}{setup}; {COMPLETION_COMMANDS[shell]}"],
             env=env | {"LINE": line},
             capture_output=True,
             text=True,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from calls import TINY, Run
-from screens import OURS, Screen, steering
+from screens import OURS, Screen, control_characters
 from small_models import small_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -103,13 +103,13 @@ def on_terminal(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]
 
 
 def check(shown: str, n_tokens: int) -> None:
-    assert not steering(shown)
+    assert not control_characters(shown)
     plain = OURS.sub("", shown)
     assert MARK in plain, "hostile tokens must be shown"
     assert not re.search(r"(?m)^(best   )?PWNED", plain), "no token may start a new line"
 
 
-DRAWS = ["--temperature", "99", "--max-new-tokens", "40", "--seed", "5"]
+SAMPLING_OPTIONS = ["--temperature", "99", "--max-new-tokens", "40", "--seed", "5"]
 
 
 def test_hostile_tokens_cannot_control_a_terminal(
@@ -117,18 +117,18 @@ def test_hostile_tokens_cannot_control_a_terminal(
 ) -> None:
     source = ["--model", str(model)]
     Path("text.txt").write_text("a b " * 30)
-    check(on_terminal("generate", "a b", *source, *DRAWS, "--logprobs", "3"), 40)
+    check(on_terminal("generate", "a b", *source, *SAMPLING_OPTIONS, "--logprobs", "3"), 40)
     for view in VIEWS:
         lens = ["--lens"] if view == "lens" else []
-        words = ["attention-trace", "a b", *source, *DRAWS, "--view", view, *lens]
-        assert not steering(on_terminal(*words))
+        words = ["attention-trace", "a b", *source, *SAMPLING_OPTIONS, "--view", view, *lens]
+        assert not control_characters(on_terminal(*words))
     words = ["--candidates", "3", "--lens", "--n-verified", "1", "--against", "b"]
     words += ["--measure", "logit", "--prompt-rows"]
-    check(on_terminal("attention-trace", "a b", *source, *DRAWS, *words), 40)
+    check(on_terminal("attention-trace", "a b", *source, *SAMPLING_OPTIONS, *words), 40)
     for command in (["evaluate", "text.txt"], ["checkpoints", "show"]):
         given = source if command[0] == "evaluate" else source[1:]
         shown = on_terminal(*command, *given)
-        assert not steering(shown)
+        assert not control_characters(shown)
 
 
 class Scripts(HTMLParser):
@@ -146,7 +146,15 @@ class Scripts(HTMLParser):
 
 def test_hostile_tokens_cannot_run_in_a_page_or_picture(model: Path, run: Run) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
-    words = ["attention-trace", "a b", "--model", str(model), *DRAWS, "--candidates", "3"]
+    words = [
+        "attention-trace",
+        "a b",
+        "--model",
+        str(model),
+        *SAMPLING_OPTIONS,
+        "--candidates",
+        "3",
+    ]
     plain = run("attention-trace", "a b", "--model", str(model), "--max-new-tokens", "1")
     assert plain.code == 0
     result = run(*words, "--html", "t.html", "--svg", "t.svg", "--png", "t.png")
@@ -165,7 +173,7 @@ def test_hostile_tokens_cannot_run_in_a_page_or_picture(model: Path, run: Run) -
     assert "<script" not in picture
     assert "onload" not in re.sub(r">[^<]*<", "><", picture)
     for text in (page, picture):
-        assert not steering(text)
+        assert not control_characters(text)
 
 
 def test_fine_tuning_an_untrusted_model_writes_an_escaped_card(
@@ -175,10 +183,10 @@ def test_fine_tuning_an_untrusted_model_writes_an_escaped_card(
     options = ["--from", str(model), "--max-steps", "1", "--batch-size", "1", "--name", "x"]
     del shape[:2]  # the shape is that of the base model
     shown = on_terminal("train", str(trained / "corpus.txt"), *options, *shape)
-    assert not steering(shown)
+    assert not control_characters(shown)
     [card] = Path("checkpoints/x").glob("step-*/README.md")
     text = card.read_text("utf-8")
-    assert not steering(text)
+    assert not control_characters(text)
     assert "<script" not in text
     facts: dict[str, Any] = {}
     for line in text.split("---")[1].splitlines():

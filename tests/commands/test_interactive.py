@@ -148,7 +148,7 @@ def test_a_terminal_gets_an_input_marker_on_stderr_only(trained: Path, run: Run)
         stdout=subprocess.PIPE,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=own_terminal,
+        preexec_fn=make_controlling_terminal,
     ) as process:
         assert process.stdout is not None
         os.close(theirs)
@@ -191,7 +191,7 @@ def test_lines_can_be_edited_and_pasted_on_a_terminal(
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
-        preexec_fn=own_terminal,
+        preexec_fn=make_controlling_terminal,
     ) as process:
         os.close(theirs)
         try:
@@ -214,7 +214,7 @@ def test_lines_can_be_edited_and_pasted_on_a_terminal(
     assert history.stat().st_mode & 0o777 == 0o600
 
 
-def own_terminal() -> None:
+def make_controlling_terminal() -> None:
     """Make stdin the controlling terminal, so that its Ctrl-C reaches this process."""
     import fcntl
     import termios

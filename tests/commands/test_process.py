@@ -243,7 +243,7 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-ODD = ["--name", "it's; $(touch x) `y` *", "two words"]
+ODD_ARGUMENTS = ["--name", "it's; $(touch x) `y` *", "two words"]
 
 
 @pytest.mark.parametrize("is_on_path", [True, False])
@@ -254,10 +254,10 @@ def test_printed_commands_call_the_same_script_with_the_same_arguments(
     path = f"{script.parent}:{os.environ['PATH']}" if is_on_path else os.environ["PATH"]
     monkeypatch.setenv("PATH", path)
     monkeypatch.setattr(sys, "argv", [str(script)])
-    line = command_line("train", *ODD)
+    line = command_line("train", *ODD_ARGUMENTS)
     assert line.split()[0] == ("minigpt" if is_on_path else "'./a")
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, check=True)
-    assert done.stdout == "|".join(["train", *ODD, ""])
+    assert done.stdout == "|".join(["train", *ODD_ARGUMENTS, ""])
     assert not Path("x").exists()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from calls import TINY, Result, Run
-from screens import HOSTILE, OURS, Screen, steering
+from screens import HOSTILE, OURS, Screen, control_characters
 
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.commands.train import display
@@ -73,7 +73,7 @@ def test_model_text_cannot_control_a_terminal(
 ) -> None:
     shown = on_terminal(command, *hostile[0])
     assert r"\x1b" in shown
-    assert not steering(shown)
+    assert not control_characters(shown)
 
 
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
@@ -84,7 +84,7 @@ def test_a_hostile_prompt_cannot_control_a_terminal(
     # A trace lists the tokens of the prompt one by one, and shows a carriage return as \r.
     assert r"\x7f" in shown
     assert r"\x0d" in shown or r"\r" in shown
-    assert not steering(shown)
+    assert not control_characters(shown)
 
 
 def test_samples_during_training_are_escaped_and_marked(
@@ -95,7 +95,7 @@ def test_samples_during_training_are_escaped_and_marked(
     )
     text = str(trained / "corpus.txt")
     shown = on_terminal("train", text, *TINY, "--sample-every", "4", cwd=workplace)
-    assert not steering(shown)
+    assert not control_characters(shown)
     left = OURS.sub("", shown)
     assert r"| \x1b]0;title\x07\x1b[2J\x9b31m\u202egnp.exe" in left
     assert "| best   fake" in left
@@ -118,7 +118,7 @@ def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
     monkeypatch.setattr(display, "draw_sample", sample)
     words = ["train", str(trained / "corpus.txt"), *TINY, "--eval-every", "2"]
     shown = on_terminal(*words, cwd=workplace)
-    assert not steering(shown)
+    assert not control_characters(shown)
     lines = [line for line in OURS.sub("\n", shown).split("\n") if "| " in line]
     assert len(lines) == len(drawn) == 2
     assert all(line.startswith(r"  | \x1b]0;title") for line in lines)

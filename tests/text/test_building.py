@@ -91,11 +91,11 @@ def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
 ) -> None:
     encode, draw = building._encode, random.Random(1)
 
-    def encode_sometime(chunk: list[Document], **about: Any) -> Encoded:
+    def encode_with_delay(chunk: list[Document], **about: Any) -> Encoded:
         time.sleep(draw.random() / 500)  # so that later chunks often finish first
         return encode(chunk, **about)
 
-    monkeypatch.setattr(building, "_encode", encode_sometime)
+    monkeypatch.setattr(building, "_encode", encode_with_delay)
     made = [prepared(f"out-{n}", n_workers=n)[0] for n in (1, 2, 7)]
     tokenizer = made[0].tokenizer
     expected: list[int] = []

@@ -38,7 +38,7 @@ class Disk:
         self.calls: list[tuple[str, str]] = []
         """Name and path of each call."""
 
-    def see(self, name: str, path: object) -> None:
+    def record_call(self, name: str, path: object) -> None:
         """Count a call; fail if it is the chosen one."""
         try:
             place = os.readlink(f"/proc/self/fd/{path}") if type(path) is int else os.fspath(path)  # type: ignore[call-overload]
@@ -55,24 +55,24 @@ class Disk:
         """Watch the calls in the block."""
         with pytest.MonkeyPatch.context() as patch:
             for name in CALLS:
-                patch.setattr(os, name, self._seeing(name, getattr(os, name)))
-            opens = self._opening(io.open)
+                patch.setattr(os, name, self._recording(name, getattr(os, name)))
+            opens = self._recording_open(io.open)
             patch.setattr(io, "open", opens)
             patch.setattr(builtins, "open", opens)
             yield
 
-    def _seeing(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def seen(path: Any, *rest: Any, **more: Any) -> Any:
             if name != "open" or (rest and rest[0] & (os.O_WRONLY | os.O_RDWR)):
-                self.see(name, path)
+                self.record_call(name, path)
             return call(path, *rest, **more)
 
         return seen
 
-    def _opening(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording_open(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def opened(path: Any, mode: str = "r", *rest: Any, **more: Any) -> Any:
             if set(mode) & set("wax+") and not isinstance(path, int):
-                self.see("open", path)
+                self.record_call("open", path)
             return call(path, mode, *rest, **more)
 
         return opened

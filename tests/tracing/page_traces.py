@@ -77,7 +77,7 @@ HOSTILE = (
 )
 
 
-def made_trace(
+def random_trace(
     n_prompt: int = 6,
     n_generated: int = 9,
     *,

@@ -17,7 +17,7 @@ TAGS = ("prev", "dup", "induc", "sink", "local", "")
 NAMES = ("previous", "duplicate", "induction", "sink", "local")
 
 
-def made_up_roles(n_layer: int, n_head: int) -> tuple[tuple[Roles, ...], ...]:
+def random_roles(n_layer: int, n_head: int) -> tuple[tuple[Roles, ...], ...]:
     """Different scores for each head, and a tag."""
 
     def role(layer: int, head: int) -> Roles:
@@ -55,7 +55,7 @@ def grid_of(lines: list[Line], cell_width: int, per_cell: int) -> dict[tuple[int
 def test_cells_are_means_over_the_steps(
     trace: Trace, width: int, measure: str, has_roles: bool
 ) -> None:
-    roles = made_up_roles(2, 4) if has_roles else None
+    roles = random_roles(2, 4) if has_roles else None
     one = replace(trace, header=replace(trace.header, roles=roles))
     lines = show(one, ViewOptions(width=width, measure=measure))  # type: ignore[arg-type]
     grid = grid_of(lines, 8, 2 if has_roles else 1)
@@ -82,7 +82,7 @@ def test_a_trace_without_rows_of_heads_is_refused() -> None:
 @pytest.mark.parametrize("width", [40, 80, 140])
 @pytest.mark.parametrize(("n_layer", "n_head"), [(1, 1), (2, 7), (12, 12), (2, 64)])
 def test_the_grid_of_roles_has_every_head_and_fits(width: int, n_layer: int, n_head: int) -> None:
-    roles = made_up_roles(n_layer, n_head)
+    roles = random_roles(n_layer, n_head)
     lines = roles_grid(roles, width)
     for line in lines:
         assert cells(text_of(line)) <= width
@@ -100,7 +100,7 @@ def test_the_grid_of_roles_has_every_head_and_fits(width: int, n_layer: int, n_h
 
 @pytest.mark.parametrize("width", [40, 80, 140])
 def test_the_table_of_roles_has_every_score(width: int) -> None:
-    roles = made_up_roles(3, 5)
+    roles = random_roles(3, 5)
     heading, *lines = roles_table(roles, width)
     assert [name[:4] for name in text_of(heading).split()[1:6]] == [name[:4] for name in NAMES]
     assert len(lines) == 15

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from page_traces import BOTH, HOSTILE, made_trace
+from page_traces import BOTH, HOSTILE, random_trace
 from small_traces import small_trace
 
 from minigpt.text.escape import visible
@@ -81,7 +81,7 @@ def shares_of(codes: list[int], largest: int) -> np.ndarray:
 
 
 def test_complete_rows_survive_packing() -> None:
-    trace = made_trace()
+    trace = random_trace()
     arrays = unpacked(Page(to_html(trace)).data)
     for i, measure in enumerate(BOTH):
         expected = np.concatenate([step.rows[i].weights_S for step in trace.steps])
@@ -91,7 +91,7 @@ def test_complete_rows_survive_packing() -> None:
 
 
 def test_rows_of_heads_survive_packing() -> None:
-    trace = made_trace(n_prompt=2, n_generated=9)
+    trace = random_trace(n_prompt=2, n_generated=9)
     data = Page(to_html(trace)).data
     assert data["nSources"] == 5
     arrays = {
@@ -127,7 +127,7 @@ def test_rows_of_heads_survive_packing() -> None:
 
 
 def test_small_shares_have_finer_steps_than_one_255th() -> None:
-    trace = made_trace(n_generated=1, n_prompt=40)
+    trace = random_trace(n_generated=1, n_prompt=40)
     heads = trace.steps[0].row.heads
     assert heads is not None
     heads.sink[0, 0] = 0.0005
@@ -137,7 +137,7 @@ def test_small_shares_have_finer_steps_than_one_255th() -> None:
 
 def test_two_hundred_tokens_of_144_heads_by_both_measures_take_less_than_2_mb() -> None:
     """Random positions compress worse than those of a real model."""
-    page = to_html(made_trace(64, 200, n_layer=12, n_head=12, n_sources=8))
+    page = to_html(random_trace(64, 200, n_layer=12, n_head=12, n_sources=8))
     assert len(page.encode()) < 2_000_000
 
 
@@ -149,12 +149,12 @@ def test_two_hundred_tokens_of_144_heads_by_both_measures_take_less_than_2_mb() 
         lambda: small_trace(has_heads=True, measure="both", reduce="max", heads="0.1,1.*"),
         lambda: small_trace(reduce="rollout"),
         lambda: small_trace("a", max_new_tokens=1),
-        lambda: made_trace(1, 1),
-        lambda: made_trace(n_sources=0),
+        lambda: random_trace(1, 1),
+        lambda: random_trace(n_sources=0),
         lambda: small_trace(heads="1.2", sink="auto"),
-        lambda: made_trace(measures=("norm",), has_roles=False),
-        lambda: made_trace(has_heads=False),
-        lambda: Trace(made_trace().header, (), TraceFooter(0, None, 0.0, None)),
+        lambda: random_trace(measures=("norm",), has_roles=False),
+        lambda: random_trace(has_heads=False),
+        lambda: Trace(random_trace().header, (), TraceFooter(0, None, 0.0, None)),
     ],
 )
 def test_every_kind_of_trace_has_a_page(make: Callable[[], Trace]) -> None:
@@ -173,7 +173,7 @@ def test_every_kind_of_trace_has_a_page(make: Callable[[], Trace]) -> None:
 
 
 def test_each_effect_is_paired_with_its_control() -> None:
-    trace = made_trace()
+    trace = random_trace()
     for step, shown in zip(trace.steps, Page(to_html(trace)).data["steps"], strict=True):
         sources = [effect for effect in step.effects if effect.control_of is None]
         controls = {effect.control_of: effect for effect in step.effects}
@@ -190,7 +190,7 @@ def test_each_effect_is_paired_with_its_control() -> None:
 
 
 def test_the_page_and_the_terminal_have_the_same_closing_sentences() -> None:
-    trace = made_trace()
+    trace = random_trace()
     assert trace.footer.cause is not None
     text = Page(to_html(trace)).data["closing"]
     assert text[0].startswith("9 tokens; the token limit was reached; checks passed: every row")
@@ -198,7 +198,7 @@ def test_the_page_and_the_terminal_have_the_same_closing_sentences() -> None:
 
 
 def test_without_knockouts_the_page_makes_no_causal_claim() -> None:
-    text = " ".join(Page(to_html(made_trace(has_effects=False))).data["closing"])
+    text = " ".join(Page(to_html(random_trace(has_effects=False))).data["closing"])
     assert "Attention shows where a head looked, not why a token was generated" in text
     assert "says nothing about cause" in text
 
@@ -220,14 +220,14 @@ def test_the_content_security_policy_allows_only_the_pages_script_and_style() ->
 
 
 def test_the_page_has_no_external_references() -> None:
-    page = to_html(made_trace())
+    page = to_html(random_trace())
     page = page.replace('"http://www.w3.org/2000/svg"', "")  # an XML namespace, never fetched
     assert not re.search(r"\w+://|url\(|@import|\bsrc=|\bhref=", page)
     assert not re.search(r"\b(fetch|import|XMLHttpRequest|WebSocket|EventSource|Worker)\b\(", page)
 
 
 def test_the_script_never_parses_text_as_html_or_code() -> None:
-    script = Page(to_html(made_trace())).texts["script"]
+    script = Page(to_html(random_trace())).texts["script"]
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|\beval\b|Function\(|DOMParser|srcdoc",
         script,
@@ -236,8 +236,8 @@ def test_the_script_never_parses_text_as_html_or_code() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_no_text_of_a_trace_becomes_an_html_element(text: str) -> None:
-    plain = Page(to_html(made_trace(3, 3)))
-    page = Page(to_html(made_trace(3, 3, texts=[text], model=text, dtype=text, kernel=text)))
+    plain = Page(to_html(random_trace(3, 3)))
+    page = Page(to_html(random_trace(3, 3, texts=[text], model=text, dtype=text, kernel=text)))
     assert page.elements == plain.elements
     assert page.comments == []
     assert page.texts["script"] == plain.texts["script"]
@@ -288,14 +288,14 @@ def test_a_page_of_logits_explains_their_limits_and_does_not_mention_attention()
 def test_a_page_states_how_heads_are_reduced_to_one_row(
     measure: str, name: str | None, words: str
 ) -> None:
-    facts = dict(facts_about(made_trace(measures=(measure,))))
+    facts = dict(facts_about(random_trace(measures=(measure,))))
     found = {key for key in ("mean", "sum", "max") if key in facts}
     assert found == ({name} if name else set())
     assert name is None or words in facts[name]
 
 
 def test_a_page_with_knockouts_does_not_suggest_knockouts() -> None:
-    trace = made_trace()
+    trace = random_trace()
     for n_verified in (0, 2, "all"):
         shown = replace(trace, header=replace(trace.header, n_verified=n_verified))
         page = to_html(shown)

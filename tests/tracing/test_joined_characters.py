@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from page_traces import made_trace
+from page_traces import random_trace
 from small_traces import small_trace, text_of, with_tokens
 
 from minigpt.commands.attention_trace.described import DescribedOutput
@@ -108,7 +108,7 @@ def test_an_interrupted_trace_shows_the_bytes_of_an_incomplete_character(
 
 
 def test_later_tokens_of_a_character_are_labelled_with_a_mark() -> None:
-    made = made_trace(3, 3)
+    made = random_trace(3, 3)
     picture = pictures.show(with_tokens(made, BYTES[:3]), ViewOptions(picture="strip")).decode()
     assert picture.count(">今<") == 2
     assert picture.count(">⋯<") == 4

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from page_traces import made_trace
+from page_traces import random_trace
 from small_traces import header_of, small_trace, step_of
 
 from minigpt.config import SamplingConfig
@@ -173,7 +173,7 @@ def test_a_written_trace_is_read_back_unchanged(config: dict[str, Any], tmp_path
 )
 @settings(max_examples=50, deadline=None)
 def test_rewriting_a_trace_file_gives_the_same_bytes(**facts: Any) -> None:
-    made = made_trace(**facts)
+    made = random_trace(**facts)
     with TemporaryDirectory() as folder:
         path = written(Path(folder) / "t.jsonl", made)
         data = path.read_bytes()

@@ -40,7 +40,7 @@ TRAINING = {
 }
 QWEN3 = {"layout": "qwen3", "training": TRAINING}
 TIED = {"layout": "gpt2-tied", "training": TRAINING | {"optimizer": "adamw", "lr": 1e-3}}
-DROPPED = QWEN3 | {"dropout": 0.2}
+WITH_DROPOUT = QWEN3 | {"dropout": 0.2}
 SHARDED = {"shard": True}
 
 
@@ -74,10 +74,10 @@ RUNS = [
     run_of("tied, 1 rank", TIED, 1),
     run_of("tied, 2 ranks", TIED, 2, {"recompute": True}),
     run_of("tied, 2 sharded ranks", TIED, 2, SHARDED | {"recompute": True}),
-    run_of("dropout, 2 ranks", DROPPED, 2),
-    *interrupted("dropout, 2 ranks to 2", DROPPED, 2, 2),
-    run_of("dropout, 2 sharded ranks", DROPPED, 2, SHARDED),
-    *interrupted("dropout, 2 ranks to 2 sharded", DROPPED, 2, 2, **SHARDED),
+    run_of("dropout, 2 ranks", WITH_DROPOUT, 2),
+    *interrupted("dropout, 2 ranks to 2", WITH_DROPOUT, 2, 2),
+    run_of("dropout, 2 sharded ranks", WITH_DROPOUT, 2, SHARDED),
+    *interrupted("dropout, 2 ranks to 2 sharded", WITH_DROPOUT, 2, 2, **SHARDED),
     *interrupted("qwen3, 2 ranks to 1", QWEN3, 2, 1),
     *interrupted("qwen3, 2 sharded ranks to 1", QWEN3, 2, 1, **SHARDED),
     *interrupted("qwen3, 1 rank to 2", QWEN3, 1, 2),

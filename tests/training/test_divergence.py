@@ -156,11 +156,11 @@ def test_a_skipped_step_leaves_parameters_and_optimizers_unchanged(
     plain = trainer_of(config_of("qwen3", dropout=0.2, **training), data, tmp_path / "plain")
     steps = {optimizer: optimizer.step for optimizer in plain.optimizers}
 
-    def resting(step: Callable[..., Any]) -> Callable[..., Any]:
+    def skipping(step: Callable[..., Any]) -> Callable[..., Any]:
         return lambda: None if plain.step + 1 in (2, 5) else step()
 
     for optimizer, step in steps.items():
-        optimizer.step = resting(step)  # type: ignore[method-assign]
+        optimizer.step = skipping(step)  # type: ignore[method-assign]
     expected = [(e.step, e.train_loss) for e in plain.run() if isinstance(e, StepEvent)]
 
     config = config_of("qwen3", dropout=0.2, on_nan="skip", **training)

@@ -24,7 +24,7 @@ from minigpt.training.state import STATE_FOLDER
 
 # A separate process that forks one child per life of a run. A life is "run/step/place": after
 # that step, the run is killed at the place.
-KILLED = """
+KILL_SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 import torch
@@ -87,12 +87,12 @@ PLACES = {
 needs_kill = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 
 
-def live_and_die(data: PreparedData, folder: Path, n_steps: int, lives: list[str]) -> None:
+def run_and_kill(data: PreparedData, folder: Path, n_steps: int, lives: list[str]) -> None:
     arguments = [str(data.folder), str(folder), str(torch.get_num_threads()), str(n_steps), *lives]
     here = Path(__file__).parent
     paths = [str(here), str(here.parent), str(Path(minigpt.__file__).parents[1])]
     subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
+        [sys.executable, "-c", KILL_SCRIPT, *arguments],
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
@@ -105,7 +105,7 @@ def test_a_run_killed_at_any_point_resumes_with_the_same_bits(
 ) -> None:
     once = [f"{place}/3/{place}" for place in PLACES]
     one_after_another = [f"everywhere/3/{place}" for place in PLACES]
-    live_and_die(data, tmp_path, 6, once + one_after_another)
+    run_and_kill(data, tmp_path, 6, once + one_after_another)
     config = config_of("qwen3", dropout=0.2, max_steps=6, save_every=2, micro_batch_size=3)
     straight = trainer_of(config, data, tmp_path / "straight")
     list(straight.run())
@@ -132,7 +132,7 @@ def test_a_run_killed_twenty_times_equals_an_uninterrupted_run(
         f"run/{step}/{draw.choice(list(PLACES))}"
         for step in sorted(draw.sample(range(n_steps - 2), 20))
     ]
-    live_and_die(data, tmp_path, n_steps, lives)
+    run_and_kill(data, tmp_path, n_steps, lives)
     config = config_of("qwen3", dropout=0.2, max_steps=n_steps, save_every=2, micro_batch_size=3)
     straight = trainer_of(config, data, tmp_path / "straight")
     all_events = list(straight.run())
