@@ -295,7 +295,7 @@ def test_a_published_config_has_the_published_number_of_parameters(
     assert parameter_count(read_config_json(config)) == n_parameters
 
 
-def test_published_configs_are_read() -> None:
+def test_published_pythia_and_gemma3_configs_are_read() -> None:
     pythia = {
         "architectures": ["GPTNeoXForCausalLM"],
         "bos_token_id": 0,
