@@ -1,1 +1,1 @@
-"""What each generated token attended to: recording it, reading it, and showing it."""
+"""Tracing: recording, reading and showing which tokens each generated token attended to."""

@@ -1,6 +1,6 @@
-"""Measures of a row, and the settings of all that an analysis adds to a trace.
+"""Measures of a row, and the settings that the analysis ring adds to a trace.
 
-Imports neither torch nor numpy, so that --help may import it.
+Imports neither torch nor numpy, so that --help can import it.
 """
 
 from dataclasses import dataclass, fields
@@ -15,37 +15,36 @@ from minigpt.rings import ring
 from minigpt.tracing.config import GROUP, TraceConfig
 
 Measure = str
-"""Name of what a row is made of: weight, the attention weight, or a module of
-tracing/analysis/measures."""
+"""Name of a measure: weight, the attention weight, or a module of tracing/analysis/measures."""
 Need = Literal["residual", "token", "gradients"]
-"""What a measure needs beside the weights and values of a pass: the residual stream, the generated
-token, or a forward pass of its own with gradients."""
+"""Input of a measure besides the weights and values of a pass: the residual stream, the generated
+token, or a separate forward pass with gradients."""
 Reduce = Literal["mean", "max", "rollout"]
-"""Reduction of the rows of several heads to one. rollout: attention followed through the layers
+"""Reduction of the rows of several heads to one. rollout: attention propagated through the layers
 (Abnar & Zuidema 2020, arXiv:2005.00928)."""
 Knockout = Literal["key", "value"]
-"""Part of a source that a knockout removes. key: hidden from the query, so that the softmax
-renormalizes the other weights. value: set to 0, with the weights unchanged."""
+"""Part of a source that a knockout removes. key: masked, so that the softmax renormalizes the other
+weights. value: set to 0, with the weights unchanged."""
 KNOCKOUTS = {
     "key": "its key is hidden from the query of the token, and the other weights grow to sum to 1",
     "value": "its value is set to 0 for the query of the token, and its weight is kept",
 }
-"""Descriptions of the kinds of knockout."""
+"""Descriptions of the knockouts."""
 
 MEASURES = (
     "weight",
     *(m.name for m in iter_modules([str(Path(__file__).parent / "analysis" / "measures")])),
 )
-"""Names of the measures of this installation."""
+"""Names of the installed measures."""
 _BOTH = ("both",) if "norm" in MEASURES else ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureFacts:
-    """What the numbers of a measure are, and what it needs."""
+    """Properties of a measure: the meaning of its numbers, and the inputs it needs."""
 
-    about: str = ""
-    """What a number of a row is, in words."""
+    description: str = ""
+    """Description of a number of a row."""
     unit: str = "share"
     """Unit of the numbers of a row. share: the row is divided by its sum."""
     is_signed: bool = False
@@ -53,22 +52,22 @@ class MeasureFacts:
     has_heads: bool = True
     """Whether each head has a row of its own."""
     sums_to: str = ""
-    """What a row and its parts sum to, in words. Empty if that has no meaning."""
-    others: str = "parts from no position"
-    """What the sum of the parts that no position brought has, in words."""
+    """Description of the total that a row and its parts add up to. Empty if there is none."""
+    other_parts: str = "parts from no position"
+    """Description of the parts that come from no position."""
     needs: tuple[Need, ...] = ()
-    takes_several: bool = False
-    """Whether its function takes the predictions of several tokens, and returns as many rows."""
+    is_batched: bool = False
+    """Whether its function takes a batch of predictions, and returns a row for each."""
     caveat: str = ""
-    """What its numbers do not say, as a sentence."""
+    """Limit of its interpretation, as a sentence."""
 
 
 @cache
 def facts_of(measure: Measure) -> MeasureFacts:
-    """Return the facts of a measure of MEASURES."""
+    """Return the properties of a measure in MEASURES."""
     if measure == "weight":
         return MeasureFacts(
-            about="the softmax weight of a source",
+            description="the softmax weight of a source",
             sums_to="1",
             caveat="Attention shows where a head looked, not why a token was generated.",
         )
@@ -78,7 +77,7 @@ def facts_of(measure: Measure) -> MeasureFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class AnalysisConfig(TraceConfig):
-    """Which attention a trace shows, and what is measured."""
+    """Settings of a trace: heads, measures, and further analyses."""
 
     layers: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
     """Layers to show, as in 0,2,4-6. None for all."""
@@ -91,13 +90,13 @@ class AnalysisConfig(TraceConfig):
     candidates: int = option(0, "[0, inf)", group=GROUP)
     """Number of most probable tokens to show at each step, before any sampling option."""
     prompt_rows: bool = option(False, group=GROUP)
-    """Show the tokens of the prompt too, from the second one on."""
+    """Show the prompt's tokens too, from the second on."""
     has_heads: bool = False
     """Whether to keep a summary of each head's row."""
     measure: str = option("weight", choices=(*MEASURES, *_BOTH), group=GROUP)
     """Measure. both: weight and norm."""
     against: str | None = option(None, group=GROUP, metavar="TEXT")
-    """Alternative whose first token's logit is subtracted from that of each generated token."""
+    """Text whose first token's logit is subtracted from the logit of each generated token."""
     n_steps: int = option(50, "[1, 2**16]", group=GROUP, aliases=("--steps",))
     """Number of steps of --measure integrated."""
     roles: bool = option(False, group=GROUP)
@@ -105,15 +104,15 @@ class AnalysisConfig(TraceConfig):
     lens: bool = option(False, group=GROUP)
     """Show the probability of each token after each layer (logit lens)."""
     n_verified: int | Literal["all"] = option(0, "[0, inf)", group=GROUP, aliases=("--verify",))
-    """Number of sources per token to knock out, and as many controls, or all for each position."""
+    """Number of sources per token to knock out, each with a control; all: every position."""
     verify_layers: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
-    """Layers to knock out sources in."""
+    """Layers in which to knock out sources."""
     verify_heads: str | None = option(None, group=GROUP, metavar="LIST", shown="all")
-    """Heads to knock out sources in, layer.head."""
+    """Heads in which to knock out sources, layer.head."""
     knockout: Knockout = option("key", group=GROUP)
     """Part of a source that a knockout removes."""
     explain: str | None = option(None, group=GROUP, metavar="LIST", shown="none")
-    """Heads whose weights the page works out from queries and keys, as in 4.2. None for none."""
+    """Heads whose weights the page derives from queries and keys, as in 4.2. None for none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +121,7 @@ class AnalysisConfig(TraceConfig):
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is nothing that an analysis adds."""
+        """Whether no setting of the analysis ring differs from its default."""
         added = {f.name: f.default for f in fields(self) if f.name != "n_sources"}
         return all(getattr(self, name) == default for name, default in added.items())
 

@@ -44,11 +44,11 @@ def trace(
         trace = minigpt.trace("book", "Once upon a time", temperature=0, n_verified=3)
         trace.steps[0].row.sources[0].token.data
 
-    Returns a ``Trace``; for a list of prompts a list of them, prompt i with the seed ``seed + i``.
-    With ``dense=True``, ``trace.weights_LHTS`` has the weights of every head, whatever heads the
-    rows are reduced from; ``max_new_tokens=0`` traces the prompt itself.
+    Returns a ``Trace``, or for a list of prompts a list, where prompt i uses the seed ``seed + i``.
+    With ``dense=True``, ``trace.weights_LHTS`` has the weights of all heads, independent of the
+    heads that rows are reduced from; ``max_new_tokens=0`` traces the prompt itself.
 
-    In a notebook, a trace is displayed as the page that ``--html`` writes.
+    A notebook displays a trace as the page that ``--html`` writes.
 
     Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as for
         ``minigpt.generate``.
@@ -58,7 +58,7 @@ def trace(
         measure="both", n_verified=3, roles=True and so on; has_heads is True by default) and of
         SamplingConfig (temperature, max_new_tokens, 40 by default, seed...), and interventions as
         for ``minigpt.generate``.
-    Raises: as ``minigpt.generate``, and ConfigError for heads that the model does not have.
+    Raises: those of ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     config_type = config_class()
     options = api.checked_options(trace, options, config_type, SamplingConfig)

@@ -1,4 +1,4 @@
-"""Settings of a trace; imports neither torch nor numpy, so that --help may import it."""
+"""Settings of a trace; imports neither torch nor numpy, so that --help can import it."""
 
 from dataclasses import dataclass
 
@@ -7,14 +7,14 @@ from minigpt.fields import Checked, option
 from minigpt.rings import find_ring
 
 N_SOURCES = 8
-"""Number of sources kept per token, unless another is asked for."""
+"""Default number of sources kept per token."""
 GROUP = "Attention"
 """Heading of the options in --help."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TraceConfig(Checked):
-    """What a trace shows of the attention, which is the mean over all heads."""
+    """Settings of a trace of attention weights, averaged over all heads."""
 
     n_sources: int | None = option(
         None,
@@ -27,7 +27,7 @@ class TraceConfig(Checked):
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is nothing that an analysis adds."""
+        """Whether no setting of the analysis ring differs from its default."""
         return True
 
     @property
@@ -37,10 +37,10 @@ class TraceConfig(Checked):
 
 
 def config_class() -> type[TraceConfig]:
-    """Return the settings of this installation: those of the analysis too, if it has that ring."""
+    """Return AnalysisConfig if the analysis ring is installed, else TraceConfig."""
     ring = find_ring("tracing.analysis_config")
     return ring.AnalysisConfig if ring else TraceConfig
 
 
 SAMPLING = SamplingConfig(max_new_tokens=40)
-"""Sampling of a trace by default: fewer tokens than ``generate``, so that a trace fits a screen."""
+"""Default sampling of a trace: fewer tokens than ``generate``, so that a trace fits a screen."""

@@ -1,6 +1,6 @@
 """The records of a trace: a header, a step per generated token, and a footer.
 
-``tracing/findings.py`` has subclasses with the fields that an analysis adds.
+``tracing/findings.py`` defines subclasses with the fields of an analysis.
 
 Shapes: S positions in view.
 """
@@ -36,16 +36,16 @@ class Source:
 
     token: Token
     weight: float
-    """Number in the row: in [0, 1], unless the measure is signed."""
+    """Number in the row, in [0, 1] unless the measure is signed."""
 
 
 ROUNDING = 1e-5
-"""A smaller ``Row.rest`` is the rounding of float32 and of a trace file, and is shown as 0."""
+"""Largest ``Row.rest`` shown as 0: rounding of float32 and of a trace file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """The attention of one query, as the mean over heads."""
+    """The attention of one query, averaged over heads."""
 
     total: float
     """Sum of the row."""
@@ -57,7 +57,7 @@ class Row:
     sources: tuple[Source, ...]
     """Positions with the largest weights, except the sink, in descending order."""
     weights_S: NDArray[np.float32] = field(repr=False)
-    """The whole row."""
+    """The full row."""
 
     @property
     def rest(self) -> float | None:
@@ -86,7 +86,7 @@ class TraceHeader:
     sampling: SamplingConfig
     prompt: tuple[Token, ...]
     intervention: "InterventionConfig | None" = None
-    """Heads that were ablated or patched. None if there were none."""
+    """Ablated or patched heads. None for no intervention."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ class TraceStep:
     """One token, generated or of the prompt, and the attention of the query that produced it."""
 
     index: int
-    """Index of the step, from 0; steps of the prompt's own tokens come first."""
+    """Index of the step, from 0; steps of the prompt's tokens come first."""
     token: Token
     log_probability: float
     """ln p of the token, before any sampling option."""
@@ -123,7 +123,7 @@ class TraceFooter:
 
     n_tokens: int
     finish: FinishReason | None
-    """Reason to stop. None if interrupted."""
+    """Reason why generation stopped. None if interrupted."""
     seconds: float
     """Time from the start of the prefill to the last token."""
 
@@ -132,4 +132,4 @@ TraceEvent = TraceHeader | TraceStep | TraceFooter
 
 
 class EndTrace(KeyboardInterrupt):
-    """Ends a trace after the steps that are ready, if thrown into it: decodes no more tokens."""
+    """Ends a trace after the steps that are ready, without decoding more, if thrown into it."""

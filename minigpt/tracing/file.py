@@ -1,7 +1,7 @@
 """The trace as JSON lines: a header, steps and a footer.
 
 See docs/trace-format.md; docs/trace.schema.json is the JSON Schema. Weights are rounded to six
-digits, those of single heads to four; whole rows are exact, as base64 of float32. In ``text``,
+digits, or to four for single heads; full rows are exact, as base64-encoded float32. In ``text``,
 invalid UTF-8 (a token may be half a character) is replaced by U+FFFD; ``bytes`` is exact.
 """
 
@@ -42,9 +42,9 @@ _DIGITS = 6
 _EXACT = {"scale", "worst_row_sum_error", "worst_product_error"}
 """Fields that are not rounded."""
 WORKING_ARRAYS = {"queries": "queries_TD", "keys": "keys_TD", "values": "values_TD"}
-"""Keys in the file, and the fields of HeadWorking that are arrays."""
+"""Keys in the file of the array fields of HeadWorking."""
 ROW_NUMBERS = ("total", "sink", "own", "prompt", "generated", "entropy", "distance")
-"""Fields of Row that are numbers."""
+"""Numeric fields of Row."""
 
 
 def _named(*names: str) -> dict[str, str]:
@@ -53,12 +53,12 @@ def _named(*names: str) -> dict[str, str]:
 
 
 HEAD_ARRAYS = _named(*(f.name for f in fields(HeadRows)))
-"""Keys in the file, and the fields of HeadRows."""
+"""Keys in the file of the fields of HeadRows."""
 
 
 def _rest(row: Row) -> float | None:
-    # Derived numbers are derived from the rounded ones, so that a trace that is read and written
-    # again has the same bytes.
+    # Computed from rounded numbers, so that reading a trace and writing it again gives the same
+    # bytes.
     sources = sum(round(source.weight, _DIGITS) for source in row.sources)
     rest = round(round(row.total, _DIGITS) - round(row.sink, _DIGITS) - sources, _DIGITS)
     if row.is_signed:
@@ -144,13 +144,13 @@ TABLES: Mapping[type, Mapping[str, str | Callable[[Any], Any]]] = {
         **{key: _packed(name) for key, name in WORKING_ARRAYS.items()},
     },
 }
-"""The keys of each record in the file, in order: the field that a key holds, or a function from the
-record to what follows from others or needs more than its type to be read. ``*`` stands for all keys
-of the record in a field. Other records have their own fields, and exact numbers."""
+"""Keys of each record in the file, in order, each with the name of its field, or a function that
+computes its value from the record. ``*`` merges all keys of the record in a field. Records that are
+not listed are written field by field, with exact numbers."""
 
 
 def to_json_line(event: TraceEvent) -> str:
-    """Return an event as one line of JSON, ASCII only, without the line break."""
+    """Return an event as one line of ASCII-only JSON, without the line break."""
     return json.dumps(_object(event), allow_nan=False)
 
 
@@ -172,7 +172,7 @@ def _object(record: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as JSON has it, numbers rounded."""
+    """Convert a value to JSON types, with floats rounded."""
     kind = type(value)
     if kind is float:
         return round(value, _DIGITS)

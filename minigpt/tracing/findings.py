@@ -1,4 +1,4 @@
-"""Whole traces, and the records of ``tracing/events.py`` with what an analysis adds.
+"""Complete traces, and the records of ``tracing/events.py`` with the fields of an analysis.
 
 Shapes: L layers, H query heads, T positions, D head dim, K sources kept per row.
 """
@@ -28,7 +28,7 @@ CONVENTION = (
 
 
 def shown_probability(log_probability: float) -> float:
-    """Return a probability with the digits of a trace file, so that a replay shows the same."""
+    """Return a probability rounded as in a trace file, so that a replay shows the same."""
     return round(math.exp(round(log_probability, 6)), 6)
 
 
@@ -53,29 +53,29 @@ class Alternative:
     """A token whose logit is subtracted from that of each generated token."""
 
     text: str
-    """Text that was given."""
+    """Text given by the user."""
     id: int
     """Id of its first token."""
     data: bytes
     """Bytes of its first token."""
     n_tokens: int
-    """Number of tokens of the text. Only the first is compared."""
+    """Number of tokens in the text. Only the first is compared."""
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The effect of knocking out one source on the probability of the generated token."""
+    """Effect of knocking out one source on the probability of the generated token."""
 
     source: Source
     change: float
     """Change of ln p(token) without the source, in nats. Negative: the source raised p."""
     control_of: int | None = None
-    """Index of the source that a control belongs to. None for a source."""
+    """Index of the source that this is a control for. None for a source."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The prediction of a token from its sources and the sink alone: all else is knocked out."""
+    """Prediction of a token with all positions knocked out except its sources and the sink."""
 
     change: float
     """Change of ln p(token), in nats: exp(change) of p remains."""
@@ -85,10 +85,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Lens:
-    """What the model would predict after each layer: the logit lens (nostalgebraist 2020)."""
+    """Logit lens: the prediction read from each layer's output (nostalgebraist 2020)."""
 
     layer: int | None
-    """Layer from which the token is the first choice. None if it is not after the last one."""
+    """First layer from which the token stays the top prediction. None if it is not at the end."""
     log_probabilities: tuple[float, ...]
     """ln p of the token after each layer."""
     top: tuple[tuple[Candidate, ...], ...]
@@ -102,7 +102,7 @@ class Lens:
 
 @dataclass(frozen=True)
 class Roles:
-    """Fractions of a head's attention, in [0, 1], that each known kind of head would pay.
+    """Scores of a head for each known role: the fraction of its attention, in [0, 1], that fits it.
 
     Source: Olsson et al. 2022, arXiv:2209.11895; Wang et al. 2022, arXiv:2211.00593.
     """
@@ -112,11 +112,11 @@ class Roles:
     duplicate: float
     """Attention on the previous occurrence of the same token."""
     induction: float
-    """Attention on the token after the previous occurrence."""
+    """Attention on the token after the previous occurrence of the same token."""
     sink: float
     """Attention on position 0."""
     local: float
-    """Attention on the last few tokens, including itself."""
+    """Attention on the last few tokens, including the query's own."""
     tag: str
     """Main role, abbreviated to at most five letters. Empty for none."""
 
@@ -127,7 +127,7 @@ ROLE_SCORES = tuple(f.name for f in fields(Roles) if f.name != "tag")
 
 @dataclass(frozen=True)
 class CauseCheck:
-    """Whether sources with more attention have larger effects, over all knockouts of a trace."""
+    """Test of whether sources with more attention have larger effects, over all knockouts."""
 
     n_sources: int
     n_controls: int
@@ -141,26 +141,26 @@ class CauseCheck:
 
 @dataclass(frozen=True, eq=False)
 class HeadWorking:
-    """What the weights of a head are computed from, over all positions T of a text.
+    """Queries, keys and values of a head, over all positions T of a text.
 
     The weights of position t are softmax(queries_TD[t] . keys_TD[j] * scale) over the positions j
-    in its view, and its output is the sum of the values times them.
+    in its view. Its output is the sum of the values multiplied by these weights.
     """
 
     layer: int
     head: int
     scale: float
-    """Factor of the products of queries and keys."""
+    """Scale of the dot products of queries and keys."""
     window: int
     """Number of positions that a query attends to, up to its own. 0 for all."""
     queries_TD: NDArray[np.float32]
-    """Queries as they meet the keys: rotated and normalized, if the model does that."""
+    """Queries just before the dot product: after RoPE and normalization, if the model has them."""
     keys_TD: NDArray[np.float32]
     values_TD: NDArray[np.float32]
 
 
 HEAD_DIGITS = 4
-"""Digits of the numbers of ``HeadRows`` in a trace file."""
+"""Decimal places of ``HeadRows`` numbers in a trace file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,13 +184,13 @@ class HeadRows:
 
     @classmethod
     def of(cls, facts: Mapping[str, NDArray[Any]], n_layer: int) -> "HeadRows":
-        """Return the summaries in ``RowReader.facts`` of the rows after the first."""
+        """Build the summaries from ``RowReader.facts``, skipping the first row."""
         rows = {f.name: facts[f.name][1:] for f in fields(cls)}
         shape = n_layer, len(rows["sink"]) // n_layer
         return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
 
     def shown(self) -> "HeadRows":
-        """Return them with the digits of a trace file, so that a replay shows the same."""
+        """Return the summaries rounded as in a trace file, so that a replay shows the same."""
         return HeadRows(**{f.name: getattr(self, f.name).round(HEAD_DIGITS) for f in fields(self)})
 
 
@@ -199,7 +199,7 @@ class Row(events.Row):
     """The attention of one query by one measure, reduced over the chosen heads."""
 
     measure: str
-    """Name of the measure; weight for attention weights."""
+    """Name of the measure: weight for attention weights."""
     own: float
     """Weight on the query's own position."""
     prompt: float
@@ -207,15 +207,15 @@ class Row(events.Row):
     generated: float
     """Weight on generated tokens."""
     distance: float
-    """Mean distance from the query to the positions, in tokens, weighted as the entropy."""
+    """Mean distance from the query to the positions, weighted by the row, in tokens."""
     heads: HeadRows | None = field(default=None, repr=False)
     """Rows of all heads by this measure. None if they were not kept."""
     whole: float | None = None
-    """What the row and its parts sum to, such as the token's logit. None if there is no sum."""
+    """Sum of the row and its parts, such as the token's logit. None if it has no meaning."""
     parts: Mapping[str, float] = field(default_factory=dict)
-    """Parts of the total that come from no position of the row, such as that of the MLPs."""
+    """Contributions to ``whole`` from no position of the row, such as the MLPs'."""
     is_signed: bool = False
-    """Whether its numbers may be negative. Entropy and order are then those of the magnitudes."""
+    """Whether numbers may be negative. If so, entropy, distance and order use magnitudes."""
 
     @property
     def sums_to_one(self) -> bool:
@@ -224,7 +224,7 @@ class Row(events.Row):
 
     @property
     def rest(self) -> float | None:
-        """Weight on all but the sink and the sources; None for shares that need not sum to 1."""
+        """Weight on all but the sink and the sources. None for shares that do not sum to 1."""
         if self.is_signed:
             return self.total - self.sink - sum(source.weight for source in self.sources)
         return super().rest if self.sums_to_one else None
@@ -235,7 +235,7 @@ class TraceHeader(events.TraceHeader):
     """The model, the settings and the prompt of a trace."""
 
     selection: HeadSelection = None  # type: ignore[assignment]
-    """Chosen heads. All, if None is given."""
+    """Chosen heads. None selects all."""
     measures: tuple[Measure, ...] = ("weight",)
     reduce: Reduce = "mean"
     sink: int = 0
@@ -243,10 +243,10 @@ class TraceHeader(events.TraceHeader):
     sink_rule: str = "first"
     """How the sink was chosen: first, given or detected."""
     n_verified: int | Literal["all"] = 0
-    """Number of sources per token that are knocked out, or all for every position in view."""
+    """Number of sources knocked out per token. all: every position in view."""
     knockout: Knockout = "key"
     against: Alternative | None = None
-    """Token that each generated token is compared with. None for no comparison."""
+    """Token to compare each generated token with. None for no comparison."""
     verified_heads: HeadSelection | None = None
     """Heads in which positions are knocked out. None for all."""
     roles: tuple[tuple[Roles, ...], ...] | None = None
@@ -261,22 +261,22 @@ class TraceHeader(events.TraceHeader):
 
 @dataclass(frozen=True, eq=False)
 class TraceStep(events.TraceStep):
-    """One token, generated or of the prompt, and what explains it."""
+    """One token, generated or of the prompt, and the analysis of its prediction."""
 
     rows: tuple[Row, ...]
     """One row per measure, in the order of the header."""
     candidates: tuple[Candidate, ...] = ()
     """Most probable tokens at this step, in descending order. Empty if they were not kept."""
     effects: tuple[Effect, ...] = ()
-    """Effects of the sources, largest weight first, then those of their controls. With
-    ``changes_S``, the largest effects."""
+    """Effects of the sources, largest weight first, then those of their controls. If ``changes_S``
+    is set, the largest effects."""
     lens: Lens | None = None
     """Predictions after each layer. None if they were not requested."""
     changes_S: NDArray[np.float32] | None = field(default=None, repr=False)
-    """Change of ln p(token) without each position in view, in nats. None unless all are knocked
-    out."""
+    """Change of ln p(token) when each position in view is knocked out, in nats. None unless
+    ``n_verified`` is all."""
     kept: Kept | None = None
-    """Prediction from the sources and the sink alone. None unless sources are knocked out."""
+    """Prediction from the sources and the sink alone. None without knockouts."""
 
     @property
     def row(self) -> Row:
@@ -285,13 +285,13 @@ class TraceStep(events.TraceStep):
 
     @property
     def has_lines_below(self) -> bool:
-        """Whether more than a line shows it."""
+        """Whether the terminal shows lines below this step's own."""
         return bool(self.candidates or self.lens is not None or self.effects)
 
 
 @dataclass(frozen=True)
 class TraceFooter(events.TraceFooter):
-    """How a trace ended, the results of its checks, and what all its steps show."""
+    """How a trace ended, and the results of its checks and of analyses of the whole text."""
 
     worst_row_sum_error: float | None = None
     """Largest |sum of a row of weights - 1|. None if rows need not sum to 1."""
@@ -299,7 +299,7 @@ class TraceFooter(events.TraceFooter):
     """Largest relative difference between a head's output and its row times the values."""
     cause: CauseCheck | None = None
     workings: tuple[HeadWorking, ...] = ()
-    """Queries, keys and values of the heads that are explained."""
+    """Queries, keys and values of the heads to explain."""
 
 
 TraceEvent = TraceHeader | TraceStep | TraceFooter
@@ -317,7 +317,7 @@ class Trace:
 
     @classmethod
     def of(cls, events: Iterable[Any], dense: Sequence[NDArray[np.float32]] = ()) -> "Trace":
-        """Return the trace of its events: a header, steps and a footer."""
+        """Build a trace from its events: a header, steps and a footer."""
         header, *steps, footer = events
         return cls(header, tuple(steps), footer, tuple(dense))
 
@@ -340,7 +340,7 @@ class Trace:
 
     @property
     def tokens(self) -> tuple[Token, ...]:
-        """Tokens of the prompt and generated tokens."""
+        """Tokens of the prompt, then generated tokens."""
         n_prompt = len(self.header.prompt)
         generated = (step.token for step in self.steps if step.token.position >= n_prompt)
         return (*self.header.prompt, *generated)
@@ -352,7 +352,7 @@ class Trace:
 
     @cached_property
     def joined(self) -> JoinedTokens:
-        """Texts of the tokens, escaped, with characters joined that tokens split."""
+        """Texts of the tokens, escaped, with characters that span several tokens joined."""
         return JoinedTokens(token.data for token in self.tokens)
 
     @property
@@ -361,7 +361,7 @@ class Trace:
         return "".join(step.text for step in self.steps)
 
     def __repr__(self) -> str:
-        """Return the model, the numbers of tokens and the text, cut to a line."""
+        """Return one line with the model, the token counts and the truncated text."""
         n_prompt, n_steps = len(self.header.prompt), self.footer.n_tokens
         finish = self.footer.finish or "interrupted"
         return (

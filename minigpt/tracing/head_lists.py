@@ -1,4 +1,4 @@
-"""Chosen heads, as options list them: ``0,2,4-6`` for layers, ``4.2,5.*`` for layer.head.
+"""Parsing of lists of layers (``0,2,4-6``) and heads (``4.2,5.*``, layer.head).
 
 Shapes: L layers, H query heads, S positions in view, R rows.
 """
@@ -41,7 +41,7 @@ class HeadSelection:
         return self.n_chosen == self.n_head * self.n_layer
 
     def indices(self, device: torch.device) -> Tensor:
-        """Return layer * n_head + head of the chosen heads, copied to a device once."""
+        """Return layer * n_head + head of the chosen heads, cached per device."""
         return _indices(self, device)
 
     def as_text(self) -> str:
@@ -81,9 +81,9 @@ def select_heads(
     heads: str | None = None,
     options: tuple[str, str] = ("--layers", "--heads"),
 ) -> HeadSelection:
-    """Return the heads that are in both ``layers`` and ``heads``. None selects all.
+    """Select the heads that are in both ``layers`` and ``heads``; None selects all.
 
-    Args: options, names of the two options, for messages.
+    Args: options, names of the two options, for error messages.
     Raises: ConfigError for a syntax error, an index out of range, or an empty selection.
     """
     layers_name, name = options
@@ -110,7 +110,7 @@ def select_heads(
 def _numbers(text: str, n: int, option: str, noun: str, shown: str = "") -> set[int]:
     """Parse ``*`` or a list of numbers and ranges, each below n.
 
-    Args: shown, the layer.head that the text is a part of, for messages.
+    Args: shown, the layer.head that contains the text, for error messages.
     """
     if text.strip() == "*":
         return set(range(n))

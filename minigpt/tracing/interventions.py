@@ -1,16 +1,15 @@
-"""Interventions: a model with heads ablated, or heads or layers patched from another prompt.
+"""Interventions: ablate heads of a model, or patch heads or layers from another prompt.
 
-A head's output is what it has before W_O, the weighted sum of its values.
+A head's output is the weighted sum of its values, before W_O.
 
-- Zero ablation sets it to 0 at every position: the same as zero columns of W_O.
+- Zero ablation sets it to 0 at every position, as if the head's columns of W_O were zero.
 - Mean ablation sets it, at every position, to its mean over the positions of the prompt in a run
   without interventions.
-- Activation patching replaces it at one position of the prompt, or at all, by what it is there in a
-  run on a second prompt. A layer's residual stream, as it leaves the block, is patched in the same
-  way.
+- Activation patching replaces it, at one or all positions of the prompt, with its value at the same
+  position in a run on a second prompt. A layer's output (residual stream) is patched likewise.
 
-The interventions are hooks on a copy of the modules that shares the weights, so the model itself is
-not changed, and decoding takes GPT.forward, which runs them.
+The interventions are hooks on a copy of the modules that shares the weights: the model itself is
+not changed, and decoding uses GPT.forward, which calls the hooks.
 
 Sources: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:2202.05262 (patching).
 
@@ -42,11 +41,11 @@ def intervene(
     prompt: Sequence[int],
     encode: Callable[[str], list[int]],
 ) -> tuple[LanguageModel, InterventionConfig]:
-    """Return a model with interventions, and the config with its position filled in.
+    """Return a model with the interventions applied, and the config with its position resolved.
 
-    Args: prompt, the tokens that will be continued; encode, which returns the tokens of a prompt.
+    Args: prompt, the tokens to continue; encode, a function from a prompt's text to its tokens.
     Raises: ConfigError for heads or a position that do not exist, prompts of different lengths, or
-        a model that is not a GPT; DataError for a prompt that is too long to run.
+        a model that is not a GPT; DataError for a prompt longer than the context.
     """
     if not isinstance(model, GPT):
         raise ConfigError(
@@ -95,7 +94,7 @@ def _selected(model: GPT, heads: str, option: str, layers: str | None = None) ->
 
 
 def shallow_copy(module: M) -> M:
-    """Return a copy of a tree of modules that shares the weights, so that it can have hooks."""
+    """Copy a tree of modules, sharing its weights, so that hooks do not change the original."""
     new = copy.copy(module)
     for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
         setattr(new, name, OrderedDict(getattr(module, name)))
@@ -108,7 +107,7 @@ def shallow_copy(module: M) -> M:
 
 @torch.inference_mode()
 def head_outputs(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
-    """Return the outputs of the heads of each layer (P, H, D) in a run on some tokens."""
+    """Run a model on some tokens and return the head outputs of each layer (P, H, D)."""
     seen: list[Tensor] = []
     watched = shallow_copy(model)
 
@@ -139,7 +138,7 @@ def _run(model: GPT, tokens: Sequence[int]) -> None:
 
 @torch.inference_mode()
 def residual_streams(model: GPT, tokens: Sequence[int]) -> list[Tensor]:
-    """Return the residual stream after each block (P, C) in a run on some tokens."""
+    """Run a model on some tokens and return the residual stream after each block (P, C)."""
     seen: list[Tensor] = []
     watched = shallow_copy(model)
     for block in watched.blocks:
@@ -158,7 +157,7 @@ def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None
 
 
 class _Place:
-    """Where a run patches: positions of the prompt, and those of the pass that is running."""
+    """The positions to patch, and the first position of the current forward pass."""
 
     def __init__(self, model: GPT, positions: range) -> None:
         self._positions, self._first = positions, 0
@@ -169,11 +168,11 @@ class _Place:
         self._first = 0 if cache is None else cache.length
 
     def has_last(self, x_BTX: Tensor) -> bool:
-        """Return whether the last position of the pass that is running is patched."""
+        """Return whether the last position of the current forward pass is patched."""
         return self._first + x_BTX.shape[1] - 1 in self._positions
 
     def put(self, x_BTX: Tensor, source_PX: Tensor, is_chosen: Tensor | None = None) -> None:
-        """Replace what a pass has at the positions, of the chosen heads or of all."""
+        """Overwrite the activations at the patched positions, for the chosen heads or for all."""
         for position in self._positions:
             if self._first <= position < self._first + x_BTX.shape[1]:
                 x_BX, source_X = x_BTX[:, position - self._first], source_PX[position].to(x_BTX)
@@ -195,7 +194,7 @@ def _patch_heads(
 def _patch_layers(
     model: GPT, selection: HeadSelection, streams: Sequence[Tensor], place: _Place
 ) -> None:
-    """Let the blocks of the chosen layers end with the residual stream of another run."""
+    """Replace the residual stream after the chosen layers with that of another run."""
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def change(_: nn.Module, inputs: tuple[Any, ...], x_BTC: Tensor) -> Tensor:
@@ -217,14 +216,14 @@ def _patch_layers(
 def _on_heads(
     model: GPT, selection: HeadSelection, put: Callable[[Tensor, int, Tensor], bool]
 ) -> None:
-    """Let ``put`` change the outputs of the heads (B, T, H, D) of each chosen layer, on a copy.
+    """Add hooks in which ``put`` changes a copy of each chosen layer's head outputs (B, T, H, D).
 
-    It returns whether it changed those of the last position, which the collector is told.
+    ``put`` returns whether it changed the last position; if so, the collector is updated.
     """
 
     def change_in(layer: int, heads: list[int]) -> None:
         attention = model.attentions[layer]
-        # A mask, made once: an index would be copied to a GPU at every token, which waits for it.
+        # A mask, built once: an index would be copied to the GPU for every token, and block it.
         is_chosen = [[head in heads] for head in range(model.config.n_head)]
         is_chosen_H1 = torch.tensor(is_chosen, device=model.device)
         collectors: list[PassCollector | None] = [None]

@@ -1,7 +1,7 @@
 """A trace as lines for a terminal, step by step: text with style names, without escape codes.
 
-One line per generated token: step, token, its probability, the weight on the sink, the tokens with
-the most weight, each with position, weight and a bar, the weight on the rest, and the entropy.
+Each generated token has one line: step, token, its probability, the weight on the sink, the sources
+with the most weight (each with position, weight and bar), the weight on the rest, and the entropy.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _ENTROPY_WIDTH = 5
 
 @dataclass(frozen=True)
 class Form:
-    """Widths of the parts of a line."""
+    """Column widths of a line."""
 
     word: int
     """Width of a token, in cells."""
@@ -29,7 +29,7 @@ class Form:
     """Width of a bar, in cells. 0 for no bars."""
     has_entropy: bool = False
     is_bare: bool = False
-    """Whether the rest is left out."""
+    """Whether the column for the rest is omitted."""
 
 
 _ROOMY = (Form(9, 3, has_entropy=True), Form(9, 3), Form(7, 3))
@@ -37,7 +37,7 @@ _ALL = (*_ROOMY, Form(5, 2), Form(4, 0), Form(4, 0, is_bare=True))
 
 
 def make_layout(width: int, *, measures: tuple[str, ...], **sizes: Any) -> "TraceLayout":
-    """Return the columns of a trace by these measures; arguments as for TraceLayout."""
+    """Return the layout of a trace for some measures. Args: sizes, as for TraceLayout."""
     if measures == ("weight",):
         return TraceLayout(width, **sizes)
     layout: TraceLayout = ring("tracing.analysis.layouts").make_layout(width, measures, **sizes)
@@ -45,10 +45,10 @@ def make_layout(width: int, *, measures: tuple[str, ...], **sizes: Any) -> "Trac
 
 
 class TraceLayout:
-    """The columns of a trace for a given width and vocabulary."""
+    """Column layout of a trace for a given terminal width and vocabulary."""
 
     share_width = SHARE_WIDTH
-    """Width of a number of a row, in cells."""
+    """Width of a row's numbers, in cells."""
 
     def __init__(
         self, width: int, *, vocab_size: int, n_positions: int, n_sources: int | None = None
@@ -56,8 +56,8 @@ class TraceLayout:
         """Choose the widths of the columns.
 
         Args: width, of the terminal in cells, 40 or more; vocab_size, small for byte tokens;
-            n_positions, the largest number of positions; n_sources, per token, wrapped if they do
-            not fit, or None for one full line.
+            n_positions, the maximum number of positions; n_sources, the number of sources per
+            token, wrapped if they do not fit, or None for as many as fit in one line.
         """
         self.width = width
         self.position_width = max(3, len(str(n_positions - 1)))
@@ -98,19 +98,19 @@ class TraceLayout:
         return [(left + sources + self._right_heading(), "dim")]
 
     def _titles(self) -> list[str]:
-        """Return titles of the columns of sources, the longest first."""
+        """Return alternative titles for the source columns, longest first."""
         share = "share of the attention"
         return [f"the earlier token, {share}", f"token, {share}", "token, share", "token"]
 
     def _right_heading(self) -> str:
-        # "rest" is one cell wider than its column, and takes the blank before it.
+        # "rest" is one cell wider than its column, so it also fills the space before it.
         rest = "rest".ljust(self.rest_width) if self.rest_width else ""
         return rest + ("bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else "")
 
     def step(self, step: TraceStep, names: Sequence[str] = ()) -> list[Line]:
-        """Return the line of a generated token, and more if its sources or effects need them.
+        """Return the lines of a step: one, or more if its sources wrap or an analysis adds some.
 
-        Args: names, of all tokens by position; none to show each token by its bytes.
+        Args: names, of all tokens by position. Empty to show tokens as bytes.
         """
         row = step.row
         name = fit(name_of(step.token, names), self.token_width)
@@ -147,7 +147,7 @@ class TraceLayout:
         ]
 
     def _right(self, rows: Sequence[Row], sources: Sequence[Source]) -> Line:
-        """Return the end of a line: the rest of each row, and the entropy of the first."""
+        """Return the right end of a line: the rest of each row, and the first row's entropy."""
         spans: Line = [(" " * self.rest_width, "plain")]
         if self.rest_width and rows[0].rest is not None:
             spans = [(f" {self._rest(rows, sources)}", "dim")]
@@ -160,5 +160,5 @@ class TraceLayout:
 
 
 def name_of(token: Token, names: Sequence[str]) -> str:
-    """Return what to show of a token: its name, or its bytes if there are no names."""
+    """Return the name to show for a token, or its bytes if there are no names."""
     return names[token.position] if names else token_name(token.data)

@@ -1,4 +1,4 @@
-"""Observing a model in bursts, with all numbers of each row."""
+"""Observation of several tokens at a time (a burst), with all numbers of each row."""
 
 import math
 import time
@@ -24,9 +24,9 @@ from minigpt.tracing.signals import signals_later
 from minigpt.tracing.tracer import AttentionObserver
 
 Held = tuple[TextStep, Sequence[AttentionPass]]
-"""A generated token, and the forward passes since the one before it."""
+"""A generated token, and the forward passes since the previous token."""
 _BURST_S = 0.04
-"""Time for which generated tokens are collected to be observed together; nobody notices it."""
+"""Longest time for which tokens are collected to be observed together; too short to notice."""
 
 
 def make_observer(
@@ -37,7 +37,7 @@ def make_observer(
     tokenizer: Tokenizer,
     **options: Any,
 ) -> "BurstObserver":
-    """Return the observer for a config. Args: those of ``BurstObserver``."""
+    """Return the observer for a config. Args: as for ``BurstObserver``."""
     make: Callable[..., BurstObserver] = BurstObserver
     if not (config.is_plain and sampling.max_new_tokens):
         make = ring("tracing.analysis.observer").AnalysisObserver
@@ -45,7 +45,7 @@ def make_observer(
 
 
 class CheckedRecorder(RowRecorder):
-    """Checks the rows of each pass in one of the layers, each pass in the next one."""
+    """Checks the rows of one layer in each pass, cycling through the layers."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__(model)
@@ -53,11 +53,11 @@ class CheckedRecorder(RowRecorder):
         self._n_passes = 0
         self.product_error: Tensor | None = None
         """Largest difference between a row times the values and the head's output, relative to the
-        largest output; of the last pass, in one layer."""
+        largest output, in the layer checked in the last pass."""
 
     @torch.no_grad()
     def record(self, attention: AttentionPass) -> None:
-        """Take a forward pass, and check the rows of the first sequence of the batch."""
+        """Record a forward pass, and check the rows of the first sequence in the batch."""
         super().record(attention)
         layer = self._n_passes % self._n_layer
         self._n_passes += 1
@@ -71,7 +71,7 @@ class CheckedRecorder(RowRecorder):
 
 
 class PassQueue:
-    """A recorder that holds forward passes back from another one."""
+    """Queues forward passes for a recorder."""
 
     def __init__(self, recorder: RowRecorder) -> None:
         self.needs_queries, self.needs_residual = recorder.needs_queries, recorder.needs_residual
@@ -86,10 +86,10 @@ class PassQueue:
 
 
 class BurstObserver(AttentionObserver):
-    """Observes several tokens at a time, where their passes are kept until then.
+    """Observes several tokens at a time, if their passes stay valid until then.
 
-    Code that is not in the CPU's caches takes three times as long, so that a burst is faster. No
-    token waits longer than ``_BURST_S``, or until decoding ends or fails.
+    A burst is faster: code that has left the CPU's caches takes three times as long. No token waits
+    longer than ``_BURST_S``, or beyond the end or failure of decoding.
     """
 
     sink = 0
@@ -101,7 +101,7 @@ class BurstObserver(AttentionObserver):
         special: bool = False,
         dense: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Args: those of ``AttentionObserver``; special and dense, as for ``tracer.trace``."""
+        """Args: as for ``AttentionObserver``; special and dense, as for ``tracer.trace``."""
         super().__init__(*model_to_tokenizer)
         self.recorder: CheckedRecorder = CheckedRecorder(self.model)
         self._sum_error: float | None = None
@@ -125,15 +125,15 @@ class BurstObserver(AttentionObserver):
         return self.verified(steps, tokens, decoder.cache)
 
     def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
-        """Return the steps to observe, given those that are generated."""
+        """Return the steps to observe, given the generated ones."""
         return generated
 
     def verified(
         self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
     ) -> Iterator[TraceStep]:
-        """Yield steps with the effects of knockouts, if there are any.
+        """Yield steps with the effects of knockouts, if any.
 
-        Args: tokens, at least those in view of the newest step's query.
+        Args: tokens, at least those that the newest step's query sees.
         """
         return steps
 
@@ -145,7 +145,7 @@ class BurstObserver(AttentionObserver):
         while True:
             try:
                 item = next(items, None)
-            except BaseException:  # Ctrl-C, or NaN: what was decoded before is shown
+            except BaseException:  # Ctrl-C, or NaN: show the tokens decoded before
                 if burst:
                     yield from self._together(burst, tokens)
                 raise
@@ -177,7 +177,7 @@ class BurstObserver(AttentionObserver):
                 yield item, fields
 
     def record(self, passes: Sequence[AttentionPass]) -> None:
-        """Hand passes to the recorder, and take the error of the last one into account."""
+        """Send passes to the recorder, and update the product error with that of the last one."""
         for attention in passes:
             self.recorder.record(attention)
         error, so_far = self.recorder.product_error, self._product_error
@@ -186,7 +186,7 @@ class BurstObserver(AttentionObserver):
 
     @torch.inference_mode()
     def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        """Return the fields of each step that its attention gives.
+        """Return the fields of each step that are computed from its attention.
 
         Args: tokens, at least those in view.
         """
@@ -199,11 +199,11 @@ class BurstObserver(AttentionObserver):
         return [{"rows": (row,)} for row in rows]
 
     def check_sums(self, rows: Sequence[Row]) -> None:
-        """Take the error of the sums of rows, which should be 1, into account."""
+        """Update the largest error of row sums, which should be 1."""
         self._sum_error = max([self._sum_error or 0.0, *(abs(row.total - 1) for row in rows)])
 
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return the fields of the footer that hold results. Args: tokens, those of the text."""
+        """Return the footer fields that hold results. Args: tokens, all tokens of the text."""
         error = self._product_error
         return {
             "worst_row_sum_error": self._sum_error,

@@ -11,10 +11,10 @@ from minigpt.model.language_model import LanguageModel
 
 
 class RowRecorder:
-    """Keeps each head's attention row of the last query of the last forward pass.
+    """Keeps each head's attention row for the last query of the last forward pass.
 
     In a decode step these are the weights that the model used; in a prefill, which uses a fused
-    kernel, they are the softmax of the model's own score, in float32.
+    kernel, they are recomputed as the softmax of the model's score, in float32.
     """
 
     needs_queries = False
@@ -31,7 +31,7 @@ class RowRecorder:
         self._last: AttentionPass | None = None
 
     def record(self, attention: AttentionPass) -> None:
-        """Take a forward pass."""
+        """Record a forward pass."""
         self._last = attention
 
     @property

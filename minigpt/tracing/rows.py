@@ -1,4 +1,4 @@
-"""Rows of attention, summarized in a few numbers with a single copy from the device.
+"""Summaries of attention rows in a few numbers, with a single copy from the device.
 
 Shapes: S positions in view, R rows, K sources.
 """
@@ -24,8 +24,8 @@ class RowReader:
     """Summarizes rows with a single copy from the device."""
 
     def __init__(self, *, sink: int, n_prompt: int, n_sources: int) -> None:
-        """Args: sink, position that is not among the sources; n_prompt, positions of the prompt;
-        n_sources, most sources per row.
+        """Args: sink, position to exclude from the sources; n_prompt, length of the prompt;
+        n_sources, maximum number of sources per row.
         """
         self.sink, self._n_prompt, self._n_sources = sink, n_prompt, n_sources
         self._columns_P3, self._hidden_P = torch.empty(0, 3), torch.empty(0)
@@ -39,10 +39,10 @@ class RowReader:
         measure: str = "weight",
         is_signed: bool = False,
     ) -> list[Row]:
-        """Summarize the first row of each step; any further ones are those of all heads, for
-        ``Row.heads``.
+        """Summarize the first row of each step.
 
-        Args: rows_NRS, as for ``facts``; tokens, at least those in view.
+        Args: rows_NRS, as for ``facts``, where rows after the first are those of all heads, for
+            ``Row.heads``; tokens, at least those in view.
         """
         facts = self.facts(rows_NRS, is_signed=is_signed)
         has_heads = len(rows_NRS[0]) > 1
@@ -72,10 +72,10 @@ class RowReader:
     def facts(self, rows_NRS: Sequence[Tensor], *, is_signed: bool = False) -> dict[str, Any]:
         """Return the total and the fields of ``HeadRows`` for each row, and the ``first`` row.
 
-        Each is an array (N, R), or for what has another length in each step, a list of N arrays.
+        Each value is an array (N, R), or a list of N arrays if its length varies between steps.
 
-        Args: rows_NRS, rows (R, S) of each step, S of any length; is_signed, whether order, entropy
-            and distance are those of the magnitudes.
+        Args: rows_NRS, rows (R, S) of each step, where S may differ between steps; is_signed,
+            whether order, entropy and distance use magnitudes.
         """
         packed = [self._packed(rows_RS, is_signed=is_signed) for rows_RS in rows_NRS]
         tensors = [*packed, *(rows_RS[0] for rows_RS in rows_NRS)]
@@ -85,7 +85,7 @@ class RowReader:
         sums = np.stack([x[:, :_N_SUMS] for x in rows])  # (N, R, number of sums)
         total, prompt, _, size, _, places, entropy, sink, last, own = np.moveaxis(sums, 2, 0)
         size = np.maximum(size, _LEAST)
-        ends = [(_N_SUMS + x.shape[1]) // 2 for x in rows]  # of the weights, before the positions
+        ends = [(_N_SUMS + x.shape[1]) // 2 for x in rows]  # weights, then positions
         return {
             "total": total,
             "prompt": prompt,
@@ -100,14 +100,14 @@ class RowReader:
         }
 
     def _packed(self, rows_RS: Tensor, *, is_signed: bool) -> Tensor:
-        """Return sums of rows, their largest numbers, and the positions of these, side by side."""
+        """Concatenate sums of rows, their largest numbers, and the positions of these."""
         n_view = rows_RS.shape[1]
         columns_S3, hidden_S = self._columns(n_view, rows_RS.device)
         size_RS = rows_RS.abs() if is_signed else rows_RS
-        has_sink = self.sink < n_view  # else the row is of a query before it
+        has_sink = self.sink < n_view  # else the query comes before the sink
         top = (size_RS - hidden_S).topk(min(self._n_sources, n_view - has_sink), dim=1)
         sums_R3 = rows_RS @ columns_S3
-        # Few calls, because at this size each call costs more than its arithmetic.
+        # Few calls: at this size, a call's overhead exceeds its arithmetic.
         return torch.cat(
             (
                 sums_R3,
@@ -123,10 +123,10 @@ class RowReader:
         )
 
     def _columns(self, n_view: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return (S, 3) and (S,).
+        """Return tensors (S, 3) and (S,).
 
-        A row times the first is the total, the prompt's weight, and the sum of weight x position.
-        The second is infinite at the sink.
+        A row times the first gives the total, the prompt's weight, and the sum of weight x
+        position. The second is infinite at the sink and 0 elsewhere.
         """
         if len(self._hidden_P) < n_view:
             place_P = torch.arange(2 * n_view, device=device)

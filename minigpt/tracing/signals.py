@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait until rows are computed or shown."""
+"""Delay Ctrl-C and SIGTERM until rows are computed or shown."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """Let Ctrl-C or SIGTERM wait for the end of a block; a second one does not wait.
+    """Delay Ctrl-C and SIGTERM until the end of a block; a second signal is not delayed.
 
     Only the main thread receives signals.
     """
@@ -28,7 +28,7 @@ def signals_later() -> Iterator[None]:
 
     is_main = threading.current_thread() is threading.main_thread()
     kinds = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-    # None stands for a handler that Python cannot restore.
+    # None means a handler that was not installed from Python, which it cannot restore.
     handlers = {n: signal.signal(n, receive) for n in kinds if signal.getsignal(n) is not None}
     try:
         yield

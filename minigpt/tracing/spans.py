@@ -1,6 +1,6 @@
 """Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells.
 
-Numbers are first rounded to six digits, as in a trace file, so that a replay shows the same.
+Numbers are first rounded to six digits, as in a trace file, so that a replay shows the same text.
 """
 
 import unicodedata
@@ -8,7 +8,7 @@ from bisect import bisect
 from functools import lru_cache
 
 Span = tuple[str, str]
-"""Text and its style: a name of the console's theme, or colours as ``#ff8800 on #000000``."""
+"""Text and its style: a style name of the console's theme, or colours (``#ff8800 on #000000``)."""
 Line = list[Span]
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -29,7 +29,7 @@ def eighths(share: float, width: int = 1) -> int:
 
 
 def heat(share: float) -> str:
-    """Return the style of an attention weight."""
+    """Return the style name of an attention weight."""
     return f"heat{bisect(_HEAT_BOUNDS, round(share, 6))}"
 
 
@@ -55,7 +55,7 @@ def fit(text: str, width: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share as whole percent, three cells wide: `` 7%``, ``<1%``, ``100``."""
+    """Format a share as a whole percentage, three cells wide: `` 7%``, ``<1%``, ``100``."""
     whole = round(round(share, 6) * 100)
     if whole >= 100:
         return "100"

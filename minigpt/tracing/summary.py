@@ -1,4 +1,4 @@
-"""What stands above and below the lines of a trace: model, prompt, columns, checks, ending."""
+"""Lines above and below a trace: model, prompt, column legend, checks, and how it ended."""
 
 from collections.abc import Sequence
 
@@ -16,13 +16,13 @@ from minigpt.tracing.wrapping import fit_end, fit_start, one_line, wrapped
 
 _LABEL_WIDTH = 9
 _PROMPT_LINES = 6
-"""Largest number of lines that list the tokens of the prompt."""
+"""Maximum number of lines that list the tokens of the prompt."""
 _NAME_WIDTH = 10
-"""Largest width of a token in that list, in cells."""
+"""Maximum width of a token in that list, in cells."""
 _TOLERANCE = 1e-3
-"""Error of a check up to which it is not mentioned: what float32 explains."""
+"""Largest error of a check that is not mentioned: rounding of float32."""
 _LARGEST_ERROR = 2e-2
-"""Error of a check up to which it passed: what bfloat16 explains."""
+"""Largest error with which a check passes: rounding of bfloat16."""
 
 _ENDINGS = {
     "length": "the token limit was reached",
@@ -54,7 +54,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
 
 
 def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
-    """Return lines that explain the columns of a layout that are shown."""
+    """Return lines that explain the visible columns of a layout."""
     measures = header.measures
     by, facts = " and ".join(measures), facts_of(measures[0])
     what = f"share of position {header.sink} by {by}"
@@ -72,7 +72,7 @@ def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
         if facts.sums_to and not layout.form.is_bare:
             logit = "logit" if header.against is None else "difference of logits"
             heads = ", other heads" if facts.has_heads and not header.selection.is_all else ""
-            parts.append(f"other: {facts.others}{heads}; sum: the {logit}")
+            parts.append(f"other: {facts.other_parts}{heads}; sum: the {logit}")
     elif layout.form.has_entropy:
         parts.append("bits: entropy of the row (3: as if spread evenly over 8)")
     return wrapped("; ".join(parts), layout.width, label="columns  ")
@@ -83,7 +83,7 @@ def footer_lines(
 ) -> list[Line]:
     """Return the lines below a trace: why it ended, and the results of its checks.
 
-    Args: n_rows, the number of steps. None for those of generated tokens alone.
+    Args: n_rows, the number of steps. None if only generated tokens have steps.
     """
     n_given = 0 if n_rows is None else n_rows - footer.n_tokens
     noun = "generated token" if n_given else "token"
@@ -102,7 +102,7 @@ def footer_lines(
 
 
 def _checks(footer: TraceFooter) -> str:
-    """Describe the results of the checks: what they say, and the error of one that failed."""
+    """Describe the checks that passed and failed, with errors that are not negligible."""
     checks = [
         ("every row sums to 100%", footer.worst_row_sum_error),
         ("rows times values give the heads' outputs", footer.worst_product_error),
@@ -119,7 +119,7 @@ def _checks(footer: TraceFooter) -> str:
 
 
 def _prompt_lines(prompt: Sequence[Token], width: int) -> list[Line]:
-    """List the tokens of the prompt with their positions in columns, the middle left out."""
+    """List the tokens of the prompt with their positions in columns, omitting the middle."""
     names = JoinedTokens(token.data for token in prompt).names
     room = max(width - _LABEL_WIDTH, 1)
     number_width = len(str(len(names) - 1))

@@ -1,4 +1,4 @@
-"""Tracing: generation that yields, with each token, the earlier tokens it attended to."""
+"""Tracing: generation that yields each token with the earlier tokens it attended to."""
 
 import math
 import time
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
 
 RECORDS: Any = find_ring("tracing.findings") or events
-"""Module of the records of a trace: those of the analysis, if it is there."""
+"""Module that defines the records of a trace: the analysis ring's, if installed."""
 
 
 def trace(
@@ -46,14 +46,14 @@ def trace(
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
-    The tokens are the same as without a trace. If no token is to be generated, the steps are those
-    of the prompt's own tokens. A KeyboardInterrupt or SystemExit after the header, here or thrown
-    into this generator, ends the trace with a footer, after which SystemExit is raised; EndTrace,
-    thrown into it, does so after the steps whose tokens were observed.
+    The tokens are the same as without tracing. If ``max_new_tokens`` is 0, there is a step for each
+    token of the prompt instead. A KeyboardInterrupt or SystemExit after the header, raised here or
+    thrown into this generator, ends the trace with a footer; SystemExit is then raised again.
+    EndTrace, thrown into it, ends the trace after the steps that have already been observed.
 
-    Args: forced, the token ids of ``sampling.force``; intervention, that of ``model``, for the
-        header; special, whether special tokens in ``config.against`` are parsed; dense, called with
-        the weights of all heads (L, H, S) at each step.
+    Args: forced, the token ids of ``sampling.force``; intervention, the one applied to ``model``,
+        for the header; special, whether special tokens in ``config.against`` are parsed; dense,
+        called with the weights of all heads (L, H, S) at each step.
     Raises: DataError if the prompt is empty or longer than the context; ConfigError for overflow
         slide, or if the model cannot be traced with this config; CheckpointError if the logits are
         NaN or inf.
@@ -123,7 +123,7 @@ class AttentionObserver:
     """Turns the attention of each forward pass into a row of a trace."""
 
     is_ended = False
-    """Whether to observe no more tokens than those that are ready."""
+    """Whether to stop after the tokens that are ready."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class AttentionObserver:
         sampling: SamplingConfig,
         tokenizer: Tokenizer,
     ) -> None:
-        """Prepare to observe the passes that ``watcher`` gets from a decoder.
+        """Prepare to observe the forward passes that a decoder sends to ``watcher``.
 
         Raises: ConfigError if the model cannot be traced with this config.
         """
@@ -146,7 +146,7 @@ class AttentionObserver:
     def header(self, **facts: Any) -> TraceHeader:
         """Return the header; call it after the prefill.
 
-        Args: facts, the fields of the header that do not follow from the model.
+        Args: facts, the header fields that cannot be read from the model.
         """
         shape = self.model.config
         header: TraceHeader = RECORDS.TraceHeader(
@@ -166,7 +166,7 @@ class AttentionObserver:
     ) -> Iterator[TraceStep]:
         """Yield a step for each generated token.
 
-        Args: tokens, those of the prompt, to which the generated ones are added.
+        Args: tokens, the prompt's; generated tokens are appended to it.
         """
         for index, (item, found) in enumerate(self.observed(items, tokens, decoder)):
             step = item.step
@@ -183,19 +183,19 @@ class AttentionObserver:
     def observed(
         self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
     ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
-        """Yield each generated token with the fields of its step that its attention gives."""
+        """Yield each generated token with the step fields computed from its attention."""
         for item in items:
             self.add_token(item, tokens)
             yield item, {"rows": (self._row(tokens),)}
 
     def add_token(self, item: TextStep, tokens: list[Token]) -> None:
-        """Add a generated token to those of the text."""
+        """Append a generated token to the tokens of the text."""
         step = item.step
         tokens.append(Token(step.position, step.token, self.tokenizer.token_bytes(step.token)))
 
     @torch.inference_mode()
     def _row(self, tokens: Sequence[Token]) -> Row:
-        """Return the mean over all heads of the rows of the last pass."""
+        """Return the last pass's row, averaged over all heads."""
         row_S = self.recorder.weights_LHS.flatten(0, 1).mean(dim=0).cpu()
         top = row_S[1:].topk(min(self.n_sources, len(row_S) - 1))  # position 0 is the sink
         largest = zip((top.indices + 1).tolist(), top.values.tolist(), strict=True)
@@ -208,5 +208,5 @@ class AttentionObserver:
         )
 
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return the fields of the footer that hold results. Args: tokens, those of the text."""
+        """Return the footer fields that hold results. Args: tokens, all tokens of the text."""
         return {}

@@ -1,4 +1,4 @@
-"""Styled text beyond the columns of a trace: wrapped, truncated or escaped; signs; upright bars."""
+"""Wrapping, truncating and escaping of styled text; signed numbers and vertical bars."""
 
 import textwrap
 
@@ -7,7 +7,7 @@ from minigpt.tracing.spans import Line, cell_len, eighths, fit
 
 _UPRIGHT_EIGHTHS = " ▁▂▃▄▅▆▇█"
 SIGNED_WIDTH = 5
-"""Width of a number with a sign, in cells."""
+"""Width of a signed number, in cells."""
 
 
 def upright_bar(share: float) -> str:
@@ -38,7 +38,7 @@ def fit_start(text: str, width: int) -> str:
 
 
 def wrapped(text: str, width: int, style: str = "dim", *, label: str = "") -> list[Line]:
-    """Wrap text at blanks, after a label on the first line."""
+    """Wrap text at spaces, after a label on the first line."""
     room = max(width - len(label), 1)
     pieces = textwrap.wrap(text, room, break_on_hyphens=False)
     start = [(label, "dim")] if label else []
@@ -47,6 +47,6 @@ def wrapped(text: str, width: int, style: str = "dim", *, label: str = "") -> li
 
 
 def one_line(text: str) -> str:
-    """Escape a name for use within a line: control, line-breaking and joining characters."""
+    """Escape control, line-breaking and joining characters so that a name stays on one line."""
     escaped = printable(text).replace("\n", "\\n").replace("\t", "\\t")
     return escaped.replace("\u200c", "\\u200c").replace("\u200d", "\\u200d")

@@ -68,7 +68,7 @@ def test_exact_effects_can_shade_the_text_like_a_measure(verified: Trace, opened
         assert heights[position] == pytest.approx(12 * math.sqrt(abs(change) / largest), abs=0.1)
         if abs(change) > 1e-4:  # without a position, a token that it promoted becomes less likely
             assert kinds[position] == [change < 0, change > 0]
-    assert "ln p loses without each position" in page.text("#listed")
+    assert "decrease of ln p without each position" in page.text("#listed")
     order = list(cell_changes(page))
     expected = np.argsort(-np.abs(step.changes_S), kind="stable")[:12].tolist()
     assert order[:4] == expected[:4]

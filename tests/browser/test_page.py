@@ -124,7 +124,7 @@ def test_a_prompt_token_shows_the_tokens_that_attended_to_it(opened: Opened) -> 
     page.click(3)
     expected = [0.0] * N_PROMPT + [float(step.row.weights_S[3]) for step in trace.steps]
     assert_shaded(page, expected)
-    assert page.text("#token-title").startswith("Who attended to token 3")
+    assert page.text("#token-title").startswith("Tokens that attended to token 3")
     assert "have no row" in page.text("#token-facts")
 
 
@@ -315,7 +315,7 @@ def test_the_page_reports_what_is_missing_in_a_trace(opened: Opened) -> None:
     assert "has no rows of single heads" in page.text("#no-heads")
     assert not page.page.locator("#grid").is_visible()
     assert not page.page.locator("#measure").is_visible()
-    assert page.text("#role-legend") == "This trace has no roles of heads."
+    assert page.text("#role-legend") == "This trace has no head roles."
     assert page.page.locator("#sources th").all_inner_texts() == ["at", "token", "weight"]
     assert "says nothing about cause" in page.text("footer")
 

@@ -285,7 +285,7 @@ def test_an_alternative_continues_a_text_and_may_be_a_special_token() -> None:
         ({"measure": "weight", "against": "x"}, "--against compares .* logit"),
         ({"measure": "both", "against": "x"}, "--against compares"),
         ({"measure": "logit", "against": ""}, "--against needs a token"),
-        ({"measure": "logit", "reduce": "max"}, "--reduce max has no meaning"),
+        ({"measure": "logit", "reduce": "max"}, "--reduce max does not apply"),
         ({"measure": "logit", "reduce": "rollout"}, "--reduce rollout requires"),
         ({"measure": "gradient", "heads": "0.1"}, "--heads has no effect on --measure gradient"),
         ({"measure": "integrated", "layers": "0"}, "--layers has no effect"),
@@ -309,7 +309,7 @@ def test_models_without_linear_logits_are_refused_by_name() -> None:
         def logits(self, x: Tensor, logits_to_keep: int) -> Tensor:
             return 2 * super().logits(x, logits_to_keep)
 
-    with pytest.raises(ConfigError, match=r"\(Scaled\).*logits in a way of its own"):
+    with pytest.raises(ConfigError, match=r"\(Scaled\).*overrides how logits are computed"):
         MeasureRecorder(Scaled(small_model().config), measures=("logit",))
 
 

@@ -122,7 +122,7 @@ def test_scores_equal_a_plain_loop_over_full_attention_maps(layout: str) -> None
 
 @pytest.mark.parametrize("changes", [{"context_length": 5}, {"vocab_size": 2}])
 def test_a_model_too_small_for_a_repeated_sequence_is_refused(changes: dict[str, int]) -> None:
-    with pytest.raises(ConfigError, match="a context of 6 positions"):
+    with pytest.raises(ConfigError, match="a context of at least 6 positions"):
         head_roles(small_model(**changes))
 
 

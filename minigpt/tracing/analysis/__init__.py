@@ -1,1 +1,1 @@
-"""What a trace can tell beyond its rows."""
+"""Analyses that a trace can add to its rows."""

@@ -1,6 +1,6 @@
-"""Every row of every head in one safetensors file: written step by step, and read for a replay.
+"""Rows of all heads in one safetensors file, written step by step, and read for a replay.
 
-Shapes: L layers, H query heads, S positions in view, N positions of all rows together.
+Shapes: L layers, H query heads, S positions in view, N sum of S over all steps.
 """
 
 import json
@@ -28,25 +28,25 @@ from minigpt.tracing.rows import RowReader
 
 _HEADER_BYTES = 4096
 _LARGEST_WEIGHT = 1.01
-"""1, and the rounding of bfloat16."""
+"""1, plus rounding of bfloat16."""
 
 
 @contextmanager
 def writing_rows(
     path: Path, *, n_layer: int, n_head: int, metadata: dict[str, str]
 ) -> Iterator[Callable[[Tensor], None]]:
-    """Yield a function that adds the weights (L, H, S) of a step to a safetensors file.
+    """Yield a function that appends the weights (L, H, S) of a step to a safetensors file.
 
-    ``rows`` (N, L, H), float32: the weights of each step's row, one step after the other.
+    ``rows`` (N, L, H), float32: the weights of each step's row, concatenated over steps.
     ``offsets`` (steps + 1,), int32: step i has rows[offsets[i]:offsets[i + 1]]. The file appears at
     the end of the block, unless there was an exception.
 
-    Args: metadata, of the safetensors header; short.
+    Args: metadata, for the safetensors header; must be short.
     Raises: ResourceError if the file cannot be written.
     """
     offsets = [0]
     with resource_errors(path), writing_aside(path) as file:
-        file.write(bytes(_HEADER_BYTES))  # its sizes are known at the end
+        file.write(bytes(_HEADER_BYTES))  # placeholder: the sizes are not known yet
 
         def add(weights_LHS: Tensor) -> None:
             rows_SLH = weights_LHS.permute(2, 0, 1).float().cpu().numpy()
@@ -67,22 +67,22 @@ def writing_rows(
         room = _HEADER_BYTES - 8
         assert len(header) <= room, "the metadata is too long"
         file.seek(0)
-        # The format allows trailing blanks in a header.
+        # The format allows trailing spaces in a header.
         file.write(room.to_bytes(8, "little") + header.ljust(room))
 
 
 def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: int) -> Trace:
-    """Return a trace whose rows are reduced again, as if it had been traced with other options.
+    """Return a trace with its rows reduced again, as if it had been traced with other options.
 
-    Args: path, a file that ``writing_rows`` wrote for the same trace; config, whose layers, heads,
-        reduce and n_sources are used; n_kept, the number of sources to keep of each head.
+    Args: path, a file that ``writing_rows`` wrote for the same trace; config, whose layers, heads
+        and reduce are used; n_kept, the number of sources to keep per row.
     Raises: ConfigError for heads that the model does not have, or reduce rollout; DataError if the
-        file is not one of ``writing_rows``, or of another trace; ResourceError if reading it is not
-        permitted.
+        file was not written by ``writing_rows``, or for another trace; ResourceError if reading it
+        is not permitted.
     """
     if config.reduce == "rollout":
         raise ConfigError(
-            "--reduce rollout needs the weights of all queries, and --dense has those of the "
+            "--reduce rollout needs the weights of all queries, and --dense only has those of "
             "generated tokens. Use mean or max."
         )
     header = trace.header
@@ -97,7 +97,7 @@ def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: in
         reduced_S = reduce_rows(rows_LHS, selection, is_max=config.reduce == "max")
         rows_RS = torch.cat((reduced_S[None], rows_LHS.flatten(0, 1)))
         [row] = reader.rows([rows_RS], trace.tokens, header.n_layer)
-        # The knockouts are those of before, and meet the weights of these rows.
+        # The knockouts stay the same, but are compared with the weights of the new rows.
         effects = tuple(_with_weight(effect, row) for effect in step.effects)
         steps.append(replace(step, rows=(row,), effects=effects))
         tally.add(steps[-1])
@@ -114,7 +114,7 @@ def _with_weight(effect: Effect, row: Row) -> Effect:
 
 
 def _read_rows(path: Path, shape: tuple[int, int, int], offsets: list[int]) -> NDArray[np.float32]:
-    """Return the rows (N, L, H) of a file; nothing is read before its header fits the trace."""
+    """Return the rows (N, L, H) of a file, after checking that its header matches the trace."""
     expected = {"rows": ("F32", list(shape)), "offsets": ("I32", [len(offsets)])}
     try:
         with resource_errors(path):
@@ -127,13 +127,13 @@ def _read_rows(path: Path, shape: tuple[int, int, int], offsets: list[int]) -> N
     except (OSError, SafetensorError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise DataError(
-            f"{str(path)!r} is not a file of --dense: {printable(reason[:120])}. Name one that "
+            f"{str(path)!r} is not a file of --dense: {printable(reason[:120])}. Name a file that "
             "--dense wrote."
         ) from None
     if not is_its_own:
         raise DataError(
             f"{str(path)!r} has rows of another trace. Name the file that --dense wrote with it."
         )
-    if not ((rows_NLH >= 0) & (rows_NLH < _LARGEST_WEIGHT)).all():  # NaN is neither
+    if not ((rows_NLH >= 0) & (rows_NLH < _LARGEST_WEIGHT)).all():  # also false for NaN
         raise DataError(f"{str(path)!r} has weights below 0, above 1, NaN or inf. Trace again.")
     return rows_NLH

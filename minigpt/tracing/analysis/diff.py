@@ -1,4 +1,4 @@
-"""Comparing two traces of the same tokens: two heads, two checkpoints, or two measures."""
+"""Comparison of two traces of the same tokens: two heads, two checkpoints, or two measures."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,26 +18,26 @@ class StepDiff:
 
     token: Token
     divergence: float
-    """Jensen-Shannon divergence of the rows as shares, in bits: 0 for equal rows, 1 for rows that
-    have no position in common (Lin 1991, 10.1109/18.61115)."""
+    """Jensen-Shannon divergence of the normalized rows, in bits: 0 for equal rows, 1 for rows with
+    no position in common (Lin 1991, 10.1109/18.61115)."""
     moved: float
-    """Total variation distance of the rows as shares, 0 to 1: of weights, the share of attention
-    that moved."""
+    """Total variation distance of the normalized rows, in [0, 1]: for attention weights, the share
+    of attention that moved."""
     first_token: Token
     """Strongest source in the first trace, except the sink."""
     second_token: Token
     """Strongest source in the second trace, except the sink."""
     change: float
-    """ln of the token's probability in the second trace, minus that in the first."""
+    """ln p of the token in the second trace minus ln p in the first."""
 
 
 def diff_traces(first: Trace, second: Trace) -> Iterator[StepDiff]:
     """Compare two traces step by step, by the first measure of each.
 
-    Numbers with a sign are shares of the sum of their magnitudes, and those of different signs
-    have nothing in common.
+    Signed rows are normalized by the sum of magnitudes, and numbers of different signs at the same
+    position do not overlap.
 
-    Raises: DataError if their tokens differ, naming the first position where they do.
+    Raises: DataError naming the first position where their tokens differ.
     """
     _check_tokens(first, second)
     for one, other in zip(first.steps, second.steps, strict=True):
@@ -69,7 +69,7 @@ def _check_tokens(first: Trace, second: Trace) -> None:
             )
     n_prompt = len(first.header.prompt)
     for kind, is_prompt, option in (
-        ("rows of the prompt", True, "--prompt-rows in both, or in none"),
+        ("rows of the prompt", True, "--prompt-rows, or both without"),
         ("generated tokens", False, "the same --max-new-tokens"),
     ):
         n_first, n_second = (
@@ -83,7 +83,7 @@ def _check_tokens(first: Trace, second: Trace) -> None:
 
 
 def _shares(row: Row) -> NDArray[np.float64]:
-    """Return the positive numbers of a row and then the negative ones, as shares (2 S,)."""
+    """Return the positive, then the negative numbers of a row, as shares of the sum (2 S,)."""
     weights_S = row.weights_S.astype(np.float64)
     sizes = np.concatenate((weights_S.clip(min=0), (-weights_S).clip(min=0)))
     shares: NDArray[np.float64] = sizes / max(sizes.sum(), 1e-300)
@@ -100,8 +100,8 @@ def _divergence(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
 
 
 def _strongest(trace: Trace, row: Row) -> Token:
-    """Return the token with the largest weight except the sink, unless the sink is alone."""
+    """Return the token with the largest weight except the sink, or the sink if it is alone."""
     weights = np.abs(row.weights_S)
     if len(weights) > 1:
-        weights[trace.header.sink : trace.header.sink + 1] = -1  # it may come after the query
+        weights[trace.header.sink : trace.header.sink + 1] = -1  # the sink may come after the query
     return trace.tokens[int(weights.argmax())]

@@ -1,4 +1,4 @@
-"""Forward passes over given embeddings, and the gradient of a token's logit by them.
+"""Forward passes from given embeddings, and the gradient of a token's logit with respect to them.
 
 Shapes: B sequences, S positions, C model dim.
 """
@@ -13,16 +13,16 @@ from minigpt.tracing.analysis.measures import Prediction
 
 
 def embeddings(model: LanguageModel, tokens: Sequence[int]) -> Tensor:
-    """Return the rows of the embedding for these tokens (S, C), before a family scales them."""
+    """Return the tokens' rows of the embedding matrix (S, C), before any scaling by the model."""
     with torch.inference_mode(False), torch.no_grad():
         rows: Tensor = model.embedding(torch.tensor(tokens, device=model.device))
         return rows.detach()
 
 
 def logit_at(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Tensor:
-    """Return the logit of the predicted token (B,), float32, for these embeddings of the tokens.
+    """Return the logit of the predicted token (B,), float32, given the embeddings of all tokens.
 
-    With an alternative, its logit is subtracted.
+    The logit of the alternative, if any, is subtracted.
     """
     tokens_BS = torch.zeros(x_BSC.shape[:2], dtype=torch.long, device=model.device)  # replaced
     with model.embedding.register_forward_hook(lambda *call: x_BSC):
@@ -34,7 +34,7 @@ def logit_at(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Ten
 
 
 def gradients(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Tensor:
-    """Return the gradient of ``logit_at`` by the embeddings of each sequence (B, S, C)."""
+    """Return the gradient of ``logit_at`` with respect to the embeddings (B, S, C)."""
     with torch.inference_mode(False), torch.enable_grad():
         leaf_BSC = x_BSC.clone().requires_grad_()
         logit = logit_at(model, leaf_BSC, prediction).sum()

@@ -1,8 +1,8 @@
-"""How well each measure of attention predicts the effect of knocking a position out.
+"""Faithfulness: how well each measure of attention predicts the effect of knocking out a position.
 
-Attention weights were said not to be explanations (Jain & Wallace 2019, arXiv:1902.10186) and to be
-possible ones (Wiegreffe & Pinter 2019, arXiv:1908.04626). Here, the exact effect of each position
-on each generated token is the reference, and each measure ranks the positions.
+Whether attention weights are explanations is disputed (Jain & Wallace 2019, arXiv:1902.10186;
+Wiegreffe & Pinter 2019, arXiv:1908.04626). Here each measure ranks the positions, and the
+reference is the exact effect of each position on each generated token.
 
 Shapes: N generated tokens, S positions in view.
 """
@@ -35,61 +35,61 @@ CONTROLS = {
     RANDOM: "a random order",
     EXACT: "the exact effects themselves: the best that a ranking by single knockouts can reach",
 }
-"""Rankings to compare the measures with."""
+"""Baseline rankings to compare the measures with."""
 MIN_POSITIONS = 10
-"""Fewest positions besides the sink of a token that counts."""
+"""Minimum number of positions besides the sink for a token to count."""
 TOPS = (1, 3, 5)
-"""Numbers of strongest positions whose share of all effects is reported."""
+"""Values of k for the share of all effects that the k strongest positions have."""
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
-"""Shares of the positions that are hidden together, strongest first (DeYoung et al. 2020)."""
+"""Shares of the positions to hide together, strongest first (DeYoung et al. 2020)."""
 METRICS = ("rank_correlation", *(f"top_{k}" for k in TOPS), "deletion")
-"""Names of the numbers of a token, in the order of ``Faithfulness.metrics``."""
+"""Names of a token's metrics, in the order of ``Faithfulness.metrics``."""
 _N_RESAMPLES = 2000
 
 Progress = Callable[[float, str], None]
-"""Called with the share that is done, and what is being done."""
+"""Called with the share of the work done, and a description of the current step."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over tokens, with the 95 % interval of a bootstrap over tokens."""
+    """A mean over tokens, with its 95 % bootstrap interval."""
 
     mean: float
     low: float
     high: float
     n: int
-    """Number of tokens for which it is defined."""
+    """Number of tokens for which the value is defined."""
 
 
 @dataclass(frozen=True)
 class Faithfulness:
-    """How well one ranking predicts the effects."""
+    """Metrics of how well one ranking predicts the effects."""
 
     name: str
     metrics: dict[str, Interval | None]
-    """By name, as in METRICS. None if undefined for every token."""
+    """Metrics by name, as in METRICS. None if undefined for every token."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The measures of one model, compared on the same tokens."""
+    """Comparison of the measures of one model on the same tokens."""
 
     results: tuple[Faithfulness, ...]
     n_tokens: int
-    """Number of tokens that count."""
+    """Number of tokens with enough positions to count."""
     n_knockouts: int
-    """Number of knockouts that were computed."""
+    """Number of knockouts computed."""
     mean_positions: float
-    """Mean number of positions that were ranked."""
+    """Mean number of ranked positions per token."""
     text: str
     """Generated text of the first sample."""
     left_out: dict[str, str]
-    """Measures that the model or the length of the text does not allow, with the reason."""
+    """Measures that are not possible with the model or the length of the text, with the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Measures(AnalysisConfig):
-    """Settings of a trace with a row by each of any measures."""
+    """Settings of a trace with a row for each of any number of measures."""
 
     compared: tuple[str, ...] = ()
 
@@ -99,14 +99,14 @@ class _Measures(AnalysisConfig):
 
 
 def measure_names() -> tuple[str, ...]:
-    """Return the measures of this installation, and rollout."""
+    """Return the installed measures, and rollout."""
     return (*MEASURES, ROLLOUT)
 
 
 def choose_measures(text: str) -> tuple[str, ...]:
-    """Return the measures of a list such as ``weight,norm``.
+    """Parse a list of measures such as ``weight,norm``.
 
-    Raises: ConfigError for one that does not exist.
+    Raises: ConfigError for a measure that does not exist.
     """
     names = measure_names()
     chosen = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
@@ -130,12 +130,12 @@ def compare_measures(
     """Continue a prompt, and compare measures on all generated tokens.
 
     Each sample is decoded once for all measures and once more for the rollout, with the same
-    tokens. Then every position is knocked out, and for each ranking its strongest positions
+    tokens. Then each position is knocked out alone, and the strongest positions of each ranking
     together.
 
-    Args: config, its ``knockout`` and ``sink``, as for a trace; measures, None for all that are
+    Args: config, whose ``knockout`` and ``sink`` are used; measures, or None for all that are
         possible; seed, of the first sample.
-    Raises: as ``trace``; DataError if no token has MIN_POSITIONS positions besides the sink.
+    Raises: those of ``trace``; DataError if no token has MIN_POSITIONS positions besides the sink.
     """
     left_out: dict[str, str] = {}
     if measures is None:
@@ -162,7 +162,7 @@ def compare_measures(
         for number, (what, one) in enumerate(passes.items()):
             events: list[Any] = []
             for event in trace(model, tokenizer, prompt, sampling, one, seed=seed + sample):
-                done = min(len(events) / (sampling.max_new_tokens + 2), 1)  # header and footer
+                done = min(len(events) / (sampling.max_new_tokens + 2), 1)  # + header, footer
                 show(0.5 * (number + done) / len(passes), what)
                 events.append(event)
             traced = Trace.of(events)
@@ -227,7 +227,7 @@ def compare_measures(
 
 
 def _impossible(model: LanguageModel, config: AnalysisConfig, n_positions: int) -> dict[str, str]:
-    """Return the measures that cannot be taken, with the reason."""
+    """Return the measures that are not possible, with the reason."""
     reasons: dict[str, str] = {}
     for name in measure_names():
         try:
@@ -246,7 +246,7 @@ def _numbers(
     order_S: NDArray[np.int64],
     drop: float,
 ) -> list[float]:
-    """Return the numbers of one token, as in METRICS; NaN for one that is undefined."""
+    """Return the metrics of one token, in the order of METRICS; NaN if undefined."""
     correlation = rank_correlation(strengths_S, effects_S)
     total = float(effects_S.sum())
     shares = [effects_S[order_S[:k]].sum() / total if total else np.nan for k in TOPS]
@@ -256,7 +256,7 @@ def _numbers(
 def bootstrap(values_N: NDArray[np.float64], *, seed: int) -> Interval | None:
     """Return the mean of the values that are not NaN, with its interval; None if all are NaN.
 
-    Source: Efron 1979 (the percentile interval of resampled means).
+    Source: Efron 1979 (percentile interval of resampled means).
     """
     values_N = values_N[~np.isnan(values_N)]
     n = len(values_N)

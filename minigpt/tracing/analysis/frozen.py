@@ -1,10 +1,10 @@
 """Logits as linear functions of the residual stream, with the scale of a norm frozen.
 
-A norm divides by the size of its input. With that number kept as it was in a forward pass, the
-rest is linear, so a logit is a sum over whatever was added to the stream (Elhage et al. 2021, "A
-Mathematical Framework for Transformer Circuits").
+A norm divides by the magnitude of its input. If that scale is fixed to its value in a forward pass,
+the rest is linear, so a logit is a sum over everything that was added to the stream (Elhage et al.
+2021, "A Mathematical Framework for Transformer Circuits").
 
-Shapes: L layers, C model dim, X all heads' outputs side by side; ... any leading axes.
+Shapes: L layers, C model dim, X all heads' outputs concatenated; ... any leading axes.
 """
 
 from collections.abc import Sequence
@@ -19,29 +19,29 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import RMSNorm
 
 _MAX_TOGETHER = 2**22
-"""Weights of all layers that are copied side by side."""
+"""Maximum number of weights, over all layers, that are copied into one matrix."""
 
 
 def why_not_linear(model: LanguageModel) -> str:
-    """Return why the logits are not a sum over what was added to the residual stream, or ""."""
+    """Return why the logits are not a sum of additions to the residual stream, or ""."""
     if not isinstance(model, GPT):
         return "it has no residual stream"
     if type(model).logits is not LanguageModel.logits:
-        return "it computes logits in a way of its own"
+        return "it overrides how logits are computed"
     norms = [model.final_norm, *(norm for norm in _branch_norms(model) if norm is not None)]
     others = [n for n in norms if not isinstance(n, nn.LayerNorm | RMSNorm)]
     return f"the scale of its norm {type(others[0]).__name__} is not known" if others else ""
 
 
 def frozen_norm(norm: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return u (..., C) and b (...) with w . norm(x) = u . x + b, the norm's scale frozen at x.
+    """Return u (..., C) and b (...) with w . norm(x) = u . x + b, where the scale is frozen at x.
 
     Args: norm, LayerNorm or RMSNorm; x and w (..., C), float32.
     """
     if isinstance(norm, nn.LayerNorm):
         gain = norm.weight.float() * w
         scale = torch.rsqrt(x.var(dim=-1, correction=0, keepdim=True) + norm.eps)
-        # A sum and not a product with w, whose bits would depend on how many rows w has.
+        # Not a matrix product with w: its bits would depend on the number of rows of w.
         bias = (w * norm.bias.float()).sum(dim=-1)
         return (gain - gain.mean(dim=-1, keepdim=True)) * scale, bias
     assert isinstance(norm, RMSNorm)
@@ -50,7 +50,7 @@ def frozen_norm(norm: nn.Module, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_weight(linear: nn.Module) -> Tensor:
-    """Return the weight of a linear layer (O, I), float32; a quantized one has such a method."""
+    """Return the weight of a linear layer (O, I) in float32, dequantized if necessary."""
     dense: Any = linear
     weight: Tensor = dense.weight if isinstance(linear, nn.Linear) else dense.dense_weight()
     return weight.float()
@@ -59,21 +59,21 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def logit_weights(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Return the rows of the output projection for tokens (...): (..., C), float32."""
     if isinstance(model.unembedding, nn.Linear):
-        # Not weight[tokens]: for one token, a GPU would wait for its number.
+        # Not weight[tokens]: for one token, that synchronizes with the GPU.
         return F.embedding(tokens, model.unembedding.weight).float()
-    # A quantized output projection has a method of this name.
+    # A quantized output projection has a method ``rows``.
     rows: Any = model.embedding if model.unembedding is None else model.unembedding.rows
     found: Tensor = rows(tokens)
     return found.float()
 
 
 class HeadDirections:
-    """How directions in the residual stream look from the heads' outputs, before W_O."""
+    """Maps directions in the residual stream back through W_O to the heads' outputs."""
 
     def __init__(self, model: GPT) -> None:
         outputs = [attention.output for attention in model.attentions]
         self._norms = _branch_norms(model)
-        # Without a copy for float32 weights; others are converted once.
+        # float32 weights are not copied; others are converted once.
         self._weights_CX = [dense_weight(output).detach() for output in outputs]
         zero_C = self._weights_CX[0].new_zeros(model.config.d_model)
         self._bias_LC = torch.stack(
@@ -81,20 +81,20 @@ class HeadDirections:
         )
         self._has_biases = any(output.bias is not None for output in outputs)
         is_small = sum(weight.numel() for weight in self._weights_CX) <= _MAX_TOGETHER
-        # Side by side: one product instead of L.
+        # Concatenated: one product instead of L.
         self._factors = [torch.cat(self._weights_CX, dim=1)] if is_small else self._weights_CX
         self._has_norms = any(norm is not None for norm in self._norms)
 
     def __call__(
         self, us: Sequence[Tensor], contexts: Sequence[Sequence[Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return, for each u, W_O^T u of all layers (L, ..., X), and what its biases add (L, ...).
+        """Return, for each u, W_O^T u of all layers (L, ..., X), and the biases' part (L, ...).
 
-        Each product is of one u, so its bits do not depend on the others; but all products with a
-        weight come together, so that it is read from memory once.
+        Each product has a single u, so its bits do not depend on the others. All products with the
+        same weight are consecutive, so that it is read from memory once.
 
         Args: us, each (..., C); contexts, for each u the heads' outputs of each layer (..., X), at
-            which the norms after the attention, if there are any, have their scale.
+            which any norms after the attention are frozen.
         """
         if self._has_norms:
             by_layer = zip(*contexts, strict=True)
@@ -124,7 +124,7 @@ class HeadDirections:
 def _direction(
     norm: nn.Module | None, weight_CX: Tensor, bias_C: Tensor, u: Tensor, context: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return W_O^T u (..., X) of one layer, and what its bias adds along u (...)."""
+    """Return W_O^T u (..., X) of one layer, and the part of its bias along u (...)."""
     bias = u.new_zeros(u.shape[:-1])
     if norm is not None:
         u, bias = frozen_norm(norm, context.float() @ weight_CX.T + bias_C, u)

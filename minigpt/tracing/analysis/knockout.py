@@ -1,7 +1,7 @@
 """Knockout: hide earlier positions from the newest query, and measure the effect on its token.
 
-Shapes: L layers, B rows, H query heads, G key/value heads, S positions in view, T new positions, D
-head dim.
+Shapes: L layers, B rows, H query heads, G key/value heads, S positions in view, T new positions,
+D head dim.
 """
 
 import time
@@ -30,11 +30,11 @@ from minigpt.tracing.findings import Effect, Kept, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, select_heads
 from minigpt.tracing.signals import signals_later
 
-_MAX_CACHE_BYTES = 2**28  # of all rows of a batch, where each needs a copy of the cache
-_MAX_BYTES = 2**27  # of the weights of a layer and of the logits of a batch, where none does
+_MAX_CACHE_BYTES = 2**28  # of a batch, if each row needs a copy of the cache
+_MAX_BYTES = 2**27  # of a batch's logits and weights of one layer, if rows share the cache
 _MAX_ROWS = 128
 _WAIT_S = 0.25
-"""Time for which a token waits for others to be verified with; a slow model's token does not."""
+"""Longest time for which a token waits to be verified in a batch with the next ones."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ class Query:
     token: int
     """Token at that position."""
     target: int
-    """Token that was predicted."""
+    """Predicted token."""
     hidden: Sequence[Sequence[int]]
-    """For each row, the positions that are hidden."""
+    """Positions to hide, for each row."""
 
 
 def choose_controls(
     weights_S: NDArray[np.float32], sources: Sequence[int], *, sink: int
 ) -> list[int | None]:
-    """Return for each source its control: the nearest position with a smaller weight.
+    """Return a control for each source: the nearest position with a smaller weight.
 
-    Sources, the sink and controls of other sources are not eligible. Of two positions at the same
-    distance, the earlier one is chosen. None if no position is left.
+    Sources, the sink and controls of other sources are not eligible. At equal distance, the earlier
+    position is chosen. None if no position is left.
     """
     taken: set[int | None] = {sink, *sources}
     controls: list[int | None] = []
@@ -70,12 +70,12 @@ def choose_controls(
 
 
 class Knockouts:
-    """Computes predictions again, with positions hidden from the query.
+    """Recomputes predictions with positions hidden from the query.
 
-    Each row is the newest query computed again, and a batch has a row without a knockout for each
-    of its queries, so that all are computed by the same kernels. Earlier queries are left as they
-    were. A key is hidden from the query, so the other weights grow to sum to 1. A value is set to
-    zero, and the weights stay.
+    Each row recomputes the newest query; earlier queries are unchanged. A batch also has a row
+    without a knockout for each of its queries, so that the same kernels compute both. A hidden key
+    is masked, so the other weights grow to sum to 1. A hidden value is set to zero, and the weights
+    are unchanged.
 
     Source: Geva et al. 2023, arXiv:2304.14767 (attention knockout, of keys).
     """
@@ -88,7 +88,7 @@ class Knockouts:
     ) -> None:
         """Args: selection, the heads in which positions are hidden; None for all.
 
-        Raises: ConfigError if this kind of knockout is not possible with the model.
+        Raises: ConfigError if the model does not support this kind of knockout.
         """
         if knockout == "value" and not isinstance(model, GPT):
             raise ConfigError(
@@ -109,14 +109,14 @@ class Knockouts:
 
     @property
     def batch_rows(self) -> int:
-        """Number of rows that are worth waiting for; 1 if queries are not computed together."""
+        """Number of rows to collect for a batch, or 1 if queries are not batched."""
         return _MAX_ROWS if self._fast else 1
 
     @torch.inference_mode()
     def changes(self, cache: KVCache, queries: Sequence[Query]) -> list[NDArray[np.float32]]:
         """Return for each query the changes of ln p(target) and of its logit, (rows, 2).
 
-        Args: cache, of one sequence, which holds at least the queries and is not changed.
+        Args: cache, of one sequence, with at least the queries' positions; it is not modified.
         """
         found: list[list[Tensor]] = [[] for _ in queries]
         for batch in self._batches(cache, queries):
@@ -130,9 +130,9 @@ class Knockouts:
     def _batches(
         self, cache: KVCache, queries: Sequence[Query]
     ) -> Iterator[list[tuple[int, Query]]]:
-        """Yield the rows of queries that are computed together, each with one that hides nothing.
+        """Split queries into batches, where each query starts with a row that hides nothing.
 
-        Memory is bounded: a query with many rows takes several batches.
+        To limit memory, a query with many rows is split over several batches.
         """
         batch: list[tuple[int, Query]] = []
         n_rows = 0
@@ -149,7 +149,7 @@ class Knockouts:
             yield batch
 
     def _max_rows(self, cache: KVCache, n_view: int) -> int:
-        """Return the largest number of rows of a batch, at least 2."""
+        """Return the maximum number of rows in a batch, at least 2."""
         if self._fast:
             config = self._model.config
             row_bytes = 4 * (3 * config.n_head * n_view + 3 * config.vocab_size)
@@ -157,9 +157,9 @@ class Knockouts:
         return 1 + max(1, _MAX_CACHE_BYTES * cache.capacity // (cache.n_bytes * n_view))
 
     def _fast_rows(self, cache: KVCache, queries: Sequence[Query]) -> Tensor:
-        """Return ln p and the logit of the target of every row, (B, 2); the cache is shared."""
+        """Return ln p and the logit of each row's target, (B, 2), with a shared cache."""
         assert self._fast is not None
-        # Products of few rows have other last bits, and how many there are depends on the clock.
+        # Pad, because products of few rows round differently, and their number depends on timing.
         n_rows, last = sum(len(query.hidden) for query in queries), queries[-1]
         filling = [()] * (self._fast.MIN_ROWS - n_rows)
         queries = [*queries[:-1], replace(last, hidden=[*last.hidden, *filling])]
@@ -177,7 +177,7 @@ class Knockouts:
         return _scores(logits, repeated("target"))[:n_rows]
 
     def _plain_rows(self, cache: KVCache, queries: Sequence[Query]) -> Tensor:
-        """Return what ``_fast_rows`` does, by the model's own forward."""
+        """Return the same as ``_fast_rows``, computed by the model's own forward."""
         [query] = queries
         model, n_rows, end = self._model, len(query.hidden), query.position + 1
         hidden_BS = _mask(queries, end).to(model.device)
@@ -187,7 +187,7 @@ class Knockouts:
             prefix: KVCache = _SharedPrefix(
                 cache, end, hidden_BS if self._is_value else None, self._heads_LH
             )
-        else:  # an LSTM reads earlier states from the cache itself
+        else:  # an LSTM reads earlier states directly from the cache
             prefix = copy(cache)
             prefix.truncate(end - 1)
             prefix.select([0] * n_rows)
@@ -204,7 +204,7 @@ class Knockouts:
 
 
 def _mask(queries: Sequence[Query], n_view: int) -> Tensor:
-    """Return for each row of the queries which positions are hidden, (B, S)."""
+    """Return a mask of the positions hidden in each row of the queries, (B, S)."""
     rows = [hidden for query in queries for hidden in query.hidden]
     hidden_BS = np.zeros((len(rows), n_view), np.bool_)
     for row_S, hidden in zip(hidden_BS, rows, strict=True):
@@ -220,7 +220,7 @@ def _scores(logits: Tensor, targets_B: Tensor) -> Tensor:
 
 @contextmanager
 def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> Iterator[None]:
-    """Hide keys from some heads in the forward passes inside, by the mask of each layer."""
+    """Hide keys from some heads of each layer in forward passes inside the block."""
 
     def hide(heads_H: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         visible_BH1S = ~(hidden_BS[:, None, None] & heads_H[None, :, None, None])
@@ -234,15 +234,15 @@ def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> Iterat
 
 
 class _SharedPrefix(KVCache):
-    """All positions of a cache before the newest, shared by rows that each write their own newest.
+    """A cache whose earlier positions are shared by all rows; each row adds its newest position.
 
-    The rows of a layer are only materialised while that layer is computed.
+    The rows of a layer are only materialized while that layer is computed.
     """
 
     def __init__(
         self, cache: KVCache, end: int, zeroed_BS: Tensor | None, heads_LH: Tensor | None
     ) -> None:
-        """Args: zeroed_BS, true for values that are set to zero, in the chosen heads or in all."""
+        """Args: zeroed_BS, True for values to set to zero, in the chosen heads or in all."""
         self.capacity, self.length = end, end - 1
         self.keys_LBGSD = cache.keys_LBGSD[:, :1, :, : self.length]
         self.values_LBGSD = cache.values_LBGSD[:, :1, :, : self.length]
@@ -250,7 +250,7 @@ class _SharedPrefix(KVCache):
         self._zeroed_BS, self._heads_LH = zeroed_BS, heads_LH
 
     def write(self, layer: int, k_BGTD: Tensor, v_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a layer's shared keys and values, followed by those of each row."""
+        """Return a layer's shared keys and values, followed by each row's own."""
         shape = (len(k_BGTD), -1, -1, -1)
         keys_BGSD = torch.cat((self.keys_LBGSD[layer].expand(shape), k_BGTD), dim=2)
         values_BGSD = torch.cat((self.values_LBGSD[layer].expand(shape), v_BGTD), dim=2)
@@ -269,8 +269,8 @@ class Verifier:
     """Adds the effects of knockouts to the steps of a trace, in batches over several steps."""
 
     def __init__(self, model: LanguageModel, config: AnalysisConfig) -> None:
-        """Raises: ConfigError for heads that the model does not have, or a kind of knockout that is
-        not possible with it.
+        """Raises: ConfigError for heads that the model does not have, or a kind of knockout that it
+        does not support.
         """
         shape = model.config
         self.selection: HeadSelection | None = None
@@ -294,42 +294,42 @@ class Verifier:
     ) -> Iterator[TraceStep]:
         """Yield the steps with their effects, in order.
 
-        A step is held until the knockouts of the steps since the last batch fill one, but not much
-        longer than ``_WAIT_S``, or until the steps end or fail.
+        Steps wait until their knockouts fill a batch, but not much longer than ``_WAIT_S``, or
+        until the steps end or fail.
 
-        Args: tokens, at least those in view of the newest step's query; cache, which holds at least
-            those; sink, a position that is never a source or a control.
+        Args: tokens, at least those that the newest step's query sees; cache, with at least their
+            keys and values; sink, a position that is never a source or a control.
         """
-        held: list[TraceStep] = []
+        waiting: list[TraceStep] = []
         n_rows, due = 0, 0.0  # the first token is shown at once
         try:
             for step in steps:
-                held.append(step)
+                waiting.append(step)
                 n_view, n_verified = step.token.position, self._n_verified
                 n_rows += 1 + (n_view if n_verified == "all" else min(n_view, 2 * n_verified + 1))
                 if n_rows >= self._knockouts.batch_rows or time.perf_counter() > due:
-                    batch, held, n_rows = held, [], 0
+                    batch, waiting, n_rows = waiting, [], 0
                     yield from self._with_effects(batch, tokens, cache, sink)
                     due = time.perf_counter() + _WAIT_S
         finally:
-            yield from self._with_effects(held, tokens, cache, sink)
+            yield from self._with_effects(waiting, tokens, cache, sink)
 
     def _with_effects(
-        self, held: Sequence[TraceStep], tokens: Sequence[Token], cache: KVCache, sink: int
+        self, steps: Sequence[TraceStep], tokens: Sequence[Token], cache: KVCache, sink: int
     ) -> Iterator[TraceStep]:
         verified: list[TraceStep] = []
         try:
             with signals_later():
-                plans = [_plan(abs(step.row.weights_S), self._n_verified, sink) for step in held]
-                places = [step.token.position - 1 for step in held]
+                plans = [_plan(abs(step.row.weights_S), self._n_verified, sink) for step in steps]
+                places = [step.token.position - 1 for step in steps]
                 queries = [
                     Query(place, tokens[place].id, step.token.id, plan.hidden)
-                    for place, step, plan in zip(places, held, plans, strict=True)
+                    for place, step, plan in zip(places, steps, plans, strict=True)
                 ]
                 changes = self._knockouts.changes(cache, queries)
                 verified = [
                     self._verified(step, tokens, plan, of_step)
-                    for step, plan, of_step in zip(held, plans, changes, strict=True)
+                    for step, plan, of_step in zip(steps, plans, changes, strict=True)
                 ]
         finally:
             for step in verified:
@@ -365,16 +365,17 @@ class Verifier:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to hide for one token."""
+    """Knockouts to compute for one token."""
 
     hidden: list[list[int]]
+    """Positions to hide, for each row."""
     chosen: list[tuple[int, int | None]] | None = None
-    """Position of each source, and of each control with the index of its source. None if every
-    position is hidden in turn."""
+    """Position of each source, with None, and of each control, with its source's index. None if
+    each position is hidden in turn."""
 
 
 def _plan(weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink: int) -> _Plan:
-    """Return what to hide: each source, each control, and what else is not the sink, if any is."""
+    """Plan to hide each source, each control, and finally all but the sources and the sink."""
     if n_verified == "all":
         return _Plan([[position] for position in range(len(weights_S))])
     order = np.argsort(-weights_S, kind="stable").tolist()

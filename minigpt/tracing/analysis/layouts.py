@@ -1,10 +1,10 @@
-"""Lines of a trace by other measures than the attention weight.
+"""Lines of a trace for measures other than the attention weight.
 
-With several measures in shares, each number of a line is shown by all of them.
+With several measures in shares, each number of a line is shown for all of them.
 
-By a signed measure, numbers have a sign and the unit of the measure: a line has those of the sink,
-the sources, the rest of the row, all that no position brought ("other": MLPs, embedding, biases,
-heads that were not chosen), and what these sum to.
+For a signed measure, numbers have a sign and the unit of the measure: a line shows the sink, the
+sources, the rest of the row, the contributions from no position ("other": MLPs, embedding, biases,
+heads that were not chosen), and the sum of all these.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _SUM = "sum"
 
 
 def make_layout(width: int, measures: tuple[Measure, ...], **sizes: Any) -> TraceLayout:
-    """Return the columns of a trace by these measures; arguments as for TraceLayout."""
+    """Return the layout of a trace for some measures. Args: sizes, as for TraceLayout."""
     kind = SignedLayout if facts_of(measures[0]).is_signed else SharesLayout
     return kind(width, measures, **sizes)
 
@@ -32,7 +32,7 @@ class _MeasuresLayout(TraceLayout):
 
 
 class SharesLayout(_MeasuresLayout):
-    """The columns of a trace by one or more measures in shares."""
+    """Column layout of a trace for one or more measures in shares."""
 
     def _take(self, form: Form, is_bytes: bool) -> None:
         super()._take(form, is_bytes)
@@ -77,7 +77,7 @@ class SharesLayout(_MeasuresLayout):
 
 
 class SignedLayout(_MeasuresLayout):
-    """The columns of a trace by one signed measure."""
+    """Column layout of a trace for one signed measure."""
 
     share_width = SIGNED_WIDTH
 
@@ -118,9 +118,9 @@ class SignedLayout(_MeasuresLayout):
 
 
 def _relative_size(number: float, row: Row) -> float:
-    """Return the magnitude of a number relative to the largest of its row, in [0, 1]."""
+    """Return the magnitude of a number relative to the largest in its row, in [0, 1]."""
     number, largest = round(number, 6), abs(row.sink)
-    if row.sources:  # in descending order, the sink left out
+    if row.sources:  # in descending order, without the sink
         largest = max(largest, abs(row.sources[0].weight))
     largest = round(largest, 6)
     return min(abs(number) / largest, 1.0) if largest else 0.0

@@ -1,7 +1,7 @@
-"""The logit lens: what the model would predict if it stopped after each layer.
+"""The logit lens: the model's prediction if it stopped after a given layer.
 
-The residual stream after a layer goes through the final norm and the unembedding, trained for
-the last layer only. A tuned lens trains a translator for each layer instead.
+The residual stream after each layer goes through the final norm and the unembedding, which were
+trained for the last layer only. A tuned lens trains a translator for each layer instead.
 
 Sources: nostalgebraist 2020, "interpreting GPT: the logit lens"; Belrose et al. 2023,
 arXiv:2303.08112 (tuned lens).

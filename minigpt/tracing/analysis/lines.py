@@ -1,6 +1,6 @@
 """Lines of a trace about knockouts, head roles, alternatives and candidates.
 
-``tracing.lines`` and ``tracing.summary`` ask for them if a trace has some.
+``tracing.lines`` and ``tracing.summary`` call this module if a trace has any of these.
 """
 
 import math
@@ -25,7 +25,7 @@ from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar,
 
 _WITHOUT = "ln p without"
 _ALONE = "kept alone"
-_LITTLE = 0.3
+_WEAK = 0.3
 """Rank correlation below which a measure says little about effects."""
 
 
@@ -61,7 +61,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
 
 
 def _roles_in_words(header: TraceHeader) -> str:
-    """Describe the scores of the chosen head, or which of several chosen heads have which role."""
+    """Describe the scores of the chosen head, or list the chosen heads by role."""
     roles, by_layer = header.roles or (), header.selection.heads_by_layer
     chosen = [(layer, head) for layer, heads in enumerate(by_layer) for head in heads]
     if len(chosen) == 1:
@@ -78,7 +78,7 @@ def _roles_in_words(header: TraceHeader) -> str:
 
 
 def lines_below(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()) -> list[Line]:
-    """Return the lines below a token: candidates, logit lens and effects, if it has some."""
+    """Return the lines below a token: its candidates, logit lens and effects, if any."""
     lines = candidate_lines(step.candidates, layout)
     if step.lens is not None:
         lines += lens_lines(step.lens, layout)
@@ -88,7 +88,7 @@ def lines_below(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ())
 
 
 def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> list[Line]:
-    """Return lines with the most probable tokens, in columns below the generated token."""
+    """Return the most probable tokens, in columns below the generated token."""
     width = layout.token_width + SHARE_WIDTH + 2
     per_line = max(1, (layout.width - layout.left_width) // width)
     lines: list[Line] = []
@@ -103,13 +103,13 @@ def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> lis
 
 
 def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
-    """Return a block for each layer, as high as the token's probability, and what they say."""
+    """Return a bar for the token's probability after each layer, and a summary in words."""
     room = max(layout.width - layout.left_width - 1, 1)
     last = lens.top[-1][0]
-    told = f" first choice from layer {lens.layer} on"
+    summary = f" first choice from layer {lens.layer} on"
     if lens.layer is None:
         p = shown_probability(last.log_probability)
-        told = f" not the first choice, which is {token_name(last.data)} ({percent(p).strip()})"
+        summary = f" not the first choice, which is {token_name(last.data)} ({percent(p).strip()})"
     lines: list[Line] = []
     for first in range(0, len(lens.top), room):
         label = "" if first else "lens"
@@ -117,22 +117,22 @@ def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
         for p in map(shown_probability, lens.log_probabilities[first : first + room]):
             lines[-1].append((upright_bar(p) if p >= 1 / 16 else "▁", heat(p)))
     used = layout.left_width + 1 + (len(lens.top) - 1) % room + 1
-    lines[-1].append((fit_end(told, max(layout.width - used, 1)), "dim"))
+    lines[-1].append((fit_end(summary, max(layout.width - used, 1)), "dim"))
     return lines
 
 
 def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()) -> list[Line]:
-    """Return the changes of ln p without each source, and without its control.
+    """Return the change of ln p without each source, and without its control.
 
-    The last one ends with the change with the sources and the sink alone. If every position was
-    knocked out, one line shows the largest changes. Args: names, as for ``TraceLayout.step``.
+    The last line ends with the change if only the sources and the sink are kept. If every position
+    was knocked out, one line shows the largest changes. Args: names, as for ``TraceLayout.step``.
     """
     if step.changes_S is not None:
         return [_largest_effects(step.effects, layout, names)]
     effects = step.effects
     controls = {effect.control_of: effect for effect in effects if effect.control_of is not None}
     sources = [effect for effect in effects if effect.control_of is None]
-    # As wide as the column of a source, so that they are aligned, if that is enough.
+    # Aligned with the columns of the sources if these are wide enough.
     cell_width = max(layout.source_width, layout.position_width + 2 * SIGNED_WIDTH + 4)
     versus = " vs " if cell_width >= layout.position_width + 2 * SIGNED_WIDTH + 6 else "  "
     per_line = max(1, (layout.width - layout.left_width) // cell_width)
@@ -163,7 +163,7 @@ def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()
 
 
 def _largest_effects(effects: Sequence[Effect], layout: TraceLayout, names: Sequence[str]) -> Line:
-    """Return the line of the largest changes, each with the position that was knocked out."""
+    """Return a line with the largest changes, each with the position that was knocked out."""
     line: Line = [(_WITHOUT.rjust(layout.left_width), "dim")]
     for effect in effects:
         cell: Line = [
@@ -183,15 +183,15 @@ def _width(line: Line) -> int:
 
 
 def _effect_heat(change: float) -> str:
-    """Return the style of a change of ln p, by the fraction by which it changed p."""
+    """Return the style of a change of ln p, given by the relative change of p."""
     return heat(1 - math.exp(-abs(change)))
 
 
 def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bool = False) -> str:
     """Describe the result of the knockouts of a trace.
 
-    Args: measure, by which the sources were ranked; is_all, whether every position in view was
-        knocked out, which needs no controls.
+    Args: measure, which ranked the sources; is_all, whether every position in view was knocked
+        out, which needs no controls.
     """
     is_weight = measure == "weight"
     name = "weight" if is_weight else f"measure {measure}"
@@ -201,7 +201,7 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
         f"{limit} Checked: knocking out a {one} changed ln p by {check.mean_effect:.3f} on average "
         f"({count(check.n_sources, one)})"
     )
-    # Trace files of earlier versions have 0 without controls.
+    # Trace files of earlier versions have 0 if there were no controls.
     control_effect = check.mean_control_effect if check.n_controls else None
     if control_effect is not None:
         times = check.mean_effect / max(control_effect, 1e-12)
@@ -218,11 +218,9 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
         return f"{found} These are too few to rank {ranked} against effects."
     found += f" Rank correlation of {name} and effect: {correlation:.2f}"
     n_pairs = check.n_sources + check.n_controls
-    chance = 2 / math.sqrt(n_pairs - 1)  # two standard deviations, if there is no relation
-    if abs(correlation) < chance and chance > _LITTLE:
+    chance = 2 / math.sqrt(n_pairs - 1)  # two standard deviations if there is no correlation
+    if abs(correlation) < chance and chance > _WEAK:
         return f"{found}, which may be chance with {n_pairs} knockouts."
-    told = "little" if correlation < _LITTLE else "something" if correlation < 0.7 else "much"
-    return (
-        f"{found}, so here {'the weights say' if is_weight else f'{name} says'} {told} about what "
-        "mattered."
-    )
+    amount = "little" if correlation < _WEAK else "something" if correlation < 0.7 else "much"
+    subject = "the weights say" if is_weight else f"{name} says"
+    return f"{found}, so here {subject} {amount} about what mattered."

@@ -1,4 +1,4 @@
-"""Observing a model for all that a trace shows beyond rows of attention weights."""
+"""Observation of a model for traces with more than rows of attention weights."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -35,7 +35,7 @@ from minigpt.tracing.observers import BurstObserver, Held, PassQueue
 
 
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
-    """Return the first token of an alternative text, which continues a text.
+    """Tokenize an alternative text as a continuation, and return its first token.
 
     Raises: ConfigError for an empty text, or one that the vocabulary cannot represent.
     """
@@ -48,7 +48,7 @@ def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alter
 
 
 _Draft = tuple[Tensor, dict[str, Tensor]]
-"""Rows (R, S) of a step, and their whole and its parts, if there are any; on the device."""
+"""Rows (R, S) of a step, and its ``whole`` and ``parts``, if any, as tensors on the device."""
 
 
 class AnalysisObserver(BurstObserver):
@@ -68,7 +68,7 @@ class AnalysisObserver(BurstObserver):
         special: bool = False,
         **options: Any,
     ) -> None:
-        """Prepare to observe passes of a model; ``recorder`` must be given to all of them.
+        """Prepare to observe a model's forward passes, all of which must be sent to ``watcher``.
 
         Args: as for ``tracer.trace``.
         Raises: ConfigError if the model cannot be traced with this config.
@@ -131,14 +131,14 @@ class AnalysisObserver(BurstObserver):
         )
 
     def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
-        """Return the steps to observe: those of the prompt's own tokens come first, if requested"""
+        """Return the steps to observe: the prompt's tokens, if requested, then generated ones."""
         if not self._has_prompt_rows:
             return generated
         return chain(prompt_steps(decoder, self.sampling.logprobs), generated)
 
     @torch.inference_mode()
     def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
-        """Return each step's row by each measure, its candidates, and its logit lens."""
+        """Return each step's rows, one per measure, its candidates, and its logit lens."""
         tokenizer, measures = self.tokenizer, self.config.measures
         against = None if self._against is None else self._against.id
         needs = set().union(*(facts_of(measure).needs for measure in measures))
@@ -173,7 +173,7 @@ class AnalysisObserver(BurstObserver):
         ]
 
     def _draft(self, measure: Measure, measured: Measured) -> _Draft:
-        """Return a step's row, followed by those of all heads if they are kept, and its parts."""
+        """Return a step's row, followed by all heads' rows if these are kept, and its parts."""
         selection, facts = self.selection, facts_of(measure)
         rows, parts = measured.rows, dict(measured.parts)
         if not facts.has_heads:
@@ -191,7 +191,7 @@ class AnalysisObserver(BurstObserver):
             rows_RS = reduced_S[None]
             if self.config.has_heads:
                 rows_RS = torch.cat((rows_RS, rows.flatten(0, 1)))
-        if measure != "weight" and facts.unit == "share":  # these need not sum to 1: normalize
+        if measure != "weight" and facts.unit == "share":  # may not sum to 1 yet
             rows_RS = rows_RS / rows_RS.sum(dim=1, keepdim=True).clamp(min=1e-30)
         if measured.whole is not None:
             parts = {"whole": measured.whole, **parts}
@@ -227,7 +227,7 @@ class AnalysisObserver(BurstObserver):
         return self._verifier.verify(steps, tokens, cache, sink=self.reader.sink)
 
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Return checks, what all knockouts say together, and the heads that are explained."""
+        """Return the checks, the summary of all knockouts, and the workings of explained heads."""
         workings: tuple[HeadWorking, ...] = ()
         if self._explained is not None:
             ids = [token.id for token in tokens]

@@ -14,16 +14,16 @@ def require_rows(n_prompt: int) -> None:
     """Raise ConfigError if a prompt is too short to have a row."""
     if n_prompt == 1:
         raise ConfigError(
-            "the prompt has one token, and rows are those of the tokens after it. Give a longer "
+            "the prompt has one token, and only tokens after the first have rows. Give a longer "
             "prompt, or generate tokens without --prompt-rows."
         )
 
 
 def prompt_steps(decoder: Decoder, n_best: int = 0) -> Iterator[TextStep]:
-    """Yield the tokens of the prompt from the second one on, as if they were generated.
+    """Yield the tokens of the prompt from the second on, as if they were generated.
 
-    They are fed one at a time, so that the recorder's latest pass is the one that predicted the
-    token of the Step. Then the prompt is fed again as a whole, so that ``generate`` samples the
+    They are decoded one at a time, so that the recorder's latest pass is the one that predicted the
+    step's token. Then the prompt is prefilled again in one pass, so that ``generate`` samples the
     same tokens as without these steps. Their text is empty, as it is not generated.
 
     Args: n_best, number of most probable tokens to report at each step.

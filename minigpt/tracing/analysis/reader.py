@@ -1,7 +1,7 @@
-"""Reading trace files: JSON lines, as ``tracing/file.py`` writes them, into traces.
+"""Reading of the trace files that ``tracing/file.py`` writes.
 
-Reading is strict, because a file may come from anyone: a wrong type, a missing field or a wrong
-shape is an error that names the line.
+Reading is strict, because trace files are untrusted: a wrong type, a missing field or a wrong shape
+is an error that names the line.
 """
 
 import base64
@@ -32,22 +32,22 @@ from minigpt.tracing.head_lists import HeadSelection, select_heads
 
 T = TypeVar("T")
 _MOST_HEADS = 2**16
-"""Most heads of a model in a trace; those of Llama 3 405B are a quarter of that."""
+"""Maximum number of heads of a model; Llama 3 405B has a quarter of that."""
 _LARGEST_NUMBER = 3e38
-"""Largest magnitude of a number, that of float32."""
+"""Largest magnitude of a number: that of float32."""
 _ROUNDING = 1e-3
-"""Largest logarithm of a probability, which is 0 but for rounding."""
+"""Largest logarithm of a probability: 0, plus rounding."""
 _NEW = {"against", "intervention", "is_given", "candidates", "kept", "lens", "whole"}
-"""Fields that files of earlier versions lack."""
+"""Fields that are missing from files of earlier versions."""
 
 
 def read_traces(path: Path) -> list[findings.Trace]:
-    """Read the traces of a file: one, or one for each sample.
+    """Read the traces of a file: one per sample.
 
-    A trace without a footer, because its writer was killed, counts as interrupted.
+    A trace without a footer (its writer was killed) is read as interrupted.
 
-    Raises: DataError naming the first line that is not valid; ResourceError if reading the file is
-        not permitted.
+    Raises: DataError naming the first invalid line; ResourceError if reading the file is not
+        permitted.
     """
     try:
         with resource_errors(path), io.TextIOWrapper(open_regular(path), "utf-8") as file:
@@ -99,7 +99,7 @@ def _traces(path: Path, lines: Iterable[str]) -> Iterator[findings.Trace]:
 
 
 class _Reader:
-    """One trace, read line by line."""
+    """Reads one trace line by line."""
 
     def __init__(self, value: dict[str, Any]) -> None:
         if value["schema"] != SCHEMA:
@@ -148,14 +148,14 @@ class _Reader:
         n_prompt = len(self.header.prompt)
         if self.steps:
             position = self.steps[-1].token.position + 1
-        else:  # 1 if the trace has the steps of the prompt's own tokens
+        else:  # 1 if the trace has steps for the prompt's tokens
             position = 1 if value["position"] == 1 else n_prompt
         token = _token(value, position)
         if position < n_prompt and token != self.header.prompt[position]:
-            raise ValueError(f"its token at position {position} is not that of the prompt")
+            raise ValueError(f"its token at position {position} is not the prompt's")
         objects = _objects(value, "rows")
         if tuple(row["measure"] for row in objects) != self.header.measures:
-            raise ValueError("its measures are not those of the header")
+            raise ValueError("its measures are not the header's")
         rows = tuple(self._row(row, position) for row in objects)
         effects = tuple(
             _read(findings.Effect, effect, source=self._source(effect, position))
@@ -187,7 +187,7 @@ class _Reader:
         self.steps.append(step)
 
     def trace(self, footer: dict[str, Any] | None) -> findings.Trace:
-        """Return the whole trace; a footer of None means that it was interrupted."""
+        """Return the complete trace, interrupted if the footer is None."""
         end = findings.TraceFooter(len(self.tokens) - len(self.header.prompt), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
@@ -215,7 +215,7 @@ class _Reader:
             raise ValueError("workings must have as many keys and values as queries")
         working = _read(findings.HeadWorking, value, **arrays)
         if working.layer >= self.header.n_layer or working.head >= self.header.n_head:
-            raise ValueError(f"workings has head {working.layer}.{working.head}, which is not one")
+            raise ValueError(f"workings has head {working.layer}.{working.head}: it does not exist")
         return working
 
     def _source(self, value: dict[str, Any], n_view: int) -> events.Source:
@@ -251,13 +251,13 @@ class _Reader:
                 raise ValueError(f"heads.{name} must be lists of numbers") from None
             n_axes = 3 if field in ("positions", "weights") else 2
             if array.shape[:2] != shape or array.ndim != n_axes or not np.isfinite(array).all():
-                raise ValueError(f"heads.{name} has another shape, or NaN")
+                raise ValueError(f"heads.{name} has the wrong shape, or NaN")
             arrays[field] = array
         positions = arrays["positions"]
         if positions.shape != arrays["weights"].shape:
-            raise ValueError("heads.positions must each have a weight")
+            raise ValueError("heads.positions and heads.weights must have the same shape")
         if positions.size and not 0 <= positions.min() <= positions.max() < n_view:
-            raise ValueError("heads.positions has one that does not exist")
+            raise ValueError("heads.positions has a position that does not exist")
         return findings.HeadRows(**arrays)
 
 
@@ -289,7 +289,7 @@ def _objects(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 @cache
 def _type_hints(cls: type) -> dict[str, Any]:
-    others = {"InterventionConfig": Any, "HeadSelection": Any}  # built by their own names
+    others = {"InterventionConfig": Any, "HeadSelection": Any}  # built separately
     return get_type_hints(cls, vars(events) | vars(findings) | vars(analysis_config) | others)
 
 
@@ -305,12 +305,12 @@ def _read(cls: type[T], value: dict[str, Any], prefix: str = "", **given: Any) -
 
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
-    """Return a JSON value as a value of the type of an annotation.
+    """Convert a JSON value to an annotated type.
 
-    Integers must be at least 0, and seeds below 2**63, all else below 2**31; floats must be finite
-    as float32; bytes are base64.
+    Integers must be at least 0 and below 2**31, or 2**63 for a seed; floats must be finite as
+    float32; bytes are base64.
 
-    Raises: ValueError naming the field; KeyError for a field that a record lacks.
+    Raises: ValueError naming the field; KeyError for a missing field of a record.
     """
     words, kinds = parts_of(hint)
     if value in words or (value is None and NoneType in kinds):

@@ -16,11 +16,11 @@ from minigpt.tracing.analysis.measures import Measured, Prediction, find
 from minigpt.tracing.analysis_config import DEFAULTS, MEASURES, AnalysisConfig, Measure, facts_of
 from minigpt.tracing.observers import CheckedRecorder
 
-_CHUNK = 64  # queries of a prompt whose weights are in memory together
+_CHUNK = 64  # queries of a prompt whose weights are in memory at a time
 
 
 def require_measures(config: AnalysisConfig) -> None:
-    """Raise ConfigError for settings that have no meaning for the measures of a config."""
+    """Raise ConfigError for settings that do not apply to the measures of a config."""
     for measure in config.measures:
         facts = facts_of(measure)
         if config.against is not None and "token" not in facts.needs:
@@ -31,26 +31,26 @@ def require_measures(config: AnalysisConfig) -> None:
             )
         if facts.is_signed and config.reduce != "mean":
             raise ConfigError(
-                f"--reduce {config.reduce} has no meaning for --measure {measure}, which is "
-                "summed. Leave --reduce out."
+                f"--reduce {config.reduce} does not apply to --measure {measure}, which sums over "
+                "heads. Leave --reduce out."
             )
         if not facts.has_heads and (config.layers is not None or config.heads is not None):
             name = "--heads" if config.layers is None else "--layers"
             raise ConfigError(
-                f"{name} has no effect on --measure {measure}, which goes through the whole "
-                "model. Leave it out."
+                f"{name} has no effect on --measure {measure}, which has no rows of single heads. "
+                "Leave it out."
             )
 
 
 class Watcher(Protocol):
-    """Receives the weights of all queries, also those of the prompt, as a rollout does."""
+    """Receives the weights of all queries, including the prompt's, as a rollout needs them."""
 
     def add(self, layer: int, weights_HTS: Tensor) -> None:
-        """Take the weights of the newest queries of a layer; queries come in order."""
+        """Add the weights of the newest queries of a layer; queries come in order."""
 
 
 class MeasureRecorder(CheckedRecorder):
-    """Keeps the rows of the last query by any measure, and passes those of all queries on."""
+    """Keeps the last query's rows by any measure, and sends all queries' weights to watchers."""
 
     def __init__(
         self,
@@ -64,8 +64,8 @@ class MeasureRecorder(CheckedRecorder):
         """Prepare to record forward passes of a model.
 
         Args: measures, available from ``measured``; watchers, which receive the weights of all
-            queries, not only the last one; config, which measures read their settings from;
-            needs_residual, whether to keep the residual stream for others than the measures.
+            queries, not only of the last one; config, with the settings of the measures;
+            needs_residual, whether to keep the residual stream even if no measure needs it.
         Raises: ConfigError if the model has no attention, or if a measure is not installed or does
             not support the model.
         """
@@ -83,7 +83,7 @@ class MeasureRecorder(CheckedRecorder):
 
     @torch.no_grad()
     def record(self, attention: AttentionPass) -> None:
-        """Take the rows of the first sequence of the batch."""
+        """Record a forward pass, and compute the rows of the first sequence in the batch."""
         super().record(attention)
         self._rows = {
             name: rows_LHS(Prediction(attention))
@@ -113,7 +113,7 @@ class MeasureRecorder(CheckedRecorder):
     ) -> Measured:
         """Return the rows of the last pass by any measure.
 
-        Args: tokens, ids of the tokens in view; target, id of the token drawn after the pass;
+        Args: tokens, ids of the tokens in view; target, id of the token sampled after the pass;
             against, id of the alternative whose logit is subtracted.
         """
         if measure in self._waiting:
@@ -124,7 +124,7 @@ class MeasureRecorder(CheckedRecorder):
     def measured_late(self, measure: Measure, predictions: Sequence[Prediction]) -> list[Measured]:
         """Return the rows of several predictions by a measure that needs the token."""
         rows = self._measures[measure]
-        found = rows(predictions) if facts_of(measure).takes_several else map(rows, predictions)
+        found = rows(predictions) if facts_of(measure).is_batched else map(rows, predictions)
         return [_as_measured(one) for one in found]
 
     def rows_LHS(self, measure: Measure) -> Tensor:

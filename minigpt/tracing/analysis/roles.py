@@ -1,7 +1,7 @@
-"""Roles of heads, such as previous-token head or induction head, found on repeated random tokens.
+"""Roles of heads, such as previous-token or induction head, detected on repeated random tokens.
 
-Random tokens cannot be predicted, so attention on them shows a head's default pattern. If the
-sequence is repeated, its second half can only be predicted by attending to the first copy.
+Random tokens cannot be predicted, so a head's attention on them shows its default pattern. If the
+sequence is repeated, the second half can only be predicted by attending to the first copy.
 
 Shapes: L layers, B sequences, H query heads, G key/value heads, T tokens in each copy, Q = 2 T
 queries, S = 2 T keys, D head dim.
@@ -30,7 +30,7 @@ from minigpt.tracing.findings import ROLE_SCORES, Roles
 from minigpt.tracing.recorder import RowRecorder
 
 _MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1 %
-_MIN_REPEATED = 3  # of two tokens, the one after the earlier occurrence is the previous token
+_MIN_REPEATED = 3  # with T = 2, the induction position is the previous token
 _N_TOKENS = 256  # about B T
 _N_LOCAL = 4  # positions, including the query's own
 _MIN_SPECIFIC = 0.4
@@ -38,7 +38,7 @@ _MIN_BROAD = 0.5
 
 
 def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...], ...]:
-    """Return for each layer the roles of its heads.
+    """Return the roles of the heads of each layer.
 
     Args: seed, of the random tokens.
     Raises: ConfigError if the model has no attention, or its context or vocabulary is too small for
@@ -52,7 +52,7 @@ def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...
         assert attention.queries is not None
         assert attention.keys is not None
         heads = zip(model.attentions, attention.queries, attention.keys, strict=True)
-        # One layer at a time, so that only its weights are in memory.
+        # One layer at a time, to keep only one layer's weights in memory.
         scores_LH5 = torch.stack([role_scores(one.score.weights(q, k)) for one, q, k in heads])
     if not scores_LH5.isfinite().all():
         raise CheckpointError(
@@ -67,7 +67,7 @@ def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...
 
 
 def repeated_sequences(model: LanguageModel, *, seed: int) -> Tensor:
-    """Return sequences (B, 2 T): T different random tokens each, followed by the same tokens again.
+    """Return sequences (B, 2 T), each of T distinct random tokens, repeated once.
 
     Raises: ConfigError if the context or the vocabulary is too small, or for a seed out of range.
     """
@@ -76,9 +76,9 @@ def repeated_sequences(model: LanguageModel, *, seed: int) -> Tensor:
     n_repeated = min(config.context_length // 2, config.vocab_size, _MAX_REPEATED)
     if n_repeated < _MIN_REPEATED:
         raise ConfigError(
-            f"finding roles needs a context of {2 * _MIN_REPEATED} positions and a vocabulary of "
-            f"{_MIN_REPEATED} tokens at least: the model has {config.context_length} and "
-            f"{config.vocab_size}. Leave the roles out."
+            f"finding roles needs a context of at least {2 * _MIN_REPEATED} positions and a "
+            f"vocabulary of at least {_MIN_REPEATED} tokens: the model has {config.context_length} "
+            f"and {config.vocab_size}. Leave the roles out."
         )
     generator = torch.Generator().manual_seed(seed)
     sequences = [
@@ -94,7 +94,7 @@ def role_scores(weights_BHQS: Tensor) -> Tensor:
     With A the attention weights of a head and i a query:
     previous: mean of A[i, i - 1]. duplicate: mean of A[i, i - T] over the second half. induction:
     mean of A[i, i - T + 1] over the second half (prefix matching). sink: mean of A[i, 0] for i > 0.
-    local: mean over the second half of what i and the few positions before it get together.
+    local: mean over the second half of the total of A[i, i] and the few positions before i.
 
     Source: Olsson et al. 2022, arXiv:2209.11895 (prefix matching).
     """
@@ -117,8 +117,9 @@ def role_scores(weights_BHQS: Tensor) -> Tensor:
 def role_tag(previous: float, duplicate: float, induction: float, sink: float, local: float) -> str:
     """Return the tag of a head's role, or an empty string.
 
-    The largest of previous, duplicate and induction if it is large enough: each of them is one
-    position among many. Otherwise the larger of sink and local, with a higher threshold.
+    The role is the largest of previous, duplicate and induction if it reaches a threshold, which is
+    low, as each is one position among many. Otherwise the larger of sink and local, with a higher
+    threshold.
     """
     score, tag = max((previous, "prev"), (duplicate, "dup"), (induction, "induc"))
     if score >= _MIN_SPECIFIC:
@@ -131,7 +132,7 @@ def role_tag(previous: float, duplicate: float, induction: float, sink: float, l
 def head_effects(
     model: LanguageModel, *, seed: int = 0, progress: Callable[[float], None] | None = None
 ) -> NDArray[np.float32]:
-    """Return the increase of the loss on repeated tokens without each head, nats/token: (L, H).
+    """Return the increase in loss on repeated tokens without each head, in nats/token: (L, H).
 
     The loss is the mean over the second copy except its first token, which cannot be predicted.
 
@@ -161,9 +162,9 @@ def head_effects(
 def head_logits(model: LanguageModel, *, seed: int = 0) -> NDArray[np.float32] | None:
     """Return each head's mean direct effect on the logit of the right token, in logits: (L, H).
 
-    The effect is that of ``--measure logit``, over all sources together. The mean is over the
-    second copy except its first token, as in ``head_effects``. None if the model's logits are not a
-    sum over what was added to its residual stream.
+    The effect is ``--measure logit`` summed over all sources. The mean is over the second copy
+    except its first token, as in ``head_effects``. None if the model's logits are not a sum of
+    additions to its residual stream.
 
     Raises: ConfigError if the context or the vocabulary is too small.
     """
@@ -193,7 +194,7 @@ def head_logits(model: LanguageModel, *, seed: int = 0) -> NDArray[np.float32] |
 
 @contextmanager
 def without_heads(model: LanguageModel, layer: int, heads: Sequence[int]) -> Iterator[None]:
-    """Zero the outputs of some heads of a layer before W_O, in the forward passes inside."""
+    """Zero the outputs of some heads of a layer before W_O, in forward passes inside the block."""
 
     def zero_heads(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         x_BTHD = inputs[0].unflatten(-1, (model.config.n_head, -1)).clone()

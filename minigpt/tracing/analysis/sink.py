@@ -10,8 +10,8 @@ from torch import Tensor
 class SinkFinder:
     """Sums the weight that each position of a prompt gets from later positions, over all heads.
 
-    Source: Xiao et al. 2023, arXiv:2309.17453: a few of the first positions get the most, mostly
-    the first one.
+    Source: Xiao et al. 2023, arXiv:2309.17453: one of the first positions, usually position 0,
+    gets the most.
     """
 
     def __init__(self, n_prompt: int) -> None:
@@ -27,9 +27,9 @@ class SinkFinder:
             self._received_S[:end] += weights_HTS.tril(end - n_new - 1).sum(dim=(0, 1))
 
     def sink(self) -> int:
-        """Return the position that gets the most weight per later position.
+        """Return the position with the most weight per later position.
 
-        Only the first half of the prompt is considered: later positions have too few after them.
+        Only the first half of the prompt is considered: too few positions follow the others.
         """
         n = self._n_prompt
         n_later = torch.arange(n - 1, -1, -1).clamp(min=1)

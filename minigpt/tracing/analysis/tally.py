@@ -1,4 +1,4 @@
-"""What the knockouts of a trace say together: do larger weights come with larger effects?"""
+"""Summary of a trace's knockouts: do larger weights come with larger effects?"""
 
 from collections.abc import Sequence
 
@@ -9,14 +9,14 @@ from minigpt.tracing.findings import CauseCheck, TraceStep
 
 
 class CauseTally:
-    """Collects knockouts, to check whether larger weights come with larger effects."""
+    """Accumulates knockouts, to check whether larger weights come with larger effects."""
 
     def __init__(self) -> None:
         self._found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
         """|weight| and |change| of the sources, and of the controls."""
 
     def add(self, step: TraceStep) -> None:
-        """Add a step's knockouts; with those of all positions, each of them counts as a source."""
+        """Add a step's knockouts; if all positions were knocked out, each counts as a source."""
         if step.changes_S is not None:
             weights_S, changes_S = abs(step.row.weights_S), abs(step.changes_S)
             pairs = zip(weights_S.tolist(), changes_S.tolist(), strict=True)
@@ -27,7 +27,7 @@ class CauseTally:
             self._found[effect.control_of is None].append(pair)
 
     def check(self) -> CauseCheck | None:
-        """Return the result; None if nothing was knocked out."""
+        """Return the result, or None if nothing was knocked out."""
         sources, controls = self._found[True], self._found[False]
         if not sources:
             return None
@@ -45,13 +45,13 @@ def _mean_effect(pairs: Sequence[tuple[float, float]]) -> float:
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float | None:
-    """Return Spearman's rank correlation; equal values share the mean of their ranks.
+    """Return Spearman's rank correlation, where equal values get the mean of their ranks.
 
     None for fewer than three pairs, or if all values of x or of y are equal.
     """
     ranks_x, ranks_y = _centred_ranks(x), _centred_ranks(y)
     scale = float(np.sqrt((ranks_x @ ranks_x) * (ranks_y @ ranks_y)))
-    if len(ranks_x) < 3 or scale == 0:  # two pairs always correlate by 1 or -1
+    if len(ranks_x) < 3 or scale == 0:  # two pairs always give 1 or -1
         return None
     return float(ranks_x @ ranks_y) / scale
 

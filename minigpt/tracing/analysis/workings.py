@@ -1,4 +1,4 @@
-"""Queries, keys and values of chosen heads, from which a reader can compute their weights.
+"""Queries, keys and values of chosen heads, to show how their weights are computed.
 
 Shapes: B batch, T positions, H query heads, G key/value heads, D head dim.
 """
@@ -18,15 +18,15 @@ from minigpt.tracing.recorder import RowRecorder
 
 
 def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
-    """Return the heads to explain, written as ``4.2,5.*``.
+    """Parse the heads to explain, such as ``4.2,5.*``.
 
-    Raises: ConfigError for heads that the model lacks, or a score that is not a dot product.
+    Raises: ConfigError for heads that do not exist, or a score that is not a dot product.
     """
     score = model.attentions[0].score
     if not score.is_dot_product:
         raise ConfigError(
-            "--explain works for scores that are scaled dot products, and this model's are not: it "
-            f"has a {type(score).__name__}. Leave it out."
+            "--explain requires a scaled dot-product score: this model has a "
+            f"{type(score).__name__}. Leave it out."
         )
     shape = model.config
     return select_heads(
@@ -38,10 +38,10 @@ def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
 def head_workings(
     model: LanguageModel, tokens: Sequence[int], selection: HeadSelection
 ) -> tuple[HeadWorking, ...]:
-    """Return the workings of the chosen heads, by one forward pass over a text.
+    """Return the workings of the chosen heads, from one forward pass over a text.
 
-    Args: tokens, of the text. The last one, which no row is about, is left out where it is past the
-        end of the context.
+    Args: tokens, those of the text. If the last one is past the end of the context, it is dropped:
+        no row belongs to its query.
     """
     tokens = tokens[: model.config.context_length]
     if len(tokens) < 2:

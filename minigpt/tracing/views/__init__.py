@@ -1,6 +1,6 @@
-"""Views of a whole trace: text, matrix and heads in a terminal; page and pictures as files.
+"""Views of a trace: text, matrix, heads and lens in a terminal; page and pictures as files.
 
-A view is a module of this package, found by its name, with one function that returns lines for a
+A view is a module of this package, found by name, with a function that returns the lines for a
 terminal or the bytes of a file:
 
     def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line] | bytes
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
     from minigpt.tracing.findings import Row, Trace, TraceStep
 
 FILE_VIEWS = ("page", "pictures")
-"""Views that return the bytes of a file; every other one is for a terminal."""
+"""Views that return the bytes of a file; all others are for a terminal."""
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """Which part of a trace a view shows, and the size of the terminal."""
+    """Options of a view: the part of the trace to show, and the size of the terminal."""
 
     position: int | None = None
-    """Position of the generated token whose row is shown; None for the last one."""
+    """Position of the token whose row is shown. None for the last one."""
     measure: "Measure | None" = None
-    """Measure of the rows; None for the trace's first."""
+    """Measure of the rows. None for the trace's first measure."""
     width: int = 80
     """Width of the terminal, in cells."""
     height: int | None = None
-    """Height of the terminal, in lines; None for no limit."""
+    """Height of the terminal, in lines. None for no limit."""
     has_colour: bool = True
-    """Whether the terminal shows 256 colours or more."""
+    """Whether the terminal supports at least 256 colours."""
     picture: Literal["matrix", "strip"] = "matrix"
     """Content of a picture."""
     format: Literal["svg", "png", "pdf"] = "svg"
     """File format of a picture."""
 
     def step(self, trace: "Trace") -> "TraceStep":
-        """Return the step that generated the token at ``position``.
+        """Return the step of the token at ``position``.
 
-        Raises: ConfigError if no token was generated at that position.
+        Raises: ConfigError if that position has no step.
         """
         _require_steps(trace)
         first, last = trace.steps[0].token.position, trace.steps[-1].token.position
@@ -53,7 +53,7 @@ class ViewOptions:
     def rows(self, trace: "Trace") -> "list[Row]":
         """Return the rows of all steps by ``measure``.
 
-        Raises: ConfigError if the trace has no steps, or lacks the measure.
+        Raises: ConfigError if the trace has no steps, or does not have the measure.
         """
         _require_steps(trace)
         measures = trace.header.measures
@@ -70,10 +70,10 @@ DEFAULTS = ViewOptions()
 
 
 def require_position(position: int, first: int, last: int) -> None:
-    """Raise ConfigError for a position before the first row or after the last one."""
+    """Raise ConfigError for a position before the first row or after the last."""
     if not first <= position <= last:
         raise ConfigError(
-            f"the trace has no row of position {position}. Choose a position from {first} to "
+            f"the trace has no row for position {position}. Choose a position from {first} to "
             f"{last}."
         )
 

@@ -1,4 +1,4 @@
-"""The heads of a model as a grid of layers and heads: entropy, share on the sink, and role."""
+"""The heads of a model as a grid (layers x heads): entropy, share on the sink, and role."""
 
 from collections.abc import Sequence
 
@@ -22,9 +22,9 @@ _EFFECT_WIDTH = SIGNED_WIDTH + 1
 
 
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
-    """Return a grid: each head's role, and the means of its entropy and of its share on the sink.
+    """Return a grid of each head's role, mean entropy and mean share on the sink.
 
-    Raises: ConfigError if the trace did not keep the rows of single heads, or lacks the measure.
+    Raises: ConfigError if the trace does not have the rows of single heads, or the measure.
     """
     header, rows = trace.header, options.rows(trace)
     kept = [row.heads.shown() for row in rows if row.heads is not None]
@@ -60,10 +60,10 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 def roles_grid(
     roles: Sequence[Sequence[Roles]], width: int, logits_LH: NDArray[np.float32] | None = None
 ) -> list[Line]:
-    """Return a grid of the heads' roles, each with its score; without a role, the largest score.
+    """Return a grid of the heads' roles, each with its score, or the largest score if it has none.
 
     Args: roles, for each layer the roles of its heads; width, of the terminal, in cells; logits_LH,
-        the heads' effects on a logit, if they are known.
+        the heads' effects on a logit, if known.
     """
 
     def cell(layer: int, head: int) -> list[Line]:
@@ -84,7 +84,7 @@ def roles_grid(
 def roles_table(
     roles: Sequence[Sequence[Roles]], width: int, logits_LH: NDArray[np.float32] | None = None
 ) -> list[Line]:
-    """Return a line for each head: all of its scores in percent, its effect and its role.
+    """Return a line for each head: all its scores in percent, its effect and its role.
 
     Args: as for ``roles_grid``.
     """
@@ -112,7 +112,7 @@ def _tag(role: Roles, width: int) -> Line:
 
 
 def _blocks(grid: Sequence[Sequence[list[Line]]], width: int, cell_width: int) -> list[Line]:
-    """Lay out cells of one or more lines, layers down and heads across.
+    """Lay out multi-line cells in a grid with layers as rows and heads as columns.
 
     Heads that do not fit the width continue in another block below.
     """

@@ -1,4 +1,4 @@
-"""The logit lens of a trace: the most probable token after each layer, token by token."""
+"""The logit lens of a trace: the most probable token after each layer, for each token."""
 
 from minigpt.errors import ConfigError
 from minigpt.text.escape import token_name
@@ -14,9 +14,9 @@ _CELL_WIDTH = _TOKEN_WIDTH + 6
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     """Return a table: for each token, the first choice and the token's probability by layer.
 
-    Raises: ConfigError if the trace has no lens.
+    Raises: ConfigError if the trace has no steps, or no lens.
     """
-    options.rows(trace)  # there must be some
+    options.rows(trace)  # raises without steps
     number_width = len(str(trace.steps[-1].token.position))
     left = number_width + _TOKEN_WIDTH + 7
     per_line = max(1, (options.width - left) // _CELL_WIDTH)

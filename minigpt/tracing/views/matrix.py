@@ -1,7 +1,7 @@
-"""A trace as a map: generated tokens down, the positions that they attended to across.
+"""A trace as a map: one row per token, one column per position that it attended to.
 
-If not every token fits on a line of its own, each line holds two tokens, as half blocks. Without
-colours, a cell is a character whose density grows with the share, and each row ends in ``|``.
+If there are more tokens than lines, each line shows two tokens as half blocks. Without colours, a
+cell is a character whose density grows with the share, and each row ends in ``|``.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ N_COLOURS = 64
 _PLACES = np.linspace(0, len(_ANCHORS) // 3 - 1, N_COLOURS)
 _CHANNELS = [np.interp(_PLACES, range(len(_ANCHORS) // 3), list(_ANCHORS[i::3])) for i in range(3)]
 _COLOURS = [f"#{bytes(rgb).hex()}" for rgb in np.rint(_CHANNELS).astype(np.uint8).T.tolist()]
-# Blue and orange, which readers with any colour blindness tell apart.
+# Blue and orange are distinguishable with any colour blindness.
 _POSITIVE, _NEUTRAL, _NEGATIVE = map(bytes.fromhex, ("2166ac", "f7f7f7", "b35806"))
 DENSITY = " .:-=+*#%@"
 """Characters in order of density."""
@@ -41,9 +41,9 @@ _MIN_LINES = 3
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     """Return the map of the reduced rows, cropped to the newest tokens that fit.
 
-    Styles are colours such as ``#fde725 on #440154`` if the terminal has them.
+    Styles are colours such as ``#fde725 on #440154`` if the terminal supports them.
 
-    Raises: ConfigError if nothing was generated, or if the trace lacks the measure.
+    Raises: ConfigError if the trace has no steps, or does not have the measure.
     """
     width, height, has_colour = options.width, options.height, options.has_colour
     rows = options.rows(trace)
@@ -98,7 +98,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 
 
 def as_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
-    """Return whole rows as one matrix (rows, positions), NaN for positions not yet in view."""
+    """Stack full rows into a matrix (rows, positions), with NaN for positions not yet in view."""
     matrix = np.full((len(rows), len(rows[-1].weights_S)), np.nan, np.float32)
     for i, row in enumerate(rows):
         matrix[i, : len(row.weights_S)] = row.weights_S
@@ -106,14 +106,14 @@ def as_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
 
 
 def scale_end(rows: NDArray[np.float32], sink: int) -> float:
-    """Return the end of a colour scale: the largest magnitude outside the sink's column."""
+    """Return the maximum of a colour scale: the largest magnitude outside the sink's column."""
     others = np.concatenate((rows[..., :sink], rows[..., sink + 1 :]), axis=-1)
     largest = float(np.nanmax(np.abs(others), initial=0.0))
     return largest if largest > 0 else 1.0
 
 
 def colour(share: float) -> str:
-    """Return one of N_COLOURS colours for a number from 0 (``#440154``) to 1 (yellow)."""
+    """Return one of N_COLOURS colours for a number from 0 (dark purple) to 1 (yellow)."""
     return _COLOURS[round(min(max(share, 0.0), 1.0) * (N_COLOURS - 1))]
 
 
@@ -126,17 +126,17 @@ def signed_colour(level: float) -> str:
 
 
 def signed_density(level: float) -> str:
-    """Return two characters for a number from -1 to 1: a minus or a blank, and the density."""
+    """Return two characters for a number from -1 to 1: a minus or a space, then the density."""
     return f"{'-' if level < 0 else ' '}{density(abs(level))}"
 
 
 def density(share: float) -> str:
-    """Return a character for a number from 0 (a blank) to 1 (``@``)."""
+    """Return a character for a number from 0 (a space) to 1 (``@``)."""
     return DENSITY[round(min(max(share, 0.0), 1.0) * (len(DENSITY) - 1))]
 
 
 def _pool(matrix: NDArray[np.float32], n_pooled: int) -> NDArray[np.float32]:
-    """Return the mean of each group of neighbouring columns, NaN left out."""
+    """Return the mean of each group of neighbouring columns, ignoring NaN."""
     padding = -matrix.shape[1] % n_pooled
     padded = np.pad(matrix, ((0, 0), (0, padding)), constant_values=np.nan)
     groups = np.ma.masked_invalid(padded.reshape(len(matrix), -1, n_pooled))
@@ -146,7 +146,7 @@ def _pool(matrix: NDArray[np.float32], n_pooled: int) -> NDArray[np.float32]:
 def _full(
     row: NDArray[np.float32], cell_width: int, paint: Callable[[float], str] | None, is_signed: bool
 ) -> Line:
-    """Return one row as one line."""
+    """Return the cells of one row as a line."""
     levels = row[~np.isnan(row)].tolist()
     if paint is not None:
         return [("█" * cell_width, paint(level)) for level in levels]
@@ -156,7 +156,7 @@ def _full(
 
 
 def _halves(pair: NDArray[np.float32], paint: Callable[[float], str]) -> Line:
-    """Return two rows as one line; the lower, newer one may have one more position."""
+    """Return two rows as one line of half blocks; the lower, newer row has one more position."""
     upper, *rest = ([paint(x) for x in row[~np.isnan(row)].tolist()] for row in pair)
     if not rest:
         return [("▀", above) for above in upper]
@@ -165,7 +165,7 @@ def _halves(pair: NDArray[np.float32], paint: Callable[[float], str]) -> Line:
 
 
 def _column_names(texts: Sequence[str], cell_width: int) -> list[str]:
-    """Return lines that read downwards: each token's text above its column, aligned below."""
+    """Return lines with the tokens' texts written vertically above their columns."""
     names = []
     for text in texts:
         characters = [c if cell_len(c) <= cell_width else "·" for c in text]
@@ -178,7 +178,7 @@ def _column_names(texts: Sequence[str], cell_width: int) -> list[str]:
 
 
 def _ticks(n_columns: int, n_pooled: int, cell_width: int) -> str:
-    """Return every fifth position below its column, where there is room for all its digits."""
+    """Label every fifth column with its position, if all digits fit."""
     line = ""
     for column in range(0, n_columns, 5):
         place, label = column * cell_width, str(column * n_pooled)
@@ -206,7 +206,7 @@ def _legend(
 
 
 def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_signed: bool, is_halved: bool) -> str:
-    """Return how to read the map, and which tokens are left out."""
+    """Describe the rows and columns of the map, and any rows that are not shown."""
     n = len(trace.steps)
     what = "tokens" if trace.has_prompt_rows else "generated tokens"
     rows = f"rows: {what}" if n_shown == n else f"rows: the newest {n_shown} of {n}"

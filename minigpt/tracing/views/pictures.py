@@ -1,9 +1,9 @@
-"""A trace as a picture for a paper: its map, or its text as a strip of shaded boxes.
+"""A trace as a figure for a paper: its map, or its text as a strip of shaded boxes.
 
 Lengths are in inches and computed here: the font is monospaced, so the width of a text is known.
-Tokens are untrusted: they are never parsed as formulas or TeX. Characters that the font lacks are
-drawn with other installed fonts, and escaped if none has them, except in SVG, whose reader has
-fonts too.
+Tokens are untrusted: they are never parsed as math or TeX. Characters that are missing from the
+font are drawn with other installed fonts, or escaped if no font has them, except in SVG, which the
+viewer renders with its own fonts.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ from minigpt.tracing.wrapping import fit_end, fit_start, one_line, signed
 _DPI = 200
 _FONT = "DejaVu Sans Mono"
 _COLOURS = "magma_r"  # perceptually uniform, and light for small shares: little ink on paper
-_SIGNED_COLOURS = "PuOr"  # orange below 0, neutral at 0, purple above: for any colour blindness
+_SIGNED_COLOURS = "PuOr"  # orange below 0, purple above: safe for any colour blindness
 _EM = 0.602  # width of a character, as a share of the font size
 _LARGE, _MEDIUM, _SMALL = 8.0, 6.5, 5.5  # points
 _SCALE_NAMES = {"weight": "attention weight", "norm": "share of the value-weighted norm"}
@@ -43,8 +43,8 @@ _LABEL_CELLS = 14
 _CELL = 0.16
 _MAP_SIZE = 9.0
 _MIN_MAP_SIZE = 2.5
-_TICK = 2  # length in points, and distance of a label from it
-_LABEL_PITCH = 0.11  # of labels that do not touch
+_TICK = 2  # length in points, and distance of its label
+_LABEL_PITCH = 0.11  # minimum distance between labels that do not touch
 _MAX_VECTOR_CELLS = 10_000
 
 _STRIP_WIDTH = 7.0
@@ -58,7 +58,7 @@ _MIN_SHARE = 0.005
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
     """Return the picture ``options.picture`` as a file in the format ``options.format``.
 
-    Raises: ConfigError for a position that has no row, or a measure that the trace lacks.
+    Raises: ConfigError for a position or a measure that the trace does not have.
     """
     figure_of = strip_figure if options.picture == "strip" else matrix_figure
     with default_style():
@@ -66,7 +66,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
 
 
 def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
-    """Return the map of generated tokens and the positions that they attended to."""
+    """Return a heat map: a row per step, a column per position attended to."""
     rows = options.rows(trace)
     matrix = as_matrix(rows)
     n_rows, n_columns = matrix.shape
@@ -103,7 +103,7 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
 
 
 def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
-    """Return the text as boxes, shaded by what one generated token attended to.
+    """Return the text as boxes, shaded by the attention of one token.
 
     The data coordinates of the first axes are inches from the upper left corner.
     """
@@ -113,7 +113,7 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     fonts, missing = _fonts(trace)
     joined = trace.joined
     names = [
-        # A token that only continues a character has no text, and shows its mark.
+        # A token that only continues a character has no text: show its continuation mark.
         _label(text or name[:1], missing, options)
         for text, name in zip(joined.texts, joined.names, strict=True)
     ]
@@ -178,7 +178,7 @@ def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Ax
 def _name_cells(
     axis: Any, names: Sequence[str], pitch: float, fonts: Sequence[str], *, rotation: int
 ) -> None:
-    """Label every column or row, or every few of them if the labels would touch."""
+    """Label every column or row, or every nth if the labels would touch."""
     places = range(0, len(names), max(1, int(np.ceil(_LABEL_PITCH / pitch))))
     style: dict[str, Any] = {"fontsize": _MEDIUM, "fontfamily": fonts, "parse_math": False}
     is_row = rotation == 0
@@ -188,7 +188,7 @@ def _name_cells(
         name, _, number = names[place].rpartition(" ")
         runs_left = any(bidirectional(c) in ("R", "AL") for c in name)
         labels.append(number if runs_left else names[place])
-        if runs_left:  # in one text, the number would stand on the other side of the name
+        if runs_left:  # in one text, the number would move to the other side of the name
             offset = -2 * _TICK - 72 * _text_width(f" {number}", _MEDIUM)
             axis.axes.annotate(
                 name,
@@ -226,7 +226,7 @@ def _add_title(figure: Figure, trace: Trace, row: Row) -> None:
     seed = f"; seed {trace.header.seed}"
     lines = (
         _escaped(fit_start(one_line(trace.header.model), room), missing),
-        # A seed that is cut off would be another seed.
+        # Never truncate the seed: it would read as a different one.
         fit_end(measured(trace.header, (row.measure,)), max(room - len(seed), 1)) + seed,
     )
     for i, line in enumerate(lines):
@@ -258,7 +258,7 @@ def _wrap(tokens: Sequence[Token], names: Sequence[str]) -> list[tuple[float, in
 
 
 def missing_characters(trace: Trace) -> str:
-    """Return the characters of a trace that no installed font has, and that a PNG escapes."""
+    """Return the characters of a trace that no installed font has; PNG and PDF escape them."""
     return _fonts(trace)[1]
 
 
@@ -270,15 +270,15 @@ def _fonts(trace: Trace) -> tuple[list[str], str]:
 
 @lru_cache(maxsize=8)
 def fonts_for(text: str) -> tuple[tuple[str, ...], str]:
-    """Return installed font families that together have the characters of a text.
+    """Choose installed font families that together cover a text.
 
-    Returns: their names, the usual one first; and the characters that no font has.
+    Returns: their names, starting with the default one; and the characters that no font has.
     """
     families, missing = [_FONT], set(text) - _characters(findfont(_FONT))
     for entry in sorted(fontManager.ttflist, key=_preference):
         if not missing:
             break
-        if "Resort" in entry.name:  # matplotlib's own, with a box for every character
+        if "Resort" in entry.name:  # matplotlib's Last Resort font has a box for every character
             continue
         if found := missing & _characters(entry.fname):
             families.append(entry.name)
@@ -287,14 +287,14 @@ def fonts_for(text: str) -> tuple[tuple[str, ...], str]:
 
 
 def _preference(entry: FontEntry) -> tuple[bool, bool, bool, str]:
-    """Order fonts: regular before bold and italic, and monospaced and sans-serif before others."""
+    """Sort key of fonts: regular before bold and italic; monospaced, then sans-serif, then rest."""
     is_regular = entry.style == "normal" and entry.weight in (400, "normal", "regular")
     return not is_regular, "Mono" not in entry.name, "Sans" not in entry.name, entry.name
 
 
 @lru_cache(maxsize=1024)
 def _characters(path: str) -> frozenset[str]:
-    """Return the characters of a font; none of a font of bitmaps, which matplotlib cannot draw."""
+    """Return the characters of a font; none for bitmap fonts, which matplotlib cannot draw."""
     try:
         font = get_font(path)
     except (OSError, RuntimeError, ValueError):

@@ -1,6 +1,6 @@
-"""The text of a trace, shaded by the attention of one of its generated tokens.
+"""The text of a trace, shaded by the attention of one of its tokens.
 
-Below each line of text, blocks show the shares by their height, so that it reads without colours.
+Below each line of text, bars of different heights show the shares even without colours.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ _NEGATIVE = "#e07b39"  # orange, as on the page
 
 
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
-    """Return the prompt and the generated text, shaded by what one token attended to.
+    """Return the prompt and the generated text, shaded by the attention of one token.
 
-    Raises: ConfigError for a position that has no row, or a measure that the trace lacks.
+    Raises: ConfigError for a position or a measure that the trace does not have.
     """
     step = options.step(trace)
     token, row = step.token, options.rows(trace)[step.index]
@@ -41,7 +41,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     legend = _legend(row, scale, trace.header.sink, has_colour=options.has_colour)
     if any(i != first for i, first in enumerate(firsts)):
         numbers = "numbers" if row.is_signed else "shares"
-        legend += f" A character of several tokens has the sum of their {numbers}."
+        legend += f" A character of several tokens shows the sum of their {numbers}."
     chosen = firsts[token.position]
     what = f"What position {token.position} attended to"
     if row.is_signed:
@@ -60,7 +60,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 
 
 def _first_tokens(tokens: Sequence[Token], texts: Sequence[str]) -> list[int]:
-    """Return, for each token, the position of the one that shows its character."""
+    """Return, for each token, the position of the token at which its character is shown."""
     firsts: list[int] = []
     for token, text in zip(tokens, texts, strict=True):
         continues = token.data and not text
@@ -71,21 +71,21 @@ def _first_tokens(tokens: Sequence[Token], texts: Sequence[str]) -> list[int]:
 def _shaded_text(
     trace: Trace, texts: Sequence[str], levels_S: NDArray[np.float32], chosen: int, width: int
 ) -> list[Line]:
-    """Wrap the text; each line begins with the position of its first token.
+    """Wrap the text into lines that start with the position of their first token.
 
-    Each line is followed by its blocks unless all are blank.
+    Each line is followed by its bars unless all are blank.
     """
     number_width = len(str(len(trace.tokens) - 1))
     room = width - number_width - 1
     used = room
-    pairs: list[tuple[Line, Line]] = []  # a line of text, and the blocks below it
+    pairs: list[tuple[Line, Line]] = []  # a line of text, and the bars below it
     for word in _words(trace.tokens):
         word_width = sum(cell_len(texts[token.position]) for token in word)
         if word_width <= room < used + word_width:
             used = room
         for token in word:
             style, block, block_style = _look(trace, levels_S, chosen, token.position)
-            # A piece never splits a character, however many cells it has.
+            # Pieces never split a character that is several cells wide.
             for piece in _pieces(texts[token.position], room):
                 if used + cell_len(piece) > room:
                     number = f"{token.position:>{number_width}} "
@@ -107,7 +107,7 @@ def _shaded_text(
 def _look(
     trace: Trace, levels_S: NDArray[np.float32], chosen: int, position: int
 ) -> tuple[str, str, str]:
-    """Return a token's style, the block below it and the block's style."""
+    """Return a token's style, the bar below it and the bar's style."""
     if position == chosen:
         return "chosen", _MARK, "token"
     if position > chosen:
@@ -123,12 +123,12 @@ def _look(
 
 
 def readable(data: bytes) -> str:
-    """Return a token's text with its spaces as spaces; everything else is escaped."""
+    """Return a token's text with spaces unchanged and other special characters escaped."""
     return " ".join(visible(part) for part in data.split(b" "))
 
 
 def _words(tokens: Sequence[Token]) -> list[list[Token]]:
-    """Group tokens into words, which are not broken: each begins with a space or a line break."""
+    """Group tokens into unbreakable words; each starts with a space or after a line break."""
     words: list[list[Token]] = []
     for token in tokens:
         if not words or token.data.startswith((b" ", b"\n")) or words[-1][-1].data.endswith(b"\n"):
@@ -138,7 +138,7 @@ def _words(tokens: Sequence[Token]) -> list[list[Token]]:
 
 
 def _pieces(text: str, width: int) -> list[str]:
-    """Cut a text into non-empty pieces of at most ``width`` cells."""
+    """Split a text into non-empty pieces of at most ``width`` cells."""
     pieces: list[str] = []
     for character in text:
         if pieces and cell_len(pieces[-1] + character) <= width:
@@ -167,7 +167,7 @@ def _legend(row: Row, scale: float, sink: int, *, has_colour: bool) -> str:
 
 
 def _candidates(step: TraceStep, width: int) -> list[Line]:
-    """Return the most probable tokens at a step, if they were kept."""
+    """Return lines with the most probable tokens at a step, if they were kept."""
     parts = [
         f"{token_name(one.data)} {percent(shown_probability(one.log_probability)).strip()}"
         for one in step.candidates
@@ -176,7 +176,7 @@ def _candidates(step: TraceStep, width: int) -> list[Line]:
 
 
 def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
-    """Return the strongest positions except the sink, in as many columns as fit."""
+    """Return lines with the strongest positions except the sink, in as many columns as fit."""
     position_width = max(3, len(str(len(trace.tokens) - 1)))
     cell_width = position_width + _TOKEN_WIDTH + 10
     per_line = max(1, (width + 1) // (cell_width + 1))

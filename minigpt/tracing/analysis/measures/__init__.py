@@ -1,14 +1,14 @@
 """Measures of a row other than the attention weight; ``--measure NAME`` finds them by name.
 
-A measure is a function in a module of its own name, which registers itself:
+A measure is a function that is registered in a module of the same name:
 
     @register(unit="logits", is_signed=True, needs=("residual", "token"))
     def logit(model: LanguageModel, config: AnalysisConfig) -> Rows
 
 It is called once per trace, and returns a function from a prediction to rows: of every head
-(L, H, S), or one row (S,) if the measure has no heads; or these as ``Measured``, with what else the
-row sums to. A measure that does not need the token is asked after every forward pass, in order.
-One that is registered with ``takes_several`` is asked for those of several predictions in one call.
+(L, H, S), or one row (S,) if the measure has no heads; or ``Measured``, which adds the other parts
+of the sum. If the measure does not need the token, this function is called after every forward
+pass, in order. With ``is_batched``, it gets a list of predictions and returns a list of results.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,27 +25,27 @@ from minigpt.tracing.analysis_config import AnalysisConfig, Measure, MeasureFact
 
 @dataclass(frozen=True)
 class Prediction:
-    """A forward pass and the token that was drawn after it, as a measure sees them."""
+    """Input of a measure: a forward pass and the token that was sampled after it."""
 
     attention: AttentionPass
     tokens: Sequence[int] = ()
     """Ids of the tokens in view. Empty for a measure that does not need the token."""
     target: int = -1
-    """Id of the generated token; -1 for a measure that does not need it."""
+    """Id of the generated token. -1 for a measure that does not need it."""
     against: int | None = None
     """Id of the alternative whose logit is subtracted. None for none."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows by a measure, with what else belongs to their sum."""
+    """Rows by a measure, with the other parts of their sum."""
 
     rows: Tensor
     """Rows of every head (L, H, S), or one row (S,), float32."""
     parts: Mapping[str, Tensor] = field(default_factory=dict)
-    """Numbers that belong to no single position, each of shape ()."""
+    """Contributions from no position, each of shape ()."""
     whole: Tensor | None = None
-    """What the rows of all heads and the parts sum to, of shape ()."""
+    """Sum of the rows of all heads and the parts, of shape ()."""
 
 
 Rows = (
@@ -55,7 +55,7 @@ Make = Callable[[LanguageModel, AnalysisConfig], Rows]
 
 
 class Registered(NamedTuple):
-    """A measure: what its numbers are, and the function that prepares it for a model."""
+    """A measure: its properties, and the function that prepares it for a model."""
 
     facts: MeasureFacts
     make: Make
@@ -65,7 +65,7 @@ _REGISTRY: dict[Measure, Registered] = {}
 
 
 def register(**facts: Any) -> Callable[[Make], Make]:
-    """Return a decorator that registers a function as the measure of its name.
+    """Return a decorator that registers a function as the measure of the same name.
 
     Args: facts, fields of MeasureFacts.
     """

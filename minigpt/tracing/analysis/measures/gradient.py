@@ -1,4 +1,4 @@
-"""Gradient x input: the token's logit, to first order, by the embedding of each earlier token.
+"""Gradient x input: first-order attribution of the token's logit to earlier tokens' embeddings.
 
 For the token y and the embedding e_j at position j: sum_c e_jc d logit(y) / d e_jc.
 
@@ -16,7 +16,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 @register(
-    about="the embedding of a source times the gradient of the logit (Shrikumar et al. 2016)",
+    description="the embedding of a source times the gradient of the logit (Shrikumar et al. 2016)",
     unit="logits",
     is_signed=True,
     has_heads=False,

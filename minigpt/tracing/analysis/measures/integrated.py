@@ -1,11 +1,11 @@
-"""Integrated gradients: what each earlier token adds on the way from a baseline.
+"""Integrated gradients: attribution to each earlier token along a path from a baseline.
 
 For the token y, the embeddings e and the baseline b: (e_j - b) . the mean, for a from 0 to 1, of
-the gradient of logit(y) at b + a (e - b), by Gauss-Legendre quadrature. Up to the error of that,
+the gradient of logit(y) at b + a (e - b), by Gauss-Legendre quadrature. Up to the quadrature error,
 the row sums to logit(y) minus the logit with b at every position (completeness).
 
-The baseline is the mean embedding of the vocabulary. Zeros, which are common, would not do: RMSNorm
-makes the model blind to the size of the embeddings, so all change would be next to zero.
+The baseline is the mean embedding of the vocabulary. The usual zero baseline does not work: RMSNorm
+ignores the scale of the embeddings, so nearly all change would happen close to zero.
 
 Source: Sundararajan et al. 2017, arXiv:1703.01365.
 
@@ -21,22 +21,22 @@ from minigpt.tracing.analysis.measures import Measured, Prediction, Rows, regist
 from minigpt.tracing.analysis_config import AnalysisConfig
 
 _MAX_POSITIONS = 2**12
-"""Positions of all sequences of a batch."""
+"""Maximum number of positions in a batch, over all its sequences."""
 
 
 @register(
-    about="integrated gradients of the token's logit, from the mean embedding to that of a source "
-    "(Sundararajan et al. 2017)",
+    description="integrated gradients of the token's logit, from the mean embedding to that of a "
+    "source (Sundararajan et al. 2017)",
     unit="logits",
     is_signed=True,
     has_heads=False,
     sums_to="the token's logit minus that of the baseline",
-    others="logit of the baseline, error",
+    other_parts="logit of the baseline, error",
     needs=("token", "gradients"),
     caveat="A path from the mean embedding passes inputs that the model never saw in training.",
 )
 def integrated(model: LanguageModel, config: AnalysisConfig) -> Rows:
-    """Integrate the gradient of the token's logit from the mean embedding to the tokens' own."""
+    """Integrate the gradient of the token's logit from the mean to the tokens' embeddings."""
     baseline_C = embeddings(model, range(model.config.vocab_size)).float().mean(dim=0)
     nodes, weights = np.polynomial.legendre.leggauss(config.n_steps)
     steps_A = torch.tensor((nodes + 1) / 2, dtype=torch.float32, device=model.device)

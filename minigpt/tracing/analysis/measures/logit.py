@@ -1,4 +1,4 @@
-"""Direct logit attribution: what each head brought from each position to the token's logit.
+"""Direct logit attribution: each head's contribution from each position to the token's logit.
 
 For the token y, head h and position j: a_hj (v_j W_O,h) . (w_U[y] o gamma) / rms, with the scale of
 the final norm frozen.
@@ -7,7 +7,7 @@ Source: Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits";
 (logit lens); ``logit_attrs`` of TransformerLens (Nanda & Bloom 2022).
 
 Shapes: L layers, N = 2 L + 1 states of the residual stream, H query heads, G key/value heads,
-R = H / G, S positions in view, D head dim, C model dim, X all heads' outputs side by side.
+R = H / G, S positions in view, D head dim, C model dim, X all heads' outputs concatenated.
 """
 
 from collections.abc import Sequence
@@ -31,18 +31,18 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 @register(
-    about="what the heads brought from a source directly to the logit of the token, with the scale "
-    "of the final norm frozen (Elhage et al. 2021)",
+    description="direct contribution of the heads, from a source, to the logit of the token, with "
+    "the scale of the final norm frozen (Elhage et al. 2021)",
     unit="logits",
     is_signed=True,
     sums_to="the token's logit",
-    others="MLPs, embedding, biases",
+    other_parts="MLPs, embedding, biases",
     needs=("residual", "token"),
-    takes_several=True,
+    is_batched=True,
     caveat="It counts what heads add to the logit directly, not through later layers.",
 )
 def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
-    """Attribute the token's logit to what each head brought from each position."""
+    """Attribute the token's logit to each head's contribution from each position."""
     if why := why_not_linear(model):
         raise ConfigError(
             f"measure logit is not possible with this model ({type(model).__name__}): {why}. "
@@ -50,7 +50,7 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         )
     assert isinstance(model, GPT)
     directions, n_group = HeadDirections(model), model.config.n_kv_head
-    # An id that is made for each token would be copied to a GPU, which waits for it.
+    # On the device once: copying each token's id to a GPU would block it.
     ids_V = torch.arange(model.config.vocab_size, device=model.device)
 
     def rows(predictions: Sequence[Prediction]) -> list[Measured]:
@@ -67,13 +67,13 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
     def directions_of_logits(
         predictions: Sequence[Prediction],
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return u_y and the part of the final norm's bias, for each prediction."""
+        """Return u_y and the contribution of the final norm's bias, for each prediction."""
         w_TC = logit_weights(model, torch.stack([ids_V[one.target] for one in predictions]))
         if (against := predictions[0].against) is not None:
             w_TC = w_TC - logit_weights(model, ids_V[against])
         last_TC = torch.stack([residual_of(one.attention)[-1] for one in predictions]).float()
         u_TC, bias_T = frozen_norm(model.final_norm, last_TC, w_TC)
-        # Copies, because the bits of a product may depend on where in memory a vector begins.
+        # Copies: the bits of a product may depend on the memory alignment of a vector.
         return [u_C.clone() for u_C in u_TC], bias_T.unbind()
 
     def attributed(
@@ -87,7 +87,7 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         u_LGRD = u_LX.unflatten(1, (n_group, -1, model.config.d_head))
         brought_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
         rows_LHS = attention.weights_LBHS[:, 0] * brought_LGRS.flatten(1, 2)
-        # States before the one that an intervention put in are no longer in the stream.
+        # A patched layer replaces the stream, so the states before it do not contribute.
         states_N = residual_of(attention)[attention.first_state :].float() @ u_C
         n_gone = attention.first_state // 2  # layers
         whole, first, of_mlps, of_attention = (_sums(len(states_N), u_C.device) @ states_N).unbind()
@@ -108,7 +108,7 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         parts |= {
             "mlp": of_mlps,
             "bias": of_biases + bias,
-            # What kernels of a low precision lost.
+            # Error of low-precision kernels.
             "rounding": of_attention - rows_LHS.sum() - of_biases,
         }
         return Measured(rows_LHS, parts, whole=whole + bias)
@@ -124,8 +124,8 @@ def residual_of(attention: AttentionPass) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _sums(n_states: int, device: torch.device) -> Tensor:
-    """Return (4, N); times the states, that is the last and the first one, and what all MLPs and
-    all attentions added.
+    """Return a matrix (4, N) that maps the states to the last state, the first state, and the sums
+    of the MLPs' and of the attentions' additions.
     """
     sums_4N = torch.zeros(4, n_states)
     sums_4N[0, -1] = sums_4N[1, 0] = sums_4N[2, 2::2] = sums_4N[3, 1::2] = 1
@@ -134,7 +134,7 @@ def _sums(n_states: int, device: torch.device) -> Tensor:
 
 
 def _given_to_outputs(attention: AttentionPass) -> Tensor:
-    """Return what each layer's W_O was given at the last position: (L, X)."""
+    """Return the input of each layer's W_O at the last position: (L, X)."""
     contexts_LX = attention.context_LBHD[:, 0].flatten(1)
     if attention.replaced:
         contexts_LX = contexts_LX.clone()

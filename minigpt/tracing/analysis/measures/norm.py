@@ -18,13 +18,13 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 
 
 @register(
-    about="the norm of what the heads add to the residual stream because of a source, weight x "
+    description="the norm of the heads' addition to the residual stream from a source, weight x "
     "||v W_O|| (Kobayashi et al. 2020), as a share of the row",
     sums_to="1",
-    caveat="A norm shows how much a source brought, not why a token was generated.",
+    caveat="A norm shows how much a source contributed, not why a token was generated.",
 )
 def norm(model: LanguageModel, config: AnalysisConfig) -> Rows:
-    """Weigh each source by the norm of what a head adds from it."""
+    """Weight each source by the norm of the vector that a head adds from it."""
     norms = _ValueNorms(model)
 
     def rows_LHS(prediction: Prediction) -> Tensor:
@@ -40,8 +40,8 @@ def norm(model: LanguageModel, config: AnalysisConfig) -> Rows:
 class _ValueNorms:
     """||v_j W_O,h|| of every layer, head and position: one scalar each, computed once.
 
-    The length of v_j W_O,h, where W_O,h is a head's (C, D) part of W_O, only needs the R of its QR
-    decomposition: D x D numbers, however wide the model is.
+    The norm of v_j W_O,h, where W_O,h is a head's (C, D) part of W_O, only needs R of its QR
+    decomposition: D x D numbers, independent of the model dim.
     """
 
     def __init__(self, model: LanguageModel) -> None:
@@ -51,12 +51,12 @@ class _ValueNorms:
             heads_HCD = weight.unflatten(1, (model.config.n_head, -1)).transpose(0, 1)
             factors.append(torch.linalg.qr(heads_HCD, mode="r").R)
         factors_LHCD = torch.stack(factors)
-        # (L, G, R, D, C or D), so that it meets the values of the heads' groups
+        # (L, G, R, D, C or D), to broadcast with the values of each group
         self._factors = factors_LHCD.unflatten(1, (model.config.n_kv_head, -1)).mT.contiguous()
         self.norms_LHP = torch.empty(*factors_LHCD.shape[:2], 0, device=weight.device)
 
     def extend(self, new_values_LGTD: Tensor, end: int) -> None:
-        """Add the norms of new positions; ``end`` is one past the last of them."""
+        """Append the norms of new positions, the last of which is ``end - 1``."""
         n_new = new_values_LGTD.shape[2]
         if end > self.norms_LHP.shape[2]:
             self.norms_LHP = F.pad(self.norms_LHP, (0, 2 * end - self.norms_LHP.shape[2]))

@@ -1,6 +1,6 @@
-"""A trace as one self-contained HTML page: it loads nothing, neither from the network nor a file.
+"""A trace as one self-contained HTML page that loads nothing from the network or from files.
 
-The parts of the page are the files of this folder. Every text of a model or a prompt is escaped
+The page is assembled from the files of this folder. All text from a model or a prompt is escaped
 here, and the page only sets it as text, never as HTML. Arrays are packed into bytes.
 
 Shapes: L layers, H query heads, S positions in view, K sources kept per row.
@@ -46,8 +46,8 @@ _SCRIPTS = (
 _DIGITS = 6  # as in a trace file
 _NOT_KNOCKED_OUT = "<code>--n-verified 2</code> shows what happens without a source."
 _KNOCKED_OUT = "The column “without it” shows what happens without a source."
-_EFFECTS = "knockout"  # the exact effects of all positions, shown like one more measure
-_PLAIN = re.compile(rb"[ -~]*")  # bytes that the page need not show
+_EFFECTS = "knockout"  # the exact effects of all positions, shown as another measure
+_PLAIN = re.compile(rb"[ -~]*")  # bytes that are not also shown in hexadecimal
 _NOISE = 1e-4  # a negative number smaller than this is rounding
 _SMALLER = ("has a smaller number", "got less attention")
 _HEAD_FACTS = ("sink", "own", "prompt", "entropy", "distance")
@@ -62,14 +62,14 @@ _ROLES = {
 
 
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
-    """Return the page as an HTML file; it shows the whole trace, whatever the options are."""
+    """Return the page of the whole trace as an HTML file; options are ignored."""
     return to_html(trace).encode()
 
 
 def to_html(trace: Trace) -> str:
-    """Return a page that shows a trace in a browser, without a network.
+    """Return a page that shows a trace in a browser, offline.
 
-    Its content security policy allows only its own script and style, and forbids every request.
+    Its content security policy allows only its own script and style, and forbids all requests.
     """
     style = _part("page.css")
     script = "\n".join(_part(name) for name in _SCRIPTS)
@@ -94,7 +94,7 @@ def to_html(trace: Trace) -> str:
 
 
 def embedded_json(value: Any) -> str:
-    """Return JSON for a script element, with ``<``, ``>`` and ``&`` escaped so it cannot end it."""
+    """Return JSON with ``<``, ``>`` and ``&`` escaped, so that it cannot end its script element."""
     text = json.dumps(value, allow_nan=False, separators=(",", ":"))  # ASCII, U+2028 escaped
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -116,16 +116,16 @@ def _page_data(trace: Trace) -> dict[str, Any]:
     heads = [row.heads for step in trace.steps for row in step.rows]
     n_kept = [-1 if rows is None else rows.positions.shape[2] for rows in heads]
     n_sources = max(n_kept) if n_kept and min(n_kept) >= 0 else None
-    # One line each: the page breaks lines itself.
+    # Not wrapped: the browser does that.
     ending = footer_lines(trace.footer, header, 10_000, n_rows=len(trace.steps))
     closing = ["".join(text for text, _ in line) for line in ending if line]
     if trace.footer.cause is None:
-        closing.append("Nothing was knocked out in this trace: it says nothing about cause.")
+        closing.append("Nothing was knocked out in this trace: it says nothing about causes.")
     return {
         "model": one_line(header.model),
         "facts": [(name, one_line(text)) for name, text in facts_about(trace)],
         "names": trace.joined.names,
-        # Within the text, a token that continues a character has no text of its own.
+        # A token that continues a character has no text of its own.
         "texts": [
             text or ("" if token.data else token_name(b""))
             for text, token in zip(trace.joined.texts, tokens, strict=True)
@@ -142,7 +142,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
         "measures": list(header.measures),
         "choices": [*header.measures, *([_EFFECTS] if _EFFECTS in scales else [])],
         "traced": {measure: measured(header, [measure]) for measure in header.measures}
-        | {_EFFECTS: "what ln p loses without each position"},
+        | {_EFFECTS: "decrease of ln p without each position"},
         "changed": "" if header.intervention is None else one_line(str(header.intervention)),
         "sink": header.sink,
         "roles": header.roles and [[_role(role) for role in layer] for layer in header.roles],
@@ -166,7 +166,7 @@ def _page_data(trace: Trace) -> dict[str, Any]:
 
 
 def _plain(data: bytes) -> str:
-    """Return the text of a token for the clipboard, whose reader may be a terminal."""
+    """Return the text of a token for the clipboard, without escape codes for a terminal."""
     return printable(data.decode("utf-8", errors="replace"))
 
 
@@ -227,7 +227,7 @@ def _candidate(candidate: Candidate, chosen: int) -> dict[str, Any]:
 def _arrays(
     trace: Trace, n_sources: int | None, scales: dict[str, float | None]
 ) -> dict[str, NDArray[Any]]:
-    """Return each measure's whole rows and the facts about every head's row, as codes."""
+    """Return each measure's full rows, and summaries of all heads' rows, as codes."""
     arrays: dict[str, NDArray[Any]] = {}
     for i, measure in enumerate(trace.header.measures):
         rows = [step.rows[i] for step in trace.steps]
@@ -242,7 +242,7 @@ def _arrays(
 
 
 def _changes(trace: Trace) -> NDArray[np.float32]:
-    """Return the changes of ln p of all steps, one after the other; empty if a step has none."""
+    """Return the changes of ln p of all steps, concatenated; empty if a step has none."""
     found = [step.changes_S for step in trace.steps if step.changes_S is not None]
     return np.concatenate(
         found if len(found) == len(trace.steps) > 0 else [np.empty(0, np.float32)]
@@ -250,7 +250,7 @@ def _changes(trace: Trace) -> NDArray[np.float32]:
 
 
 def _scales(trace: Trace) -> dict[str, float | None]:
-    """Return the largest magnitude of each signed measure; None if all numbers are shares."""
+    """Return the largest magnitude in each measure, or None for a measure in shares."""
     scales: dict[str, float | None] = {}
     for i, measure in enumerate(trace.header.measures):
         parts = [step.rows[i].weights_S for step in trace.steps]
@@ -267,7 +267,7 @@ def _scales(trace: Trace) -> dict[str, float | None]:
 
 
 def _working_arrays(trace: Trace) -> dict[str, NDArray[Any]]:
-    """Return the queries, keys and values of explained heads: the bits of float32 numbers."""
+    """Return the queries, keys and values of explained heads, as the bits of float32 numbers."""
     return {
         f"working{i}.{name}": np.ascontiguousarray(getattr(working, field), "<f4").view("<u4")
         for i, working in enumerate(trace.footer.workings)
@@ -281,12 +281,12 @@ def _head_arrays(
     heads = [row.heads.shown() for row in rows if row.heads is not None]
 
     def padded(name: str) -> NDArray[Any]:
-        """Return one array of all steps: early steps have fewer than K sources."""
+        """Stack the arrays of all steps, padded because early steps have fewer than K sources."""
         arrays_LHK = [getattr(head_rows, name) for head_rows in heads]
         widths = [((0, 0), (0, 0), (0, n_sources - array.shape[2])) for array in arrays_LHK]
         return np.stack(list(map(np.pad, arrays_LHK, widths)))
 
-    # Entropy and distance as shares of the largest values possible at their step.
+    # Entropy and distance as shares of the largest possible value at each step.
     n_views = np.array([len(row.weights_S) for row in rows])[:, None, None]
     largest = {
         "entropy": np.maximum(np.log2(n_views), 1e-9),
@@ -304,20 +304,20 @@ def _head_arrays(
 
 
 def _codes(values: NDArray[Any], dtype: str, scale: float | None) -> NDArray[Any]:
-    """Return numbers as unsigned integers: shares, or if there is a scale, signed numbers."""
+    """Encode numbers as unsigned integers: shares, or signed numbers if there is a scale."""
     values = _as_in_a_file(values)
     return share_codes(values, dtype) if scale is None else signed_codes(values / scale, dtype)
 
 
 def _as_in_a_file(values: NDArray[Any]) -> NDArray[Any]:
-    """Return numbers with the digits of a trace file, so that a replay gives the same page."""
+    """Round numbers as in a trace file, so that a replay gives the same page."""
     return np.round(values.astype(np.float64), _DIGITS)
 
 
 def signed_codes(values: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return numbers from -1 to 1 as unsigned integers, with finer steps for small numbers.
+    """Encode numbers from -1 to 1 as unsigned integers, with finer steps for small numbers.
 
-    With m the middle of the dtype's integers, a code c stands for (c - m) |c - m| / (m - 1)^2.
+    With m the middle of the dtype's integers, a code c means (c - m) |c - m| / (m - 1)^2.
     """
     middle = (np.iinfo(dtype).max + 1) // 2
     clipped = np.clip(values, -1.0, 1.0, dtype=np.float64)
@@ -326,9 +326,9 @@ def signed_codes(values: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def share_codes(shares: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return numbers from 0 to 1 as unsigned integers, with finer steps for small numbers.
+    """Encode numbers from 0 to 1 as unsigned integers, with finer steps for small numbers.
 
-    A code c stands for (c / m)^2, m being the largest integer of the dtype.
+    A code c means (c / m)^2, where m is the largest integer of the dtype.
     """
     largest = np.iinfo(dtype).max
     roots = np.sqrt(np.clip(shares, 0.0, 1.0, dtype=np.float64))
@@ -336,9 +336,9 @@ def share_codes(shares: NDArray[Any], dtype: str) -> NDArray[Any]:
 
 
 def _pack(arrays: dict[str, NDArray[Any]]) -> dict[str, Any]:
-    """Return unsigned integer arrays as text: of each array all first bytes, all second bytes, ...
+    """Encode unsigned integer arrays as text: all first bytes of an array, all second bytes, ...
 
-    The zero bytes of small numbers are then neighbours, which compresses well.
+    This places the zero bytes of small numbers next to each other, which compresses well.
     """
     planes = [
         np.ascontiguousarray(array).view(np.uint8).reshape(-1, array.itemsize).T.tobytes()

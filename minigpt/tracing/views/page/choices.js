@@ -1,6 +1,6 @@
-// What else the model could have said at a step, and what it would have said after each layer.
+// The most probable tokens at a step, and the predictions after each layer.
 
-// step: of the token whose choices are shown, or null for none.
+// step: that of the current token, or null for none.
 function drawChoices(trace, step) {
   const shown = step === null ? null : trace.steps[step];
   fillCandidates(shown?.candidates ?? []);
@@ -29,9 +29,9 @@ function fillLens(lens) {
   document.getElementById("lens-section").hidden = lens === null;
   if (lens === null) return;
   setText("lens-note", lens.layer === null
-    ? "Another token was the first choice in the end."
+    ? "Another token is the first choice after the last layer."
     : `This token is the first choice from layer ${lens.layer} on.`);
-  // The last layer is first, as the residual stream is drawn in papers.
+  // The last layer is on top, as in papers.
   const rows = lens.probabilities.map((probability, layer) => lensRow(lens, probability, layer));
   document.getElementById("lens").replaceChildren(...rows.reverse());
 }

@@ -1,4 +1,4 @@
-// Copying from the strip gives the text itself, without the marks for spaces and line breaks.
+// Copying from the strip gives the plain text, without the marks for spaces and line breaks.
 
 function makeCopying(trace, strip) {
   document.addEventListener("copy", (event) => {
@@ -10,13 +10,13 @@ function makeCopying(trace, strip) {
   document.getElementById("copy").addEventListener("click", () => {
     strip.cells[strip.marked]?.focus({ preventScroll: true });
     document.getSelection().removeAllRanges();
-    setText("copied", document.execCommand("copy") ? "Copied." : "Select the tokens, and copy them.");
+    setText("copied", document.execCommand("copy") ? "Copied." : "Could not copy. Select the tokens, and copy them.");
     setTimeout(() => setText("copied", ""), 4000);
   });
 }
 
-// The positions of selected tokens; all if none is selected but one has the focus; null if the
-// selection is elsewhere.
+// The positions of the selected tokens: all if nothing is selected but a token has the focus, null if
+// the selection is elsewhere.
 function selectedCells(strip) {
   const selection = document.getSelection();
   const all = Array.from(strip.cells.keys());

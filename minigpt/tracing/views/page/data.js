@@ -49,8 +49,8 @@ function rowStarts(trace) {
   return starts;
 }
 
-// The number that a code stands for. Both kinds have finer steps for small numbers:
-// a share is (c / most)^2; a signed number is (c - m) |c - m| / (m - 1)^2 of the scale, m = (most + 1) / 2.
+// Decodes a number. Both encodings have finer steps for small numbers: a share is (c / most)^2;
+// a signed number is scale (c - m) |c - m| / (m - 1)^2, with m = (most + 1) / 2.
 function decoded(code, most, scale) {
   if (scale === null) return (code / most) ** 2;
   const middle = (most + 1) / 2;
@@ -62,13 +62,13 @@ function byteShare(code) {
   return decoded(code, 255, null);
 }
 
-// How strongly a number is drawn, from -1 to 1. The root, so that a few percent are visible.
+// The intensity with which a number is drawn, from -1 to 1: the root, so that a few percent are visible.
 function levelOf(value, scale) {
   const part = Math.min(1, Math.abs(value) / (scale ?? 1));
   return Math.sign(value) * Math.sqrt(part);
 }
 
-// A name as one unit, so that a number beside Arabic or Hebrew stays where it is.
+// Isolates the direction of a name, so that a number next to Arabic or Hebrew stays in place.
 function isolated(name) {
   return `\u2068${name}\u2069`;
 }

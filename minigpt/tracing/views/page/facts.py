@@ -1,4 +1,4 @@
-"""What the page says about a trace as a whole."""
+"""Facts about a trace as a whole, for the page."""
 
 from dataclasses import asdict
 
@@ -31,7 +31,7 @@ def facts_about(trace: Trace) -> list[tuple[str, str]]:
         ("model", header.model),
         ("size", size),
         ("rows", measured(header)),
-        *((measure, facts_of(measure).about) for measure in header.measures),
+        *((measure, facts_of(measure).description) for measure in header.measures),
         *_reduction(header),
         ("sink", f"position {header.sink}, {header.sink_rule}"),
         ("tokens", f"{len(header.prompt)} of the prompt, {trace.footer.n_tokens} generated"),
@@ -54,7 +54,7 @@ def facts_about(trace: Trace) -> list[tuple[str, str]]:
 
 
 def _reduction(header: TraceHeader) -> list[tuple[str, str]]:
-    """Return how the rows of heads became one, as a fact; none for a measure without heads."""
+    """Return the reduction over heads as a fact; none for a measure without heads."""
     facts = facts_of(header.measures[0])
     if not facts.has_heads:
         return []
@@ -64,6 +64,6 @@ def _reduction(header: TraceHeader) -> list[tuple[str, str]]:
 
 
 def knocked_out(header: TraceHeader) -> str:
-    """Return what a knockout does, and in which heads."""
+    """Describe the effect of a knockout, and the heads it applies to."""
     heads = header.verified_heads
     return KNOCKOUTS[header.knockout] + ("" if heads is None else f" in {heads.as_text()}")

@@ -92,7 +92,7 @@ function moveInGrid(grid, event) {
 function describeRoles(trace) {
   const legend = document.getElementById("role-legend");
   if (!trace.roles) {
-    legend.textContent = "This trace has no roles of heads.";
+    legend.textContent = "This trace has no head roles.";
     return;
   }
   for (const [kind, meaning] of trace.roleMeanings) {

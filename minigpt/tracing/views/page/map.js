@@ -1,13 +1,13 @@
-// Maps of rows: a line for each generated token, newest below; a column for each earlier token.
+// Maps of rows: a line for each token, newest at the bottom; a column for each earlier token.
 
-const LABEL_CELL = 11; // pixels of a cell from which on each line has the name of its token
+const LABEL_CELL = 11; // minimum cell size, in pixels, to label each line with its token
 const MOST_CELL = 16;
 const MOST_HEIGHT = 640;
 const TOP = 6; // room for half a label
 const TICK_ROOM = 18;
 const SMALL_BINS = 48;
 
-// The large map of the chosen rows. onChoose takes the position of a generated token.
+// The large map of the chosen rows. onChoose is called with the position of a token.
 function makeMap(trace, onChoose) {
   const canvas = document.getElementById("map");
   const map = { trace, canvas, rows: null, image: null, scale: null, position: null, pointed: null };
@@ -21,7 +21,7 @@ function makeMap(trace, onChoose) {
   return map;
 }
 
-// rows: one array of numbers for each step. scale: of signed numbers, or null for shares.
+// rows: one array of numbers for each step. scale: that of signed numbers, or null for shares.
 function fillMap(map, rows, scale) {
   Object.assign(map, { rows, scale, image: null });
   paintMap(map);
@@ -70,8 +70,8 @@ function layoutMap(trace, room, nRows) {
   };
 }
 
-// The number farthest from 0 of all that share a bin, so that single strong ones stay visible; NaN
-// for bins of tokens that did not yet exist.
+// The number farthest from 0 in each bin, so that single strong ones stay visible; NaN for bins of
+// tokens that did not exist yet.
 function pooled(rows, firstRow, binsAcross, binsDown) {
   const nColumns = firstRow + rows.length - 1;
   const bins = new Float32Array(binsAcross * binsDown).fill(NaN);
@@ -94,7 +94,7 @@ function drawnBins({ bins, width, height }, scale) {
     if (Number.isNaN(value)) continue;
     const level = levelOf(value, scale);
     const over = scale === null ? hues.heat : level < 0 ? hues.minus : hues.plus;
-    // Mixed over the ground of cells in view, so that those of later tokens stay blank.
+    // Blended with the background of cells in view, so that cells of later tokens stay blank.
     const part = 0.95 * Math.abs(level);
     for (let c = 0; c < 3; c++) image.data[4 * i + c] = part * over[c] + (1 - part) * hues.view[c];
     image.data[4 * i + 3] = 255;
@@ -126,7 +126,7 @@ function drawLabels(context, { trace, place }) {
   for (let column = 0; column < nColumns; column += niceStep(30 / cell)) {
     context.fillText(String(column), left + (column + 0.5) * cell, height + 10);
   }
-  // Where the prompt ends.
+  // A line at the end of the prompt.
   context.strokeStyle = style.color;
   context.globalAlpha = 0.5;
   context.setLineDash([3, 3]);
@@ -147,13 +147,13 @@ function line(context, x, y, toX, toY) {
   context.stroke();
 }
 
-// The smallest of 1, 2, 5, 10, 20 ... that is at least the least.
+// The smallest of 1, 2, 5, 10, 20 ... that is not below least.
 function niceStep(least) {
   const power = 10 ** Math.floor(Math.log10(Math.max(1, least)));
   return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= least) ?? power;
 }
 
-// A frame around the line of the current token, or around its column in the prompt.
+// A frame around the line of the current token, or around its column if it has no line.
 function drawMarks(context, { trace, place, position, pointed }) {
   const { left, cell, width, height } = place;
   context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--focus");
@@ -182,9 +182,9 @@ function pointAt(map, at) {
     : MAP_HINT);
 }
 
-const MAP_HINT = "Point at a cell to read it; click to choose its line.";
+const MAP_HINT = "Hover over a cell to read it; click to choose its line.";
 
-// The small maps of all heads, drawn when the page has nothing else to do.
+// The small maps of all heads, drawn in short slices so that the page stays responsive.
 function fillSmallMaps(trace, grid, measure) {
   if (grid.drawn === measure) return;
   grid.drawn = measure;

@@ -1,6 +1,6 @@
-// The state of the page, what changes it, and how it is drawn.
+// The state of the page, its event handlers and its drawing.
 
-// Makes an element with attributes and a text; nothing is ever parsed as HTML.
+// Creates an element with attributes and text; nothing is ever parsed as HTML.
 function element(name, attributes = {}, text = "") {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
@@ -20,9 +20,9 @@ function valueText(value, scale) {
   return scale === null ? percent(value) : signed(value);
 }
 
-// The exact effects of all positions, a row without heads.
+// The exact effects of all positions: a measure without rows of heads.
 const EFFECTS = "knockout";
-const WIDE_TOKENS = 150; // from which on the map has the whole width
+const WIDE_TOKENS = 150; // above this number of tokens, the map has the full width
 
 class Page {
   constructor(trace) {
@@ -60,7 +60,7 @@ class Page {
     this.changed();
   }
 
-  // From the keyboard: focus scrolls the token into view.
+  // From the keyboard or the map: focus scrolls the token into view.
   pin(position) {
     const last = this.trace.nTokens - 1;
     this.pinned = this.pointed = Math.min(last, Math.max(0, position));
@@ -73,7 +73,7 @@ class Page {
     this.changed();
   }
 
-  // Choosing a chosen head again deselects it.
+  // Choosing a head again deselects it.
   chooseHead(layer, head) {
     const isChosen = this.view.layer === layer && this.view.head === head;
     if (this.hasHeads) this.choose(isChosen ? { reduction: "traced" } : { layer, head });
@@ -93,7 +93,7 @@ class Page {
     this.changed();
   }
 
-  // Several changes before the next frame are drawn once.
+  // Draws only once for several changes before the next frame.
   changed() {
     if (!this.isDrawn) return;
     this.isDrawn = false;
@@ -163,7 +163,7 @@ class Page {
     const shares = this.byMeasure((one) => columnOf(trace, one, position));
     shadeStrip(trace, this.strip, shares[view.measure], this.scale);
     const name = tokenName(trace, position);
-    const title = this.scale === null ? `Who attended to ${name}` : `What ${name} raised or lowered`;
+    const title = this.scale === null ? `Tokens that attended to ${name}` : `What ${name} raised or lowered`;
     this.caption = `${title}: ${this.viewText()}`;
     setText("token-title", title);
     const isPrompt = position < trace.firstRow;
@@ -229,7 +229,7 @@ class Page {
   }
 
   listen() {
-    const onChange = (id, take) => control(id).addEventListener("change", (e) => take(e.target.value));
+    const onChange = (id, apply) => control(id).addEventListener("change", (e) => apply(e.target.value));
     onChange("measure", (measure) => this.choose({ measure }));
     onChange("layer", (text) => this.choose({ layer: text === "" ? null : Number(text) }));
     onChange("head", (text) => this.choose({ head: text === "" ? null : Number(text) }));
@@ -309,7 +309,7 @@ function stepText(trace, step) {
   const { logProbability, isGiven } = trace.steps[step];
   const position = trace.firstRow + step;
   const number = position - trace.nPrompt + 1;
-  const kind = number < 1 ? "Of the prompt" : isGiven ? `Token ${number}, given` : `Generated token ${number}`;
+  const kind = number < 1 ? "Prompt token" : isGiven ? `Token ${number}, given` : `Generated token ${number}`;
   return `${kind}, with probability ${percent(Math.exp(logProbability))} (ln p ${signed(logProbability)}).`;
 }
 
@@ -319,7 +319,7 @@ function keptText({ kept }) {
 
 function listedText(trace, view, row, step) {
   if (view.measure === EFFECTS) {
-    return "in nats, for each position hidden alone. A plus says that it raised the token, a minus that it lowered it.";
+    return "in nats, with one position hidden at a time. Plus: the position raised the token's probability; minus: it lowered it.";
   }
   const facts = factsOf(trace, view, step);
   const isSigned = trace.scales[view.measure] !== null;
@@ -339,15 +339,15 @@ function listedText(trace, view, row, step) {
 function signedText(trace, view, step, facts, part) {
   const row = trace.steps[step].rows[trace.measures.indexOf(view.measure)];
   const parts = view.reduction === "traced" ? row.parts : [];
-  const accounts = parts.map(([name, value]) => `${name} ${signed(value)}`).join(", ");
-  const whole = accounts && row.whole !== null ? ` From no position: ${accounts}; sum ${signed(row.whole)}.` : "";
+  const others = parts.map(([name, value]) => `${name} ${signed(value)}`).join(", ");
+  const whole = others && row.whole !== null ? ` From no position: ${others}; sum ${signed(row.whole)}.` : "";
   return (
     `${signed(facts.sink)} ${trace.units[view.measure]} from the sink, ${signed(facts.own)} from the query's own ` +
     `position, ${signed(facts.prompt)} from the prompt.${whole} ${part}`
   );
 }
 
-// A row of maxima does not consist of shares of a whole.
+// A row of maxima over heads does not sum to 1.
 function sumsToOne(view, facts) {
   return view.reduction !== "max" && Math.abs((facts.total ?? 1) - 1) < 0.001;
 }
@@ -357,7 +357,7 @@ function gridText(position, most) {
   return `Entropy in bits, ${where}: 0 if all of the row is on one token, ${most.toFixed(1)} (strongest shade) if it is uniform. Click a head to see its row.`;
 }
 
-// Texts that do not change.
+// Fills in the texts that never change.
 function fillWords(trace) {
   setText("model", trace.model);
   document.getElementById("changed").hidden = !trace.changed;

@@ -1,4 +1,4 @@
-// The strip as it is shown, as an SVG file.
+// Download of the strip, as currently shown, as an SVG file.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -53,7 +53,7 @@ function fillOf(colour) {
   return { fill: `rgb(${red},${green},${blue})`, "fill-opacity": alpha };
 }
 
-// A token wider than the strip is wrapped there, and here into as many lines of equal length.
+// A token wider than the strip is wrapped in the browser; here it gets as many lines, of equal length.
 function textLines(cell, x, y, style) {
   const isContinued = cell.classList.contains("continued");
   const characters = isContinued ? ["⋯"] : Array.from(cell.firstChild.textContent);

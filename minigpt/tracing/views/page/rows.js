@@ -1,7 +1,7 @@
 // The rows that a view shows. A view is {measure, reduction, layer, head}. The reduction "traced" is
 // that of the trace, whose rows are complete. "mean" and "max" reduce over the heads that layer and
-// head select (null selects all). Of one head, the trace may hold the sink and the strongest sources
-// only. A signed measure is summed over heads, never averaged.
+// head select (null selects all). For single heads, the trace may have only the sink and the strongest
+// sources. A signed measure is summed over heads, never averaged.
 
 // The row of every step, as arrays of numbers.
 function rowsOf(trace, view) {
@@ -52,25 +52,25 @@ function headsOf(trace, view) {
   return heads;
 }
 
-// Whether the rows of single heads have every position, as those of a short text or a dense file.
+// Whether the rows of single heads are complete, as for a short text or with --dense.
 function hasWholeHeads(trace) {
   return trace.nSources + 1 >= trace.firstRow + trace.steps.length - 1;
 }
 
-function eachKept(trace, measure, step, head, take) {
+function eachKept(trace, measure, step, head, visit) {
   const row = step * trace.nLayer * trace.nHead + head;
   const positions = trace.arrays[`${measure}.positions`];
   const weights = trace.arrays[`${measure}.weights`];
   const scale = trace.scales[measure];
-  take(trace.sink, decoded(trace.arrays[`${measure}.sink`][row], 255, scale));
+  visit(trace.sink, decoded(trace.arrays[`${measure}.sink`][row], 255, scale));
   const end = (row + 1) * trace.nSources;
   for (let i = row * trace.nSources; i < end; i++) {
     const value = decoded(weights[i], 255, scale);
-    if (value !== 0) take(positions[i], value);
+    if (value !== 0) visit(positions[i], value);
   }
 }
 
-// The weight of a token in the row of each later token: a share for each token of the trace.
+// The weight of a token in the row of each later token, as an array over all tokens.
 function columnOf(trace, view, position) {
   const shares = new Float32Array(trace.nTokens);
   for (let step = Math.max(0, position + 1 - trace.firstRow); step < trace.steps.length; step++) {
@@ -85,7 +85,7 @@ function shareAt(trace, view, step, position) {
   return decoded(code, 65535, trace.scales[view.measure]);
 }
 
-// {sink, own, prompt, entropy, distance} of a row; the mean over several heads.
+// {sink, own, prompt, entropy, distance} of a row, averaged over the heads of the view.
 function factsOf(trace, view, step) {
   if (view.reduction === "traced") {
     return trace.steps[step].rows[trace.measures.indexOf(view.measure)];
@@ -112,7 +112,7 @@ function mostBits(trace, step) {
   return Math.log2(Math.max(1, trace.firstRow + step));
 }
 
-// The entropy of each head and the largest possible one, in bits; the mean over several steps.
+// The entropy of each head and its maximum possible value, in bits, averaged over steps.
 function entropiesOf(trace, measure, steps) {
   const codes = trace.arrays[`${measure}.entropy`];
   const nHeads = trace.nLayer * trace.nHead;

@@ -1,4 +1,4 @@
-// The tokens of the trace. Only changed cells are updated: there may be thousands.
+// The strip of tokens. Only changed cells are updated, because there may be thousands.
 
 function makeStrip(trace, onPoint, onPin) {
   const strip = document.getElementById("strip");
@@ -22,7 +22,7 @@ function makeStrip(trace, onPoint, onPin) {
 function tokenCell(trace, text, position) {
   const kind = position < trace.nPrompt ? "prompt" : "generated";
   const name = trace.names[position];
-  // Of the tokens that share a character, the first shows it, and the others a mark of the style sheet.
+  // If tokens share a character, the first shows it, and the style sheet marks the others.
   const cell = element("span", {
     class: `token ${kind}${text === "" ? " continued" : ""}`,
     id: `token-${position}`,
@@ -35,7 +35,7 @@ function tokenCell(trace, text, position) {
   return cell;
 }
 
-// Tokens beyond the end of the array have no number. scale: of signed numbers, or null for shares.
+// Tokens beyond the end of shares have no number. scale: that of signed numbers, or null for shares.
 function shadeStrip(trace, strip, shares, scale) {
   for (const [position, cell] of strip.cells.entries()) {
     const share = shares[position] ?? 0;
@@ -55,7 +55,7 @@ function shade(cell, level, scale) {
   cell.classList.toggle("minus", scale !== null && level < 0);
 }
 
-// The bytes of a token that are not plain letters: those of a character may be split over tokens.
+// The bytes of a token if they are not plain ASCII: a character may be split over several tokens.
 function bytesText(trace, position) {
   const bytes = trace.bytes[position];
   return bytes ? `bytes ${bytes}` : "";
@@ -102,8 +102,8 @@ function drawLegend(scale) {
   const samples = scale === null ? [0.01, 0.05, 0.25, 1] : [-1, -0.25, 0, 0.25, 1].map((part) => part * scale);
   for (const value of samples) legend.append(swatch("sample", valueText(value, scale), value, scale));
   legend.append(scale === null
-    ? "share of the row, as shade and as bar"
-    : "as shade and as bar: blue raised the token, orange lowered it, no shade is 0");
+    ? "share of the row, as shade and bar"
+    : "shade and bar: blue raised the token, orange lowered it, unshaded is 0");
 }
 
 function swatch(kind, text, value, scale) {

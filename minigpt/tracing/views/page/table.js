@@ -1,9 +1,9 @@
 // The table of the strongest sources of a token, or of the tokens that attended to it most.
 
 const MOST_ROWS = 12;
-const QUERY_HINT = "The position whose query predicted the token: the row is what this position attended to.";
+const QUERY_HINT = "The position whose query predicted the token: the row is the attention of this query.";
 
-// The effects of a step: a list, or a function of the position if all were knocked out; or null.
+// The effects of a step: a list, a function of the position if all were knocked out, or null.
 function effectsOf(trace, step) {
   const view = { measure: EFFECTS, reduction: "traced" };
   if (trace.choices.includes(EFFECTS)) return (position) => -shareAt(trace, view, step, position);
@@ -11,7 +11,7 @@ function effectsOf(trace, step) {
   return effects.length ? effects : null;
 }
 
-// parts: {shares: by measure, measure: to sort by, own: query's position or null, effects: or null}.
+// parts: {shares by measure, measure to sort by, own: the query's position or null, effects or null}.
 function fillTable(trace, parts) {
   const table = document.getElementById("sources");
   table.tHead.replaceChildren(headingRow(trace, parts));

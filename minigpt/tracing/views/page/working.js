@@ -1,5 +1,5 @@
-// How a weight came about: the products of a query and a key, the softmax and the weighted sum of one
-// head, with the numbers of the model.
+// How a weight is computed: the dot product of a query and a key, the softmax, and the weighted sum of
+// the values of one head, with the model's own numbers.
 
 function makeWorking(trace, onChoose) {
   const select = document.getElementById("working-head");
@@ -21,13 +21,13 @@ function makeWorking(trace, onChoose) {
   });
 }
 
-// The head and the source that were chosen last; if the view has one head, it is that one.
+// Shows the head and source that were chosen last, or the view's head if the view has a single one.
 function fillWorking(trace, view, step) {
   if (trace.workings.length === 0) return;
   const hasRow = step >= 0;
   document.getElementById("working").hidden = !hasRow;
   setText("working-note", hasRow
-    ? "Every number is the model's own, here recomputed from its queries, keys and values."
+    ? "Every number is recomputed here from the model's own queries, keys and values."
     : "This token has no row.");
   if (!hasRow) return;
   const select = document.getElementById("working-head");
@@ -40,7 +40,7 @@ function fillWorking(trace, view, step) {
   drawSums(trace, working, source);
 }
 
-// The row of a query: {query, first, scores, exponentials, total, weights}, of positions from first on.
+// The row of a query: {query, first, scores, exponentials, total, weights}, for positions from first on.
 function worked(trace, index, query) {
   const { scale, window } = trace.workings[index];
   const queryVector = workingVector(trace, index, "queries", query);
@@ -67,7 +67,7 @@ function dot(one, other) {
   return one.reduce((sum, value, i) => sum + value * other[i], 0);
 }
 
-// The options are the positions in view; if none of them was chosen, the strongest that is not the sink.
+// Offers the positions in view; the default is the strongest one except the sink.
 function chosenSource(trace, { first, query, weights }) {
   const select = document.getElementById("working-source");
   const wanted = Number(select.dataset.chosen ?? -1);
@@ -87,13 +87,13 @@ function chosenSource(trace, { first, query, weights }) {
 function drawScores(trace, working, source) {
   const { query, first, scale, scores, largest, exponentials, total, weights } = working;
   const i = source - first;
-  const asked = `query of ${tokenName(trace, query)}, key of ${tokenName(trace, source)}`;
+  const pair = `query of ${tokenName(trace, query)}, key of ${tokenName(trace, source)}`;
   const rows = [
-    ["query · key", `the sum of the ${trace.dHead} products below: ${asked}`, scores[i] / scale],
+    ["query · key", `the sum of the ${trace.dHead} products below: ${pair}`, scores[i] / scale],
     ["score", `times the scale ${digits(scale)}`, scores[i]],
     ["e^(score − largest)", `the largest score of the ${weights.length} positions in view is ${digits(largest)}`, exponentials[i]],
-    ["sum", "of this number over all positions in view", total],
-    ["weight", "the number divided by the sum: the softmax", weights[i]],
+    ["sum", "the sum of these exponentials over all positions in view", total],
+    ["weight", "the exponential divided by the sum: the softmax", weights[i]],
   ];
   const made = rows.map(([name, text, value]) => {
     const row = element("tr");
@@ -135,7 +135,7 @@ function outputOf(trace, index, first, weights) {
 
 function drawSums(trace, { first, weights }, source) {
   const text =
-    `The last three columns: the value of position ${source}, the same times the weight ` +
+    `The last three columns: the value of position ${source}, this value times the weight ` +
     `${digits(weights[source - first])}, and the output of the head, which is the sum of the ` +
     `weighted values of all ${weights.length} positions in view.`;
   setText("working-sums", text);
