@@ -1,4 +1,4 @@
-"""Comparing architectures on the same text, with equal parameter counts and budgets.
+"""Compare architectures on the same text, with equal parameter counts and budgets.
 
 Every run is an ordinary training run. This module plans the runs and summarizes their metrics.
 """
@@ -134,7 +134,7 @@ def parse_budget(text: str, config: RunConfig) -> Budget:
 
     Without a number: the steps of the config, the flops of those steps, or 60 seconds.
 
-    Args: config, of the base model; its epochs are converted to steps already.
+    Args: config, that of the base model, with epochs already converted to steps.
     Raises: ConfigError for an invalid budget, or if a number is needed and missing.
     """
     kind, colon, number = text.partition(":")
@@ -162,7 +162,7 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
 
     A budget of flops becomes the number of steps that fit into it, at least one.
 
-    Raises: ConfigError if these are too many to count.
+    Raises: ConfigError if the steps are too many to count.
     """
     n_steps = int(budget.amount) if budget.kind == "steps" else 0
     if budget.kind == "flops":
@@ -170,8 +170,8 @@ def with_budget(config: RunConfig, budget: Budget) -> RunConfig:
         n_most = int(budget.amount / flops_of_steps(config, 1, 1))
         if n_most >= 2**53:
             raise ConfigError(
-                f"--budget flops:{budget.amount:g} is up to {n_most:.0e} steps of this model, and "
-                "no run can take as many. Give fewer."
+                f"--budget flops:{budget.amount:g} is up to {n_most:.0e} steps of this model, more "
+                "than a run can take. Give fewer flops."
             )
         steps = range(1, n_most + 2)
         fitting = bisect_right(steps, budget.amount, key=lambda n: flops_of_steps(config, n, n))
@@ -279,7 +279,8 @@ def decoding_speeds(
     The models alternate, so that other load on the machine affects all of them; each speed is a
     median.
 
-    Args: models, folders by name; prompt, at least one token, cut to leave room in the context.
+    Args: models, folders by name; prompt, at least one token, truncated to leave room in the
+        context.
     """
     decodings = {}
     for name, folder in models.items():

@@ -1,4 +1,4 @@
-"""Finding the width at which a model has a given number of parameters."""
+"""Find the width at which a model has a given number of parameters."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence

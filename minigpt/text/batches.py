@@ -1,7 +1,7 @@
-"""Which windows of tokens step i sees: a pure function of (seed, step, rank).
+"""Token windows of each training step: a pure function of (seed, step, rank).
 
-An epoch cuts the span into windows that do not overlap and visits each once, in an order that is
-shuffled without holding it: a keyed permutation turns the place in the order into the window.
+An epoch cuts the span into non-overlapping windows and visits each once, in a shuffled order that
+is never stored: a keyed permutation maps each position in the order to a window.
 """
 
 import math
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 UInts = npt.NDArray[np.uint64]
 
 N_ROUNDS = 3
-_LEAST_CONTEXT = 8  # tokens that are worth advising for a short text
+_LEAST_CONTEXT = 8  # the shortest context that an error message suggests
 NO_TARGET = -100
-"""Target without a loss: the default ``ignore_index`` of cross_entropy."""
+"""Target of a position without loss: the default ``ignore_index`` of cross_entropy."""
 
 
 def require_length(span: TokenSpan, context_length: int) -> None:
-    """Check that a span holds at least one window and its last target.
+    """Check that a span has at least one window and its last target.
 
     Raises: DataError if it is shorter than context_length + 1 tokens.
     """
@@ -51,11 +51,11 @@ def window_starts(
     rank: int = 0,
     world_size: int = 1,
 ) -> npt.NDArray[np.int64]:
-    """Return where the windows of one step begin.
+    """Return the start indices of the windows of one step.
 
-    The batch_size windows of a step depend on seed and step alone; a rank takes its slice of
-    them. Every epoch shifts the grid of windows by another phase in [0, context_length), so that
-    a token meets other contexts; only tokens outside the grid, at the two ends, are left out.
+    The batch_size windows of a step depend only on seed and step; each rank uses its slice of
+    them. Every epoch shifts the grid of windows by a different phase in [0, context_length), so
+    that contexts vary; only the tokens outside the grid, at both ends, are skipped.
 
     Args: n_tokens, at least context_length + 1; world_size divides batch_size.
     Returns: (batch_size // world_size,), each at most n_tokens - context_length - 1.
@@ -64,7 +64,7 @@ def window_starts(
     assert batch_size % world_size == 0
     n_local = batch_size // world_size
     place = step * batch_size + rank * n_local + np.arange(n_local, dtype=np.uint64)
-    # One window fewer than fit, so that all phases have the same number of them.
+    # One window fewer than fits, so that every phase has the same number of windows.
     n_windows = max(1, (n_tokens - context_length) // context_length)
     n_phases = min(context_length, n_tokens - n_windows * context_length)
     epoch, index = np.divmod(place, np.uint64(n_windows))
@@ -75,11 +75,11 @@ def window_starts(
 
 
 def batch(span: TokenSpan, context_length: int, batch_size: int, **order: int) -> "Batch":
-    """Return the inputs of one step and the tokens that follow them.
+    """Return the inputs and targets of one step; a target is the next token.
 
-    Args: order, as for ``window_starts``: seed and step, rank and world_size.
-    Returns: inputs and targets, each (batch_size // world_size, T), int64. A target without a loss
-        is NO_TARGET.
+    Args: order, arguments of ``window_starts``: seed, step, rank and world_size.
+    Returns: inputs and targets, each (batch_size // world_size, T), int64. Targets without loss
+        are NO_TARGET.
     Raises: DataError if the span is shorter than context_length + 1 tokens.
     """
     require_length(span, context_length)
@@ -95,17 +95,16 @@ def validation_windows(
     *,
     stride: int | None = None,
 ) -> Iterator["Batch"]:
-    """Yield one pass over a span: every token but the first is a target exactly once.
+    """Yield the batches of one pass over a span: every token except the first is a target once.
 
-    Each window begins stride tokens after the previous one, and has targets for its last stride
-    tokens; those before them are context. Without a stride, windows do not overlap. The tokens
-    left at the end form a shorter window, and so do those of the first window before its last
-    stride tokens. If there are more than max_tokens targets, only evenly spread windows are used,
-    at least one.
+    Each window begins stride tokens after the previous one; only its last stride positions have
+    targets, the others are context. Without a stride, windows do not overlap. Two shorter windows
+    cover the targets that no full window has, at the start and at the end. If the span has more
+    than max_tokens targets, only evenly spaced full windows are used, at least one.
 
     Args: stride, 1 to context_length.
-    Returns: inputs (B, T) with B at most batch_size, and what follows the last S of them, (B, S);
-        int64.
+    Yields: inputs (B, T) with B at most batch_size, and the targets of their last S positions,
+        (B, S); int64.
     Raises: DataError if the span is shorter than context_length + 1 tokens.
     Source: strided perplexity as in Hugging Face's guide, transformers/perplexity.
     """
@@ -140,7 +139,7 @@ def _inputs_and_targets(windows: npt.NDArray[np.int64], n_targets: int) -> "Batc
 
 
 def _mix(x: UInts) -> UInts:
-    """Hash 64-bit numbers, one to one.
+    """Hash 64-bit numbers bijectively.
 
     Source: splitmix64, Steele et al. 2014, doi:10.1145/2660193.2660195.
     """
@@ -151,11 +150,11 @@ def _mix(x: UInts) -> UInts:
 
 
 def _permute(index: UInts, n: int, key: UInts) -> UInts:
-    """Map each index in [0, n) to another, one to one for each key.
+    """Map each index in [0, n) by a permutation that its key selects.
 
     A Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022) over pairs left < n_left,
-    right < n_right, slightly more than n in number; results outside [0, n) are permuted again.
-    Both ideas: Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
+    right < n_right, of which there are slightly more than n; results outside [0, n) are permuted
+    again. Both ideas are from Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
     """
     n_left = np.uint64(math.isqrt(n - 1) + 1)
     n_right = np.uint64(-(-n // int(n_left)))

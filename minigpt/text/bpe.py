@@ -1,4 +1,4 @@
-"""Tokenizers by their specs, and byte-pair encodings that are trained on a corpus."""
+"""Tokenizers by spec, and byte-pair encodings trained on a corpus."""
 
 import re
 from collections.abc import Iterable
@@ -24,8 +24,8 @@ from minigpt.text.vocabulary_parts import BPE_PATTERN
 
 NAMED_ENCODINGS = ("gpt2", "cl100k_base", "o200k_base")
 BPE_TRAINING_BYTES = 64 * 2**20
-CHARACTER_TRAINING_BYTES = 8 * 2**20  # of merges of characters, which take longer
-# The vocabulary size of the spec ``bpe``: docs/training.md has the losses.
+CHARACTER_TRAINING_BYTES = 8 * 2**20  # merges of characters take longer to learn
+# These two decide the vocabulary size of the spec ``bpe``: docs/training.md has the losses.
 BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
 CHARACTER_COUNT_BYTES = BYTES_PER_MERGE * LARGEST_FITTING_BPE
@@ -33,19 +33,18 @@ _MOST_CHARACTERS = 2**14
 
 
 def parse_spec(spec: str) -> tuple[str, int]:
-    """Split a tokenizer's spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
+    """Split a tokenizer spec into its kind and vocabulary size: ``bpe:1024`` -> (bpe, 1024).
 
-    The size is 0 if it is not part of the spec: for ``bpe``, it then depends on the corpus.
+    The size is 0 if the spec has none; that of ``bpe`` then depends on the corpus.
 
     Raises: ConfigError for an unknown spec, naming the nearest one.
     """
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and colon:
         if not re.fullmatch("[0-9]{1,9}", size):
-            wrong = "can have at most 999,999,999 tokens" if size.isdecimal() else "is not a number"
+            wrong = "is above 999,999,999" if size.isdecimal() else "is not a number"
             raise ConfigError(
-                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give it in digits, as in "
-                "bpe:1024."
+                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give one such as bpe:1024."
             )
         return kind, int(size)
     if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):
@@ -61,13 +60,13 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
         return named_tokenizer(kind)
     if vocab_size:
         return train_bpe(texts, vocab_size)
-    # A size that fits the length of the texts.
+    # The size depends on the length of the texts.
     texts = iter(texts)
     read = first_texts(texts, BYTES_PER_MERGE * LARGEST_FITTING_BPE)
     n_merges = sum(len(text.encode("utf-8", "replace")) for text in read) // BYTES_PER_MERGE
-    # 258 is the smallest size that train_bpe takes.
+    # 258 is the smallest size that train_bpe accepts.
     vocab_size = min(257 + max(1, n_merges), LARGEST_FITTING_BPE)
-    # Room for all frequent characters beside the merges.
+    # Tokens for all frequent characters, in addition to the merges.
     n_seeds = len(character_tokens(frequent_characters(read), _MOST_CHARACTERS))
     return train_bpe(chain(read, texts), vocab_size + n_seeds, n_seeds=n_seeds)
 
@@ -75,14 +74,14 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
 def train_bpe(
     texts: Iterable[str], vocab_size: int, *, n_seeds: int | None = None
 ) -> TiktokenTokenizer:
-    """Learn byte-pair merges from texts: of bytes, or of characters where that gives fewer tokens.
+    """Train a vocabulary of merged bytes or of merged characters, whichever gives fewer tokens.
 
     Only the first BPE_TRAINING_BYTES of text are read. A corpus with too few distinct pairs gives
-    a smaller vocabulary than requested. Frequent characters outside of ASCII become tokens first
-    (see characters.py).
+    a smaller vocabulary than requested. Frequent non-ASCII characters become tokens first (see
+    characters.py).
 
-    Args: vocab_size, number of all tokens: 256 bytes, the merges, ``<|endoftext|>`` last; n_seeds,
-        the most tokens to spend on characters, by default half of those that are not bytes.
+    Args: vocab_size, total number of tokens: 256 bytes, the merges, then ``<|endoftext|>``;
+        n_seeds, maximum number of tokens for characters, by default half of those after the bytes.
     Raises: ConfigError if vocab_size leaves no room for a merge.
     Source: Sennrich et al. 2016, arXiv:1508.07909.
     """
@@ -96,7 +95,7 @@ def train_bpe(
     seeds = character_tokens(characters, (vocab_size - 257) // 2 if n_seeds is None else n_seeds)
     parts = (part for text in read for part in split_whitespace(text))
     trainer = rustbpe.Tokenizer()
-    # Some of what is learned builds the same characters in other ways, and is left out.
+    # Extra merges, because those that build the same characters in other ways are discarded.
     n_learned = vocab_size - 1 + 2 * len(seeds)
     trainer.train_from_iterator(parts, n_learned, pattern=BPE_PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
@@ -112,24 +111,24 @@ def train_bpe(
 
 
 def _with_end(name: str, ranks: dict[bytes, int]) -> TiktokenTokenizer:
-    """Return the tokenizer of these ranks and an end-of-text token after them."""
+    """Return the tokenizer with these ranks, followed by an end-of-text token."""
     encoding = make_encoding(name, BPE_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
     return TiktokenTokenizer(name, encoding)
 
 
 def merged_characters(texts: list[str], n_merges: int) -> list[bytes]:
-    """Learn merges of whole characters, with the tokenizers library; return what they make.
+    """Learn merges of whole characters with the tokenizers library; return the tokens in order.
 
-    Merges of bytes join the end of one character with the beginning of the next where all begin
-    with the same two bytes, as in Devanagari. Where most characters are rare, as in Chinese, they
-    may be better, as they join parts of these.
+    If all characters begin with the same two bytes, as in Devanagari, byte merges join the end of
+    one character to the beginning of the next. If most characters are rare, as in Chinese, byte
+    merges may be better, because they join parts of rare characters.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     longest = LONGEST_LEARNED // 4
     alphabet = sorted(set().union(*texts))
     learner = Tokenizer(models.BPE())
-    # The library takes quadratic time for a long piece, as of a script without spaces.
+    # The library takes quadratic time for long pieces, which scripts without spaces have.
     patterns = (BPE_PATTERN, rf"[\s\S]{{1,{longest}}}")
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     learner.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -145,7 +144,7 @@ def merged_characters(texts: list[str], n_merges: int) -> list[bytes]:
 
 
 def first_texts(texts: Iterable[str], n_bytes: float) -> list[str]:
-    """Return the first texts that have at least n_bytes together, or all texts."""
+    """Return the first texts that total at least n_bytes, or all texts."""
     read: list[str] = []
     for text in texts:
         read.append(text)

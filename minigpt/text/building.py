@@ -1,6 +1,6 @@
-"""A corpus -> token shards on disk, encoded in threads and written in the order of the documents.
+"""Encode a corpus in threads, and write token shards in document order.
 
-Threads are enough: tiktoken and tokenizers encode without holding Python's lock.
+Threads are enough: tiktoken and tokenizers release the GIL while encoding.
 """
 
 import hashlib
@@ -46,10 +46,10 @@ from minigpt.text.splitting import split
 from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_tokenizer
 
 BPE_VERSION = 2
-"""Changes with what ``text.bpe`` learns from a text, so that caches are made again."""
+"""Increased when ``text.bpe`` learns other merges from the same text, to invalidate caches."""
 CHUNK_CHARS = 2**20
 MAX_WORKERS = 16
-"""Default limit of threads: each holds some megabytes, and one thread reads for all."""
+"""Maximum default number of threads: each needs some megabytes, and only one thread reads."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Place(Counts):
     """Position in the tokens of a corpus, and the counts of the pieces before it."""
 
     n_tokens: int = 0
-    """Number of tokens before it that belong to later pieces."""
+    """Number of tokens between the counted pieces and the position."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ class Encoded:
 
     pieces: list[Document]
     tokens: npt.NDArray[Any]
-    """Tokens of all of them, separators included."""
+    """Tokens of all pieces, including separators."""
     counts: Counts
 
 
 @dataclass(frozen=True)
 class Work:
-    """Amount of work that one call of ``build`` did."""
+    """Amount of work done by one call of ``build_resumable``."""
 
     n_bytes: int = 0
     """UTF-8 bytes of text encoded."""
     seconds: float = 0.0
-    """Seconds of reading, encoding and writing."""
+    """Seconds spent reading, encoding and writing."""
 
 
 @contextmanager
@@ -88,10 +88,10 @@ def opened_corpus(
     on_progress: Callable[[PrepareProgress], None] | None,
     chat_model: Path | None = None,
 ) -> Iterator[Corpus]:
-    """Find the files of a corpus; copies of streams exist until the context ends."""
+    """Find the files of a corpus; copies of streams are deleted when the context exits."""
     report = on_progress or (lambda progress: None)
     is_trained = False
-    if tokenizer is None and data.tokenizer != "bytes":  # before a download, not after
+    if tokenizer is None and data.tokenizer != "bytes":  # raise for an unknown one before downloads
         is_trained = ring("text.bpe").parse_spec(data.tokenizer)[0] == "bpe"
     template: Any = None
     if data.chat:
@@ -112,7 +112,7 @@ def opened_corpus(
             used = tokenizer or data.tokenizer
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
             corpus = split(corpus)
-            # A name does not identify a vocabulary that was not made here: two may share it.
+            # Vocabularies of other models may share a name, so only their content identifies them.
             what: list[object] = [SCHEMA_VERSION]
             what += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
             what += [content_hash(files), data.special, data.skip_unencodable]
@@ -128,7 +128,7 @@ def opened_corpus(
 
 
 def begin(folder: Path, corpus: Corpus) -> Tokenizer:
-    """Empty a folder and write the vocabulary of a corpus, trained if necessary."""
+    """Delete an earlier build in a folder, and write the vocabulary, trained if necessary."""
     for path in folder.iterdir():
         if is_ours(path):
             path.unlink()
@@ -142,7 +142,7 @@ def begin(folder: Path, corpus: Corpus) -> Tokenizer:
 def training_texts(corpus: Corpus) -> Iterator[str]:
     """Yield the training text of a corpus, so that no merge is learned from validation text.
 
-    Only as much of a long corpus is read as merges are learned from.
+    A long corpus is read only as far as merges are learned from it.
     """
     bpe = ring("text.bpe")
     report = reporter(corpus.files, "train tokenizer", corpus.report)
@@ -160,25 +160,25 @@ def training_texts(corpus: Corpus) -> Iterator[str]:
 
 
 def _resumed(folder: Path, corpus: Corpus) -> tuple[Tokenizer, list[Shard], list[Place]]:
-    """Read the vocabulary, intact shards and their ends of an earlier call for the same corpus.
+    """Read the vocabulary, the intact shards and their ends from an earlier call for this corpus.
 
-    Raises: errors of ``reading``, or DataError, if there was none.
+    Raises: DataError, or an error that ``reading`` converts, if there was no such call.
     """
     record, tokenizer = read_record(folder / UNFINISHED), read_vocabulary(folder)
     found = (record["identity"], record["tokenizer_fingerprint"])
     if found != (corpus.identity, tokenizer.fingerprint):
-        raise ValueError("it is of another corpus")
+        raise ValueError("it belongs to another corpus")
     shards = list(takewhile(lambda shard: shard.is_intact(folder), record["shards"]))
     return tokenizer, shards, [Place(**place) for place in record["places"][: len(shards)]]
 
 
 def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
-    """Write the shards and the manifest of a corpus, after the intact shards of an earlier call.
+    """Write the shards and the manifest of a corpus, reusing the intact shards of an earlier call.
 
-    The files are the same for any number of workers, and any start.
+    The files are the same for any number of workers, and wherever an earlier call stopped.
 
-    Args: n_workers, threads, 0 for all cores.
-    Raises: DataError for a corpus that cannot be used; OSError if the folder cannot be written.
+    Args: n_workers, number of threads; 0 for ``default_workers``.
+    Raises: DataError for an unusable corpus; OSError if the folder cannot be written.
     """
     try:
         with reading(folder):
@@ -216,7 +216,7 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
     encoded = encode_pieces(pieces, encode, n_workers or default_workers())
 
     def new_tokens() -> Iterator[npt.NDArray[Any]]:
-        """Yield tokens that no shard has, while ``place`` is where they begin."""
+        """Yield the tokens that are not in a shard yet; ``place`` is meanwhile where they begin."""
         nonlocal place
         for part in encoded:
             if place.n_tokens < len(part.tokens):
@@ -262,7 +262,7 @@ def encode_pieces(
 ) -> Generator[Encoded]:
     """Encode documents in threads, and yield them in chunks, in order.
 
-    Memory holds about CHUNK_CHARS characters and their tokens, twice for each worker.
+    Up to two chunks per worker are in memory, each of about CHUNK_CHARS characters.
     """
     pool = ThreadPoolExecutor(n_workers, thread_name_prefix="encode")
     waiting: deque[Future[Encoded]] = deque()
@@ -278,7 +278,7 @@ def encode_pieces(
 
 
 def _chunks(pieces: Iterable[Document]) -> Iterator[list[Document]]:
-    """Group small documents: a task for each would cost more than its encoding."""
+    """Group small documents, because a task for each would cost more than encoding it."""
     chunk: list[Document] = []
     n_chars = 0
     for piece in pieces:
@@ -294,7 +294,7 @@ def _chunks(pieces: Iterable[Document]) -> Iterator[list[Document]]:
 def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
     """Encode documents.
 
-    Raises: DataError if the vocabulary lacks a character, unless such characters are skipped.
+    Raises: DataError if a character is not in the vocabulary, unless such characters are skipped.
     """
     if corpus.template is not None:
         return ring("text.conversations").encode_rows(chunk, corpus, tokenizer, dtype)
@@ -321,16 +321,16 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
 
 
 def without_unencodable(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return a text without the characters that the vocabulary lacks, and those."""
-    lacking = tokenizer.unencodable(text)
-    if not lacking:
+    """Return a text without the characters missing from the vocabulary, and these characters."""
+    missing = tokenizer.unencodable(text)
+    if not missing:
         return text, ""
-    kept = text.translate({ord(character): None for character in lacking})
-    return kept, "".join(filter(lacking.__contains__, text))
+    kept = text.translate({ord(character): None for character in missing})
+    return kept, "".join(filter(missing.__contains__, text))
 
 
 def counts_of(chunk: list[Document], tokens: npt.NDArray[Any], **others: Any) -> Counts:
-    """Return the counts of some pieces, which are all for training or all for validation."""
+    """Return the counts of pieces that are either all for training or all for validation."""
     return Counts(
         n_pieces=len(chunk),
         n_documents=sum(piece.is_start for piece in chunk),

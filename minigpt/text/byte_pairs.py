@@ -1,4 +1,4 @@
-"""Byte-pair vocabularies of our own, and OpenAI's published ones, encoded by tiktoken.
+"""Byte-pair vocabularies trained by minigpt or published by OpenAI, encoded by tiktoken.
 
 tiktoken and rustbpe panic on some inputs, with an exception that is not a subclass of
 ``Exception``. The checks here reject or split such inputs first.
@@ -22,12 +22,12 @@ from minigpt.text.vocabulary_parts import unencodable_error
 
 # The backtracking of \s+(?!\S) overflows the regex engine's stack at about a million spaces.
 _LONG_WHITESPACE = re.compile(r"(\s{65536})")
-# Every kind of neighbours that a pattern may look at.
+# Contains every kind of adjacent characters that a pattern may distinguish.
 _PROBE = "".join(map(chr, range(128))) + "a b  cc\n\nd's 12 345\t\u00e9\u65e5\u672c\U0001f642 q"
 
 
 class TiktokenTokenizer(Tokenizer):
-    """A vocabulary of our own, or one of OpenAI's: a ``tiktoken.Encoding``."""
+    """A byte-pair vocabulary that a ``tiktoken.Encoding`` encodes."""
 
     def __init__(
         self, name: str, encoding: tiktoken.Encoding, end_of_text_ids: tuple[int, ...] = ()
@@ -52,10 +52,10 @@ class TiktokenTokenizer(Tokenizer):
             return self.encode_parsed(text)
         if self._is_bytes:
             return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
-        if lacking := self._lacking(text):
-            raise unencodable_error(self.name, f"byte {lacking[:1]!r}")
+        if missing := self._missing_bytes(text):
+            raise unencodable_error(self.name, f"byte {missing[:1]!r}")
         try:
-            # Arrays avoid a list of ids, which would take a tenth of the encoding's time.
+            # Arrays avoid a list of ids, which would take a tenth of the encoding time.
             encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
             arrays = list(map(encode, split_whitespace(text)))
         except BaseException as error:
@@ -69,9 +69,11 @@ class TiktokenTokenizer(Tokenizer):
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
     def unencodable(self, text: str) -> set[str]:
-        return {c for c in set(text) if self._lacking(c)} if self._lacking(text) else set()
+        if not self._missing_bytes(text):
+            return set()
+        return {c for c in set(text) if self._missing_bytes(c)}
 
-    def _lacking(self, text: str) -> bytes:
+    def _missing_bytes(self, text: str) -> bytes:
         if len(self._single_bytes) == 256:
             return b""
         return text.encode().translate(None, self._single_bytes)
@@ -113,7 +115,7 @@ def make_encoding(
     """Build a ``tiktoken.Encoding`` from its parts.
 
     Args: pattern, the regex that splits text before merging; ranks, token bytes -> id, where a
-        lower id merges first; specials, text -> id.
+        lower id is merged first; specials, text -> id.
     Raises: DataError if there are no ranks, two tokens share an id, or the pattern is not a regex.
     """
     ids = [*ranks.values(), *specials.values()]
@@ -122,7 +124,7 @@ def make_encoding(
             f"the vocabulary {name!r} is empty, two of its tokens share an id, or an id is not in "
             "[0, 2**31)."
         )
-    if _matches_nothing(pattern):
+    if _matches_empty(pattern):
         raise DataError(f"the split pattern of {name!r} matches the empty string: {cut(pattern)}.")
     try:
         return tiktoken.Encoding(
@@ -132,10 +134,10 @@ def make_encoding(
         raise DataError(f"the split pattern of {name!r} is not a regex: {error}.") from None
 
 
-def _matches_nothing(pattern: str) -> bool:
-    """Return whether a pattern matches the empty string somewhere, where tiktoken panics.
+def _matches_empty(pattern: str) -> bool:
+    """Return whether a pattern can match the empty string, on which tiktoken panics.
 
-    A pattern that takes too long, or that only tiktoken reads, counts as one of the two.
+    True for a pattern that takes too long, False for one that only tiktoken's engine accepts.
     """
     try:
         matches = regex.finditer(pattern, _PROBE, timeout=1)
@@ -162,8 +164,8 @@ def named_tokenizer(name: str) -> TiktokenTokenizer:
 
 
 def split_whitespace(text: str) -> list[str]:
-    """Split a text inside its very long whitespace, so that no regex overflows on it."""
-    # Such whitespace contains at least 15 adjacent samples: most texts need no full search.
+    """Split very long runs of whitespace in a text, on which the regex engine would overflow."""
+    # Such a run contains at least 15 adjacent samples, so most texts need no full search.
     if not re.search(r"\s{15}", text[::4096]):
         return [text]
     return [part for part in _LONG_WHITESPACE.split(text) if part]

@@ -1,8 +1,8 @@
-"""Byte-pair vocabularies in which frequent characters are whole tokens.
+"""Byte-pair vocabularies in which each frequent character is one token.
 
-Merges learned from bytes spend most of a small vocabulary on pieces of characters if the alphabet
-is large, as in Chinese: most characters are then two or three tokens, and a model may end a text
-inside of one.
+If the alphabet is large, as in Chinese, merges learned from bytes spend most of a small vocabulary
+on parts of characters: most characters then take two or three tokens, and generated text may end
+inside a character.
 """
 
 from collections import Counter
@@ -10,17 +10,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 
 COVERED = 0.995
-"""Share of a text's characters that are whole tokens; those of ASCII always are."""
+"""Share of a text's characters that are to be one token each; ASCII characters always are."""
 LONGEST_LEARNED = 256
-"""Most bytes of a learned token: longer ones are repeats of one text, and take long to check."""
+"""Maximum bytes of a learned token: longer ones come from repeated text and are slow to check."""
 _NO_RANK = 2**32
 
 
 def frequent_characters(texts: Iterable[str]) -> list[str]:
-    """Return the characters that have to become tokens to cover a text, most frequent first.
+    """Return the characters that must become tokens to cover texts, most frequent first.
 
-    Characters that occur once are left out: nothing can be learned about them. A text with few
-    characters outside of ASCII needs none.
+    Characters that occur once are left out, because nothing can be learned about them. Texts with
+    few non-ASCII characters need none.
     """
     counts: Counter[str] = Counter()
     for text in texts:
@@ -38,10 +38,10 @@ def frequent_characters(texts: Iterable[str]) -> list[str]:
 
 
 def character_tokens(characters: Iterable[str], room: int) -> list[bytes]:
-    """Return tokens that build these characters byte by byte, as many characters as there is room.
+    """Return at most ``room`` tokens that build these characters byte by byte.
 
-    They are to be merged before any others: then a character's bytes are joined before bytes of two
-    characters can be.
+    They must be merged before all others, so that the bytes of one character are joined before
+    bytes of two characters can be.
     """
     tokens: dict[bytes, None] = {}
     for character in characters:
@@ -50,16 +50,16 @@ def character_tokens(characters: Iterable[str], room: int) -> list[bytes]:
         if len(tokens) + len(new) > room:
             break
         tokens |= dict.fromkeys(new)
-    # A beginning is shorter than what it begins, and so has the lower rank.
+    # Shortest first, so that the first bytes of a character have a lower rank than all of them.
     return sorted(tokens, key=len)
 
 
 def joined_ranks(
     seeds: Sequence[bytes], learned: Iterable[bytes], n_tokens: int
 ) -> dict[bytes, int]:
-    """Return ranks of the bytes, the seeds, and the learned tokens that can still be reached.
+    """Return ranks of the bytes, the seeds, and the learned tokens that merges can still build.
 
-    Args: learned, in the order of their merges; n_tokens, the most tokens to return.
+    Args: learned, tokens in the order of their merges; n_tokens, maximum number of ranks.
     """
     ranks = {bytes([byte]): byte for byte in range(256)}
     for token in seeds:
@@ -78,15 +78,15 @@ def _joins_parts_of_characters(token: bytes) -> bool:
     try:
         token.decode()
     except UnicodeDecodeError:
-        # The first byte of a character is none of 0x80 to 0xBF.
+        # Only the first byte of a character is outside 0x80 to 0xBF.
         return any(byte & 0xC0 != 0x80 for byte in token[1:])
     return False
 
 
 def last_parts(token: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
-    """Return the two parts of a token before the last merge, more if merging does not reach it.
+    """Return the parts of a token before its last merge: two, or more if merges cannot build it.
 
-    Of all adjacent parts whose union is a token, those of the lowest rank are merged first.
+    Of all adjacent pairs whose union is a token, the one with the lowest rank is merged first.
     """
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:

@@ -1,7 +1,7 @@
 """Chat templates: a conversation -> text and token ids.
 
-The text is that of transformers' ``apply_chat_template``, and so are the ids, with one exception:
-special tokens that a message contains as text stay plain text, so that no message can end its turn.
+Text and ids equal those of transformers' ``apply_chat_template``, with one exception: special
+tokens that a message contains as text stay plain text, so that no message can end its turn.
 """
 
 import copy
@@ -34,34 +34,34 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{{ 'Assistant:\n' if add_generation_prompt }}"
 )
-"""Template for a vocabulary whose only special token is the end of a text."""
+"""Template for a vocabulary whose only special token is end-of-text."""
 
-# Unicode noncharacters, which no text has; they are removed from messages.
+# Unicode noncharacters, which normal text does not contain; they are removed from messages.
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # around a special token that is plain text
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template and the names of special tokens that it may use."""
+    """A chat template and the special tokens that it may use."""
 
     source: str
     """Jinja source."""
     tokens: Mapping[str, str]
-    """bos_token, eos_token and so on."""
+    """Special tokens by name: bos_token, eos_token and so on."""
     where: str
-    """Where it comes from, for messages."""
+    """Description of its origin, for error messages."""
     with_tools: str | None = None
-    """Jinja source for conversations with tools. None for the same."""
+    """Jinja source for conversations with tools. None to use ``source`` for them too."""
     tools: Sequence[Any] | None = None
-    """JSON schemas of the functions that the assistant may call. None if it can call none."""
+    """JSON schemas of the functions that the assistant may call. None for no functions."""
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return the text of a conversation.
 
         Args: add_generation_prompt, whether the text ends with the beginning of an answer.
-        Raises: DataError if the template refuses the messages; CheckpointError if it is not valid,
-            fails, does what the sandbox forbids, or does not end.
+        Raises: DataError if the template refuses the messages; CheckpointError if it is invalid,
+            fails, violates the sandbox, or does not terminate.
         """
         return _NONCHARACTERS.sub("", self._rendered(messages, add_generation_prompt))
 
@@ -72,30 +72,31 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """Return the ids of a conversation; raise as ``render``."""
+        """Return the ids of a conversation; raise the errors of ``render``."""
         marked = replace(self, tools=_marked(self.tools, tokenizer))
         text = marked._rendered(_marked(messages, tokenizer), add_generation_prompt)
         ids = _encode(tokenizer, re.sub(f"[{ANSWER}{ANSWER_END}]", "", text))
         if not ids:
             raise DataError(
-                f"{self.where} renders these messages to no text. Use another --chat-template."
+                f"{self.where} renders these messages as empty text. Use another --chat-template."
             )
         return ids
 
     def encode_answers(
         self, tokenizer: Tokenizer, messages: Sequence[Message]
     ) -> tuple[list[int], list[bool]]:
-        """Return the ids of a whole conversation, and which of them are the assistant's.
+        """Return the ids of a conversation, and whether each is the assistant's.
 
-        Those are the tokens that a model has to generate: an answer and the special token after it,
-        or what the template has in its ``{% generation %}`` blocks. A token that is only partly in
-        there counts.
+        These are the tokens that a model must generate: each answer and the special token after it,
+        or the contents of the template's ``{% generation %}`` blocks. A token that is only partly
+        inside counts.
 
-        Raises: as ``render``, and DataError if the template changes the text around an answer.
+        Raises: the errors of ``render``; DataError if the template changes the text around an
+            answer.
         """
         marked = _marked(messages, tokenizer)
         template = replace(self, tools=_marked(self.tools, tokenizer))
-        text, spans = _take_spans(template._rendered(marked, False))
+        text, spans = _generation_spans(template._rendered(marked, False))
         if not spans:
             spans = [
                 template._span(tokenizer, text, marked, index)
@@ -105,8 +106,8 @@ class ChatTemplate:
         ids = _encode(tokenizer, text)
         is_answer = [False] * len(ids)
         for start, stop in spans:
-            first, _ = _around(tokenizer, ids, text[:start])
-            _, last = _around(tokenizer, ids, text[:stop])
+            first, _ = _ids_before(tokenizer, ids, text[:start])
+            _, last = _ids_before(tokenizer, ids, text[:stop])
             is_answer[first:last] = [True] * (last - first)
         return ids, is_answer
 
@@ -120,20 +121,20 @@ class ChatTemplate:
     def _span(
         self, tokenizer: Tokenizer, text: str, messages: Sequence[Message], index: int
     ) -> tuple[int, int]:
-        """Return where an answer and the special token after it are in the rendered text."""
+        """Return the span of an answer and the special token after it in the rendered text."""
         changed = [*messages]
         changed[index] = {**messages[index], "content": _BEGIN + _END}
         before, found, after = self._rendered(changed, False).partition(_BEGIN + _END)
         fits = text.startswith(before) and text.endswith(after)
         if not found or not fits or len(before) + len(after) > len(text):
             raise DataError(
-                f"{self.where} renders the rest of a conversation differently for another answer, "
-                "so the answers cannot be found. Use {% generation %} in it, or --loss-on all."
+                f"{self.where} renders the rest of a conversation differently for a different "
+                "answer, so answers cannot be found. Use {% generation %} in it, or --loss-on all."
             )
         start, stop = len(before), len(text) - len(after)
-        with suppress(DataError, CheckpointError):  # a template may refuse a part
+        with suppress(DataError, CheckpointError):  # a template may refuse incomplete conversations
             prompt = self._rendered(messages[:index], True) if index else before
-            if text.startswith(prompt):  # what a model continues may end before the answer
+            if text.startswith(prompt):  # the generation prompt may end before the answer
                 start = min(start, len(prompt))
         special = re.compile(rf"\s*{tokenizer.special_pattern.pattern}").match(after)
         return start, stop + (special.end() if special else 0)
@@ -154,7 +155,7 @@ class ChatTemplate:
 def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
     """Return the chat template of a model folder.
 
-    Args: named, a file, or the name of one of several templates of the folder; None for its
+    Args: named, a file, or the name of a template if the folder has several; None for its
         default.
     Raises: ConfigError if there is no such template; CheckpointError if a file is damaged.
     """
@@ -178,17 +179,17 @@ def read_chat_template(folder: Path, named: str | None = None) -> ChatTemplate:
     else:
         raise ConfigError(
             f"{str(folder)!r} has no chat template, so it may not be a chat model. Leave --chat "
-            f"out, or give a template: --chat-template FILE, in Jinja as {TEMPLATE_FILE} of others."
+            f"out, or give another model's {TEMPLATE_FILE} with --chat-template FILE."
         )
     with_tools = templates.get("tool_use") if named is None else None
     return ChatTemplate(source, named_tokens(tokenizer_settings(folder)), where, with_tools)
 
 
 def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
-    """Return the template of a model folder, or a plain one if there is none.
+    """Return the template of a model folder, or the plain one if it has none.
 
-    Args: named, as for ``read_chat_template``; folder, None for a vocabulary of our own.
-    Raises: as ``read_chat_template``, and ConfigError if no token ends an answer.
+    Args: named, as for ``read_chat_template``; folder, None to train from scratch.
+    Raises: the errors of ``read_chat_template``; ConfigError if no token ends an answer.
     """
     tokens = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT}
     if folder is not None:
@@ -197,7 +198,7 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
         tokens = named_tokens(tokenizer_settings(folder))
         if "eos_token" not in tokens:
             raise ConfigError(
-                f"{str(folder)!r} has no chat template, and no eos_token for a plain one. Give a "
+                f"{str(folder)!r} has no chat template, and no eos_token for the plain one. Give a "
                 "template with --chat-template FILE."
             )
     if named is not None:
@@ -206,7 +207,7 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
 
 
 def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
-    """Return the messages of a conversation that begins with a text of the user."""
+    """Return the first messages of a conversation: the system's, if any, and the user's."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": text}]
 
@@ -221,11 +222,11 @@ class Chat:
         self._turns: list[Message] = []
 
     def ask(self, text: str, n_tokens: int | None = None) -> tuple[list[int], int]:
-        """Return the ids of the conversation with a new message of the user.
+        """Return the ids of the conversation with a new user message.
 
-        Args: n_tokens, the number of ids above which the oldest turns are left out, for good; None
-            leaves none out.
-        Returns: the ids, and the number of messages that were left out now.
+        Args: n_tokens, the number of ids above which the oldest turns are dropped permanently;
+            None to drop none.
+        Returns: the ids, and the number of messages dropped by this call.
         """
         asked = conversation(text)
         n_dropped = 0
@@ -238,14 +239,14 @@ class Chat:
             n_dropped += 2
 
     def answered(self, text: str) -> None:
-        """Take the assistant's answer to the last ``ask``."""
+        """Add the assistant's answer to the last ``ask``."""
         self._turns = [*self._asked, {"role": "assistant", "content": text}]
 
 
 def ending_turns(tokenizer: Tokenizer, template: ChatTemplate) -> Tokenizer:
-    """Return the tokenizer with the tokens that end a turn among those that end a text."""
+    """Return a copy of the tokenizer whose end-of-text tokens include those that end a turn."""
     ends = {tokenizer.special_ids.get(template.tokens.get("eos_token", ""))}
-    with suppress(DataError):  # the template may refuse the messages that find it
+    with suppress(DataError):  # the template may refuse the messages used to find it
         ends.add(template.end_of_turn(tokenizer))
     changed = copy.copy(tokenizer)
     known = tokenizer.end_of_text_ids
@@ -255,17 +256,17 @@ def ending_turns(tokenizer: Tokenizer, template: ChatTemplate) -> Tokenizer:
 
 
 def check_messages(messages: object, where: str) -> list[Message]:
-    """Return the messages of a conversation, if they are a list of objects with a role.
+    """Return the messages of a conversation if they are a list of objects with a role.
 
-    Raises: DataError naming ``where``.
+    Raises: DataError that begins with ``where``.
     """
     is_valid = isinstance(messages, list) and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
     )
     if not messages or not is_valid:
         raise DataError(
-            f"{where} are not a list of messages. Each is an object with a role and a content, as "
-            '{"role": "user", "content": "Hi"}.'
+            f"{where} are not a list of messages. Each must be an object with role and content, "
+            'such as {"role": "user", "content": "Hi"}.'
         )
     assert isinstance(messages, list)
     return messages
@@ -285,8 +286,8 @@ def templates_of(folder: Path) -> dict[str, str]:
         found = {str(name): str(template) for name, template in found.items()}
     except (TypeError, KeyError):
         raise CheckpointError(
-            f"the chat_template in {str(path)!r} is neither a text nor a list of objects with name "
-            "and template. Correct it, or give another with --chat-template FILE."
+            f"the chat_template in {str(path)!r} is neither a string nor a list of objects with "
+            "name and template. Correct it, or give another with --chat-template FILE."
         ) from None
     others = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     files = {path.stem: _read(path, CheckpointError) for path in others}
@@ -308,7 +309,7 @@ def _read(path: Path, kind: type[MinigptError] = ConfigError) -> str:
 
 
 def _plain(message: Message) -> dict[str, Any]:
-    """Return a message as transformers passes it: without None, with reasoning_content."""
+    """Return a message as transformers passes it: without None, reasoning under both names."""
     kept = {key: value for key, value in message.items() if value is not None}
     names = ("reasoning_content", "thinking", "reasoning")
     reasoning = next((kept[name] for name in names if name in kept), None)
@@ -318,7 +319,7 @@ def _plain(message: Message) -> dict[str, Any]:
 
 
 def map_texts(value: Any, change: Callable[[str], str]) -> Any:
-    """Return messages or tools with every text in them changed."""
+    """Return messages or tools with ``change`` applied to every string in them."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -328,7 +329,7 @@ def map_texts(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _marked(value: Any, tokenizer: Tokenizer) -> Any:
-    """Mark special tokens in the texts of messages or tools, which then stay plain text."""
+    """Mark special tokens in the strings of messages or tools, so that they stay plain text."""
 
     def mark(text: str) -> str:
         plain = _NONCHARACTERS.sub("", well_formed(text))
@@ -338,7 +339,7 @@ def _marked(value: Any, tokenizer: Tokenizer) -> Any:
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the ids of a rendered text, whose marked special tokens are plain text."""
+    """Return the ids of a rendered text, in which marked special tokens are plain text."""
     if _BEGIN not in text and _END not in text:
         return tokenizer.encode(text, special=True)
     special = tokenizer.special_pattern.pattern
@@ -353,14 +354,14 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     segments.append((token, text[at:]))
     for token, segment in segments:
         is_start = True
-        if token is not None:  # some vocabularies encode what follows as the start of a text
+        if token is not None:  # some vocabularies encode the text after it as the start of a text
             is_start = tokenizer.encode(f"{token}a", special=True)[1:] == tokenizer.encode("a")
             ids.append(tokenizer.special_ids[token])
         ids += tokenizer.encode(re.sub(f"[{_BEGIN}{_END}]", "", segment), is_start=is_start)
     return ids
 
 
-def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _generation_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
     """Remove the marks of generation blocks; return the text and the blocks' spans."""
     parts, spans, size = [], [], 0
     for part in re.split(f"([{ANSWER}{ANSWER_END}])", text):
@@ -374,16 +375,16 @@ def _take_spans(text: str) -> tuple[str, list[tuple[int, int]]]:
     return "".join(parts), spans
 
 
-def _around(tokenizer: Tokenizer, ids: Sequence[int], before: str) -> tuple[int, int]:
-    """Return the number of a text's ids before a position, without and with the one across it.
+def _ids_before(tokenizer: Tokenizer, ids: Sequence[int], before: str) -> tuple[int, int]:
+    """Return how many of a text's ids end before a position, and how many begin before it.
 
-    Args: ids, of the whole text; before, the text before the position.
+    Args: ids, those of the full text; before, the text before the position.
     """
     part = _encode(tokenizer, before)
     n = min(len(ids), len(part))
     differs = np.array(ids[:n]) != np.array(part[:n])
     n = int(differs.argmax()) if differs.any() else n
-    n_bytes = len(tokenizer.decode_bytes(part[n:]))  # the same text in other tokens
+    n_bytes = len(tokenizer.decode_bytes(part[n:]))  # text that ``ids`` splits into other tokens
     while n_bytes and n_bytes >= (size := len(tokenizer.token_bytes(ids[n]))):
         n, n_bytes = n + 1, n_bytes - size
     return n, n + bool(n_bytes)

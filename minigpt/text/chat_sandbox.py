@@ -1,6 +1,6 @@
-"""A sandbox for chat templates, which are foreign code: Jinja's, with limits.
+"""A sandbox for chat templates, which are untrusted code: Jinja's own, with limits.
 
-Loops, calls and values are counted, so that every template ends.
+The number of iterations and calls and the size of values are limited, so every template terminates.
 """
 
 import functools
@@ -20,20 +20,20 @@ from jinja2.visitor import NodeTransformer
 from minigpt.errors import CheckpointError, DataError
 
 ANSWER, ANSWER_END = "\ufdd2", "\ufdd3"
-"""Around what a {% generation %} block renders: Unicode noncharacters, which no text has."""
+"""Marks around the text of a {% generation %} block: Unicode noncharacters, not in normal text."""
 MAX_STEPS = 200_000
-"""Most iterations and calls of one rendering; a thousand characters count as one more."""
+"""Maximum iterations and calls of one rendering; a thousand characters count as one more."""
 MAX_SIZE = 2**24
-"""Most characters or items of one value, and of the rendered text."""
+"""Maximum characters or items of one value, and characters of the rendered text."""
 _MAX_BITS = 4096
 
 
 def rendered(source: str, where: str, **variables: Any) -> str:
-    """Return what a template renders.
+    """Return the text that a template renders.
 
-    Args: where it comes from, for messages.
-    Raises: DataError if the template refuses the messages; CheckpointError if it is not valid,
-        fails, does what the sandbox forbids, or does not end.
+    Args: where, description of its origin, for error messages.
+    Raises: DataError if the template refuses the messages; CheckpointError if it is invalid,
+        fails, violates the sandbox, or does not terminate.
     """
     try:
         template = _compiled(source)
@@ -53,14 +53,14 @@ def rendered(source: str, where: str, **variables: Any) -> str:
             f"{where} refuses these messages: {str(error.message)[:200]!r}. Change them, "
             "or use another --chat-template."
         ) from None
-    except Exception as error:  # a template is foreign code, which may raise anything
+    except Exception as error:  # a template is untrusted code, which may raise anything
         what = "fails"
         if isinstance(error, _EndlessError | RecursionError | MemoryError):
             what = "does not end, or needs too much memory"
         elif isinstance(error, jinja2.exceptions.SecurityError):
-            what = "does what the sandbox forbids"
+            what = "does something that the sandbox forbids"
         elif isinstance(error, jinja2.TemplateSyntaxError):
-            what = f"is not valid Jinja in line {error.lineno}"
+            what = f"is not valid Jinja on line {error.lineno}"
         raise CheckpointError(
             f"{where} {what} ({type(error).__name__}: {str(error)[:120]!r}). Give another with "
             "--chat-template FILE."
@@ -72,11 +72,11 @@ class _RefusedError(jinja2.TemplateError):
 
 
 class _EndlessError(Exception):
-    """The template has used all its steps, or made something too large."""
+    """The template has used all its steps, or created a value that is too large."""
 
 
 class _Generation(Extension):
-    """The ``{% generation %}`` block of transformers, which marks what the assistant says."""
+    """The ``{% generation %}`` block of transformers, which marks the assistant's text."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -90,7 +90,7 @@ class _Generation(Extension):
 
 
 class _Counted(NodeTransformer):
-    """Counts iterations and the size of what templates join."""
+    """Makes a template count its iterations and the sizes of joined texts."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
         self.generic_visit(node)
@@ -112,7 +112,7 @@ def _filtered(node: Any, name: str) -> nodes.Filter:
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of transformers, with limits on steps and sizes."""
+    """The Jinja environment of transformers, with limits on steps and sizes."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -193,7 +193,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _check_format(text: str) -> None:
-    """Refuse a format whose width is large, or comes from a value."""
+    """Refuse a format string whose width is large or comes from a value."""
     if re.search(r"\d{6}|%[^%a-zA-Z]*\*|:[^}]*\{", text):
         raise _EndlessError("a wide format")
 
@@ -214,6 +214,6 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Without the escapes for HTML of Jinja's own filter, as in transformers."""
+    """Serialize as in transformers, without the HTML escapes of Jinja's own filter."""
     options = {"indent": indent, "separators": separators, "sort_keys": sort_keys}
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # type: ignore[arg-type]

@@ -25,34 +25,34 @@ SUFFIXES = tuple(_OPENERS)
 
 
 def packing_of(head: bytes) -> str:
-    """Return the suffix of the compression that a file begins with; empty for none."""
+    """Return the suffix of the compression format that a file begins with; empty for none."""
     return next((suffix for magic, suffix in _MAGIC.items() if head.startswith(magic)), "")
 
 
 @contextmanager
 def unpacked(packed: BinaryIO, packing: str, name: str) -> Iterator[BinaryIO]:
-    """Yield the unpacked bytes of an open file.
+    """Yield a stream of the decompressed bytes of an open file.
 
-    Args: packing, one of SUFFIXES; name, of the file, for messages.
-    Raises: DataError, also while the bytes are read, if they are damaged.
+    Args: packing, one of SUFFIXES; name, the file's name for error messages.
+    Raises: DataError if the bytes are damaged, also while they are read.
     """
     try:
         yield _OPENERS[packing](packed)
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
-        if getattr(error, "errno", None):  # the disk's, not the format's
+        if getattr(error, "errno", None):  # an error of the disk, not of the format
             raise
         packed.seek(0)
         remedy = "Get it again."
         if packing_of(packed.read(6)) != packing:
-            remedy = f"It does not begin as a {packing} file: get it again, or rename it if it is "
-            remedy += "not compressed."
+            remedy = f"It does not begin like a {packing} file: get it again, or rename it if it "
+            remedy += "is not compressed."
         raise DataError(f"{name!r} cannot be decompressed: {error}. {remedy}") from None
 
 
 class _ZstdFile(io.RawIOBase):
-    """Reads frames of Zstandard; unlike the reader of ``zstandard``, it notices a cut file."""
+    """Decompresses Zstandard; unlike the reader of ``zstandard``, it detects a truncated file."""
 
-    _READ_BYTES = 2**12  # a block of it can become a thousand times as much
+    _READ_BYTES = 2**12  # a block can expand a thousandfold
 
     def __init__(self, file: BinaryIO) -> None:
         try:  # since Python 3.14
@@ -69,7 +69,7 @@ class _ZstdFile(io.RawIOBase):
             self._new_frame = lambda: zstd.ZstdDecompressor().decompressobj()
         self._error: type[Exception] = zstd.ZstdError
         self._file, self._frame, self._packed, self._unpacked = file, self._new_frame(), b"", b""
-        self._is_between = True  # frames
+        self._is_between_frames = True
 
     def readable(self) -> bool:
         return True
@@ -78,14 +78,14 @@ class _ZstdFile(io.RawIOBase):
         while not self._unpacked:
             self._packed = self._packed or self._file.read(self._READ_BYTES)
             if not self._packed:
-                if not self._is_between:
+                if not self._is_between_frames:
                     raise EOFError("it ends within a frame")
                 return 0
             try:
                 self._unpacked = self._frame.decompress(self._packed)
             except self._error as error:
                 raise EOFError(str(error)) from None
-            self._is_between, self._packed = self._frame.eof, b""
+            self._is_between_frames, self._packed = self._frame.eof, b""
             if self._frame.eof:
                 self._packed, self._frame = self._frame.unused_data, self._new_frame()
         n_bytes = min(len(buffer), len(self._unpacked))

@@ -1,4 +1,4 @@
-"""Rows that are conversations -> token ids to train on, through a chat template."""
+"""Encode rows that are conversations as tokens to train on, through a chat template."""
 
 import json
 from collections import Counter
@@ -18,13 +18,13 @@ from minigpt.text.tokenizer import Tokenizer, well_formed
 from minigpt.text.tokens import CONTEXT_ONLY
 
 _ROLES = {"human": "user", "gpt": "assistant"}
-"""Roles of messages by the names that ShareGPT has for them."""
+"""ShareGPT's names of roles -> roles."""
 
 
 def conversation_of_row(row: object) -> str:
-    """Return the messages of a row of training data, as JSON: a list, or an object with tools too.
+    """Return the messages of a row as JSON: a list, or an object if the row has tools too.
 
-    Raises: DataError, to be put after the name of the row, if it has none.
+    Raises: DataError if it has none; its message continues a sentence that begins with the row.
     """
     row = row if isinstance(row, Mapping) else {}
     messages, tools = row.get("messages"), _tools(row.get("tools"))
@@ -50,20 +50,20 @@ def conversation_of_row(row: object) -> str:
             raise DataError("has a message that is not an object with role and content")
     roles = dict.fromkeys(message["role"] for message in messages)
     if "assistant" not in roles:
-        raise DataError(f"has no message of the assistant: its roles are {cut([*roles])[1:-1]}")
+        raise DataError(f"has no assistant message: its roles are {cut([*roles])[1:-1]}")
     found = messages if tools is None else {"messages": messages, "tools": tools}
     return well_formed(json.dumps(found, ensure_ascii=False))
 
 
 def _message(turn: object) -> object:
-    """Return a turn of a list of "conversations" as a message; ShareGPT's have from and value."""
+    """Return a turn of a "conversations" list as a message; ShareGPT uses from and value."""
     if not isinstance(turn, Mapping) or "role" in turn or not {"from", "value"} <= turn.keys():
         return turn
     return {"role": _ROLES.get(str(turn["from"]), turn["from"]), "content": turn["value"]}
 
 
 def _tools(tools: Any) -> Any:
-    """Return the tools of a row, which may be JSON in a text."""
+    """Return the tools of a row, which may be JSON in a string."""
     with suppress(ValueError, RecursionError):
         tools = json.loads(tools) if isinstance(tools, str) else tools
     if tools is not None and not (
@@ -74,7 +74,7 @@ def _tools(tools: Any) -> Any:
 
 
 def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
-    """Return the prompt and completion of a row of instruction, optional input, and output."""
+    """Convert a row with instruction, optional input and output to prompt and completion."""
     values = {name: row.get(name) for name in ("instruction", "input", "output")}
     for name, value in values.items():
         if not isinstance(value, str) and (name != "input" or value is not None):
@@ -85,7 +85,7 @@ def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _parsed(text: str, template: ChatTemplate) -> tuple[list[Any], ChatTemplate]:
-    """Return the messages of ``conversation_of_row``, and the template with their tools."""
+    """Return the messages in JSON of ``conversation_of_row``, and the template with their tools."""
     found = json.loads(text)
     if isinstance(found, list):
         return found, template
@@ -101,7 +101,7 @@ def row_text(text: str, template: ChatTemplate) -> str:
 
 
 def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: str) -> Encoded:
-    """Encode documents that are conversations, as ``encode_row`` does each."""
+    """Encode documents that are conversations, each with ``encode_row``."""
     data, arrays, n_bytes = corpus.data, [np.array([], np.uint32)], 0
     refused: list[str] = []
     skipped = Counter[str]()
@@ -127,12 +127,12 @@ def encode_rows(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dty
 
 
 def _without_unencodable(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
-    """Return a conversation without the characters that the vocabulary lacks, and those."""
+    """Apply ``without_unencodable`` to a conversation given as JSON."""
     dropped: list[str] = []
 
     def encodable(value: str) -> str:
-        kept, lacking = without_unencodable(value, tokenizer)
-        dropped.append(lacking)
+        kept, missing = without_unencodable(value, tokenizer)
+        dropped.append(missing)
         return kept
 
     return json.dumps(map_texts(json.loads(text), encodable), ensure_ascii=False), "".join(dropped)
@@ -141,9 +141,9 @@ def _without_unencodable(text: str, tokenizer: Tokenizer) -> tuple[str, str]:
 def encode_row(
     text: str, template: ChatTemplate, tokenizer: Tokenizer, loss_on: str
 ) -> npt.NDArray[np.uint32]:
-    """Return the tokens of a conversation, given as JSON, after the separator of documents.
+    """Return the separator of documents and the tokens of a conversation, given as JSON.
 
-    Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's.
+    Args: loss_on, completion to add CONTEXT_ONLY to tokens that are not the assistant's; else all.
     """
     messages, template = _parsed(text, template)
     try:
@@ -157,7 +157,7 @@ def encode_row(
     except DataError as error:
         raise DataError(f"{error} The conversation begins {text[:100]!r}.") from None
     prefix, before = list(tokenizer.prefix), list(tokenizer.separator)
-    if prefix and ids[: len(prefix)] == prefix:  # as most templates begin
+    if prefix and ids[: len(prefix)] == prefix:  # most templates begin with it
         before = before[: len(before) - len(prefix)]
     marks = [CONTEXT_ONLY * (loss_on != "all")] * len(before)
     marks += [CONTEXT_ONLY * (not counted) for counted in is_counted]

@@ -1,4 +1,4 @@
-"""A corpus: files, and their documents, one piece at a time."""
+"""A corpus: its files, and their documents as a stream of pieces."""
 
 import errno
 import hashlib
@@ -22,10 +22,10 @@ PROGRESS_BYTES = 2**20
 PIECE_CHARS = 2**20
 LOOKAHEAD_CHARS = 2**16
 BLOCK_BYTES = 2**20
-SPECIAL_CHARS = 64  # more than special tokens have
+SPECIAL_CHARS = 64  # longer than any special token
 
 # Places where cutting a text does not change its tokens: the split patterns of gpt2, cl100k_base,
-# o200k_base and ours end a token there.
+# o200k_base and minigpt end a token there.
 _BORDERS = (re.compile(r"\S\n(?=[^\W_])"), re.compile(r"[A-Za-z](?= [A-Za-z])"))
 
 
@@ -34,17 +34,17 @@ class CorpusFile:
     """One file of a corpus."""
 
     path: Path
-    """Path of its bytes."""
+    """Path of the file, or of a stream's copy."""
     name: str
-    """Name that the user gave."""
+    """Name for messages, as the user gave it."""
     format: str = "text"
-    """Format: text, which is one document, or one whose rows are documents."""
+    """Format: text, for one document, or a format whose rows are documents."""
     packing: str = ""
-    """Suffix of its compression; empty for none."""
+    """Suffix of the compression format; empty for none."""
 
     @contextmanager
     def opened(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-        """Open the file; yield its bytes as they are on the disk, and unpacked."""
+        """Open the file; yield its stream on disk and the decompressed one."""
         with reading(self.name), open_regular(self.path, may_be_pipe=True) as packed:
             if not self.packing:
                 yield packed, packed
@@ -55,16 +55,16 @@ class CorpusFile:
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or a piece of one that is too long for memory."""
+    """A document, or a piece of a long one."""
 
     text: str
     """Text, never empty."""
     is_start: bool
     """Whether it is the first piece of its document."""
     position: int
-    """Bytes of the corpus read so far."""
+    """Number of bytes of the corpus read so far."""
     is_validation: bool = False
-    """Whether its document is kept for validation."""
+    """Whether its document is held out for validation."""
 
 
 def iter_documents(
@@ -74,13 +74,13 @@ def iter_documents(
 ) -> Iterator[Document]:
     """Yield every document, long ones in pieces of about PIECE_CHARS characters.
 
-    A text file is one document; each row of another one is one. A byte-order mark is dropped,
-    line ends are kept. Memory holds a piece (of rows: a row), never a file.
+    A text file is one document; in other formats, each row is one. Byte-order marks are dropped,
+    line endings are unchanged. Only one piece or row is in memory at a time, never a file.
 
-    Args: data, how files are read; on_skip, called with a message for each row that
+    Args: data, settings for reading the files; on_skip, called with a message for each row that
         ``data.skip_bad`` leaves out.
-    Raises: DataError if a file is not of its format or damaged, or if all are empty; ResourceError
-        if a file may not be read.
+    Raises: DataError if a file is damaged or does not match its format, or if all are empty;
+        ResourceError if permission to read a file is denied.
     """
     files, data = list(files), data or DataConfig()
     is_empty = True
@@ -104,12 +104,12 @@ def iter_documents(
         names = ", ".join(repr(corpus_file.name) for corpus_file in files[:3])
         reason = f" ({skipped[0]})" if skipped else ""
         raise DataError(
-            f"the corpus is empty: no text in {names}{reason}. Pass files that have some."
+            f"the corpus is empty: no text in {names}{reason}. Pass files that contain text."
         )
 
 
 def split_documents(documents: Iterable[Document], end: str) -> Iterator[Document]:
-    """Split documents at each occurrence of a text that ends a document."""
+    """Split documents at each occurrence of the text of the end-of-text token."""
     for document in documents:
         is_start = document.is_start
         for text in document.text.split(end):
@@ -120,48 +120,48 @@ def split_documents(documents: Iterable[Document], end: str) -> Iterator[Documen
 
 @dataclass(frozen=True)
 class PrepareProgress:
-    """Progress of a preparation."""
+    """Progress of preparing a corpus."""
 
     stage: str
-    """download, split, train tokenizer, or encode."""
+    """Current stage: download, read, split, train tokenizer, or encode."""
     done: int
     """Bytes of the files read in this stage."""
     total: int
     """Bytes of all files."""
     note: str = ""
-    """A line about the text that is read. Empty for progress only."""
+    """One-line note about the files that are read. Empty for progress only."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Files, and how they become tokens."""
+    """Files, and the settings for turning them into tokens."""
 
     files: Sequence[CorpusFile]
     val_files: Sequence[CorpusFile]
-    """Files of a validation text of its own."""
+    """Files of a separate validation text."""
     data: DataConfig
-    """How the files are read and split."""
+    """Settings for reading and splitting the files."""
     tokenizer: Tokenizer | str
     """Tokenizer, or the spec of one that may have to be trained."""
     cache: Path
-    """Folder that keeps prepared corpora."""
+    """Cache folder for prepared corpora."""
     spool: Path
-    """Folder of temporary files."""
+    """Folder for temporary files."""
     report: Callable[[PrepareProgress], None]
-    """Called now and then while the files are read."""
+    """Function called periodically while the files are read."""
     template: Any = None
-    """Chat template, if the rows are conversations."""
+    """Chat template if the rows are conversations, else None."""
     val_split: str = "tail"
-    """Text kept for validation: tail, documents, own (val_files) or none."""
+    """Text held out for validation: tail, documents, own (val_files) or none."""
     is_validation: Callable[[str], bool] | None = None
-    """Whether a document is kept for validation, by its first piece. None without such a choice."""
+    """Predicate on a document's first piece: is it held out? None unless val_split is documents."""
     identity: str = ""
-    """sha256 over the text, the split and the tokenizer."""
+    """SHA-256 of the text, the split and the tokenizer."""
 
     def documents(
         self, *, training_only: bool = False, on_skip: Callable[[str], None] | None = None
     ) -> Iterator[Document]:
-        """Yield the documents as they are stored: those for training, then those for validation."""
+        """Yield the documents in stored order: those for training, then those for validation."""
         found = self.read(self.files, on_skip)
         if self.is_validation:
             found = training_first(found, self.is_validation, self.spool)
@@ -175,7 +175,7 @@ class Corpus:
     def read(
         self, files: Sequence[CorpusFile], on_skip: Callable[[str], None] | None = None
     ) -> Iterator[Document]:
-        """Yield the documents of files in their order."""
+        """Yield the documents of files, in order."""
         documents = iter_documents(files, self.data, on_skip)
         if not self.data.special:
             return documents
@@ -189,9 +189,9 @@ class Corpus:
 def training_first(
     documents: Iterable[Document], is_validation: Callable[[str], bool], spool: Path
 ) -> Iterator[Document]:
-    """Yield the training documents, then those for validation, each in their order.
+    """Yield the training documents, then those for validation, both in their original order.
 
-    Args: spool, a folder for a copy of the latter, which is deleted.
+    Args: spool, folder for a temporary copy of the validation documents.
     """
     is_kept = False
     with tempfile.TemporaryFile("w+", encoding="utf-8", dir=spool) as kept:
@@ -210,22 +210,22 @@ def training_first(
 def reporter(
     files: Sequence[CorpusFile], stage: str, report: Callable[[PrepareProgress], None]
 ) -> Callable[[Document], Document]:
-    """Return a function that reports now and then how far the files have been read."""
+    """Return a function that passes documents through and periodically reports the progress."""
     total = sum(file.path.stat().st_size for file in files)
     reported = 0
 
-    def look(document: Document) -> Document:
+    def passed(document: Document) -> Document:
         nonlocal reported
         if document.position - reported >= min(PROGRESS_BYTES, total - reported) > 0:
             reported = document.position
             report(PrepareProgress(stage, reported, total))
         return document
 
-    return look
+    return passed
 
 
 def content_hash(files: Iterable[CorpusFile]) -> str:
-    """Return a sha256 in hex over the contents of the files and their order, not their names.
+    """Return the hex SHA-256 of the contents of files in their order; names are not included.
 
     Raises: DataError or ResourceError if one cannot be read.
     """
@@ -239,19 +239,19 @@ def content_hash(files: Iterable[CorpusFile]) -> str:
 
 @contextmanager
 def reading(name: str) -> Iterator[None]:
-    """Turn the errors of reading a file into one that names it."""
+    """Convert errors of reading a file to one that names it."""
     try:
         yield
     except PermissionError:
         raise ResourceError(
-            f"{name!r} may not be read: permission denied. Change its permissions."
+            f"{name!r} cannot be read: permission denied. Change its permissions."
         ) from None
     except OSError as error:
         is_special = os.path.realpath(name).startswith(("/proc/", "/sys/", "/dev/"))
         remedy = " Check the path and the disk."
         if is_special:
-            remedy = " It is a special file of the system: name a file of text."
-        elif error.errno == errno.EINVAL:  # of open_regular, which says it
+            remedy = " It is a special system file: name a text file."
+        elif error.errno == errno.EINVAL:  # from open_regular, with a remedy in the message
             remedy = ""
         reason = error.strerror or str(error)
         raise DataError(f"{cut(name, 200)} cannot be read: {reason}.{remedy}") from None
@@ -260,11 +260,11 @@ def reading(name: str) -> Iterator[None]:
 def _texts(
     file: BinaryIO, about: CorpusFile, data: DataConfig, on_skip: Callable[[str], None] | None
 ) -> Iterator[Iterable[str]]:
-    """Yield each document of a file, in slices."""
+    """Yield each document of a file, as slices of its text."""
     if about.format == "text":
         if data.chat:
             raise DataError(
-                f"{about.name!r} is text, and --chat reads rows, each a conversation. Give JSONL "
+                f"{about.name!r} is text, but --chat reads conversations, one per row. Give JSONL "
                 'whose lines have "messages", or "prompt" and "completion", or "instruction" and '
                 '"output".'
             )
@@ -275,13 +275,13 @@ def _texts(
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
-    """Join texts and cut them again, at token borders."""
+    """Join texts and cut them again at token boundaries."""
     waiting = ""
     for text in texts:
         waiting += text
         while len(waiting) >= (longest := PIECE_CHARS + LOOKAHEAD_CHARS):
             matches = (border.search(waiting, PIECE_CHARS, longest) for border in _BORDERS)
-            # Without a border, cut before what may be the beginning of a special token.
+            # Without a boundary, cut before a character that may begin a special token.
             begin = max(waiting.rfind(c, longest - SPECIAL_CHARS, longest) for c in "<[")
             forced = begin if begin > 0 else longest
             cut = next((match.end() for match in matches if match), forced)

@@ -34,13 +34,13 @@ OPTIONAL_MODULES = frozenset(
 
 @dataclass(frozen=True)
 class Download:
-    """A corpus on the web, with its expected size and hash."""
+    """A corpus to download, with its expected size and hash."""
 
     url: str
     size: int
     """Size in bytes."""
     sha256: str
-    """sha256 of the file, in hex."""
+    """SHA-256 of the file, in hex."""
 
 
 DOWNLOADS = {
@@ -55,10 +55,10 @@ DOWNLOADS = {
 def dataset_path(
     name: str, cache: Path, on_progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Return the file of a named corpus, generated or downloaded if the cache lacks it.
+    """Return the file of a named corpus, generated or downloaded if it is not in the cache.
 
-    Args: on_progress, called with the bytes done and the total, while downloading.
-    Raises: DataError for an unknown name, a failed download, or a file of another size or hash;
+    Args: on_progress, called during a download with the bytes received and the total.
+    Raises: DataError for an unknown name, a failed download, or an unexpected size or hash;
         ResourceError if the cache cannot be written.
     """
     if name in _BUILTIN:
@@ -85,7 +85,7 @@ def dataset_path(
 
 
 def _received(name: str, wanted: Download) -> Iterator[bytes]:
-    """Yield the blocks of the answer, at most one past the expected size."""
+    """Yield the blocks of the response, at most one beyond the expected size."""
     request = urllib.request.Request(wanted.url, headers={"User-Agent": "minigpt"})
     n_bytes = 0
     try:
@@ -104,23 +104,23 @@ def _received(name: str, wanted: Download) -> Iterator[bytes]:
 def _failed(name: str, reason: str) -> DataError:
     return DataError(
         f"could not download {name} from {DOWNLOADS[name].url}: {reason}. Check the network, or "
-        "download the file otherwise and pass its path."
+        "download the file yourself and pass its path."
     )
 
 
 def _tales(cache: Path) -> Path:
-    """Return the short tales of this package: each is a document."""
+    """Return the file of the package's short tales, one document each."""
     text = Path(__file__).with_name("tales.txt").read_bytes()
     path = cache / f"builtin-tales-{hashlib.sha256(text).hexdigest()[:16]}.jsonl"
     return _as_jsonl(text.decode().split(END_OF_TEXT), path)
 
 
 def _python_prose(cache: Path) -> Path:
-    """Return the English prose of this Python installation.
+    """Return the file of the English prose in this Python installation.
 
-    The language reference (``pydoc_data.topics``), then the docstrings of the standard library,
-    module by module; of both only the paragraphs that read as sentences. No module is imported
-    for it. The same on every machine with the same version of Python.
+    It contains the paragraphs that are sentences of the language reference (``pydoc_data.topics``),
+    then of the docstrings of each standard library module. No module is imported. The text is the
+    same on every machine with the same version of Python.
     """
     path = cache / f"builtin-1-python-{platform.python_version()}.jsonl"
     return _as_jsonl(("\n\n".join(_prose(text)) for text in _python_texts()), path)
@@ -128,11 +128,11 @@ def _python_prose(cache: Path) -> Path:
 
 _BUILTIN = {DEFAULT_TEXT: _tales, "builtin:python": _python_prose, "builtin": _tales}
 NAMES = ["builtin:tales", "builtin:python", *DOWNLOADS]
-"""The corpora that messages name. ``builtin`` is the default text."""
+"""Names of corpora that messages list. ``builtin`` is an alias of the default text."""
 
 
 def _as_jsonl(texts: Iterable[str], path: Path) -> Path:
-    """Write texts to a file of the cache, unless it exists."""
+    """Write texts to a JSONL file in the cache, unless it exists."""
     if not path.is_file():
         with resource_errors(path, OTHER_CACHE), writing_aside(path) as file:
             for text in texts:

@@ -1,4 +1,4 @@
-"""What to do about bytes that are not UTF-8, without damaging the text that they stand for."""
+"""Decode text files, and find a remedy for bytes that are not UTF-8 which preserves the text."""
 
 import codecs
 import re
@@ -7,7 +7,7 @@ from typing import BinaryIO
 
 from minigpt.errors import DataError
 
-_SAMPLE_BYTES = 2**16  # by which an encoding is recognized
+_SAMPLE_BYTES = 2**16  # read to recognize an encoding
 
 _WIDE = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")
 _MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
@@ -21,7 +21,7 @@ _ICONV_NAMES = {"cp1252": "WINDOWS-1252", "latin-1": "LATIN1"} | {
     for name in ("utf-16", "utf-32", *_WIDE)
 }
 _EASTERN = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr")
-# Bytes that cp1252 does not have, or punctuation of it inside a word.
+# Bytes that cp1252 does not define, or its punctuation inside a word.
 _NOT_CP1252 = re.compile(
     rb"[\x81\x8d\x8f\x90\x9d]|[a-z][\x80\x82-\x87\x89\x8b\x8e\x91\x93-\x95\x98\x99\x9b\xd5][a-z]"
 )
@@ -30,45 +30,45 @@ _OTHER_KINDS = {
     b"PAR1": "a Parquet file. Give --format parquet",
     b"%PDF": "a PDF. Extract its text: pdftotext OLD NEW",
     b"PK\x03\x04": "a ZIP archive. Unpack it",
-    b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text (.txt) in its program",
+    b"\xd0\xcf\x11\xe0": "an Office document. Save it as plain text (.txt)",
     b"7z\xbc\xaf": "an archive. Unpack it",
     b"PK\x05\x06": "an empty ZIP archive. Pass text files",
     b"Rar!": "an archive. Unpack it",
     b"\x1f\x9d": "compressed by compress. Unpack it: uncompress OLD",
     b"\x7fELF": "a program. Pass text files",
-    b"\x93NUMPY": "an array of NumPy. Pass text files",
+    b"\x93NUMPY": "a NumPy array. Pass text files",
     b"SQLite format 3": "a database. Export its text as CSV",
     b"\x89PNG": "a picture. Pass text files",
     b"\xff\xd8\xff": "a picture. Pass text files",
     b"GGUF": "the weights of a model. Pass text files",
 }
-"""First bytes of files that are not text in any encoding: what they are, and the remedy."""
-_NUL = r"Pass text files, or leave its NUL bytes out: tr -d '\000' < OLD > NEW"
+"""First bytes of files that are not text in any encoding -> type of the file, and the remedy."""
+_NUL = r"Pass text files, or remove its NUL bytes: tr -d '\000' < OLD > NEW"
 _LETTERS = b" abcdefghijklmnopqrstuvwxyz"
 _IN_ZIP = {
     rb"application/epub\+zip": (
-        "an e-book. Convert it to plain text: ebook-convert OLD.epub NEW.txt (of Calibre)"
+        "an e-book. Convert it to plain text: ebook-convert OLD.epub NEW.txt (part of Calibre)"
     ),
-    rb"xl/(work|_rels)|opendocument\.spreadsheet": "a spreadsheet. Save it as CSV in its program",
+    rb"xl/(work|_rels)|opendocument\.spreadsheet": "a spreadsheet. Save it as CSV",
     rb"word/\w+\.xml|\[Content_Types\]\.xml|opendocument\.": (
-        "an Office document. Save it as plain text (.txt) in its program"
+        "an Office document. Save it as plain text (.txt)"
     ),
 }
-"""Pattern of a name in a ZIP archive -> what the archive is; the first counts."""
+"""Pattern of a name in a ZIP archive -> type of the archive, and the remedy; first match wins."""
 _TAR = slice(257, 262)
 _CONTROLS = re.compile(r"[\0-\x08\x0e-\x1f\ud800-\udfff]")
 
 
 def wide_encoding(data: bytes) -> str:
-    """Return the UTF-16 or UTF-32 encoding of the beginning of a file; empty for none.
+    """Return which UTF-16 or UTF-32 encoding the first bytes of a file are in; empty for none.
 
-    Without a byte-order mark, it is found by its zero bytes.
+    Without a byte-order mark, it is recognized by its zero bytes.
     """
     for mark, name in _MARKS.items():
         if data.startswith(mark):
             return name
-    # Of UTF-8 and mostly Latin letters, a quarter has to be the upper half of a character, 0 to 7
-    # (Latin to Arabic): a text with fewer of them has stray NUL bytes.
+    # If the bytes look like UTF-8 or are mostly Latin letters, a quarter of them must be the high
+    # byte of a UTF-16 character, 0 to 7 (Latin to Arabic): with fewer, the NUL bytes are stray.
     n_upper = len(data) - len(data.translate(None, bytes(range(8))))
     n_letters = len(data) - len(data.translate(None, _LETTERS))
     is_narrow = n_letters > 0.5 * len(data) or _utf8_part(data) is not None
@@ -79,7 +79,7 @@ def wide_encoding(data: bytes) -> str:
         text = _decoded_part(data, name)
         if text is not None and not _CONTROLS.search(text):
             found[name] = sum(c < "\x7f" for c in text)
-    # With its bytes in the wrong order, a text has no space and no line break.
+    # Decoded in the wrong byte order, a text has no spaces and no line breaks.
     best = max(found, key=lambda name: found[name], default="")
     return best if best and found[best] else ""
 
@@ -98,18 +98,18 @@ def _utf8_part(data: bytes) -> str | None:
 
 
 def is_utf8(encoding: str) -> bool:
-    """Return whether this is a name of UTF-8, with a byte-order mark or without."""
+    """Return whether this is a name of UTF-8, with or without a byte-order mark."""
     return codecs.lookup(encoding).name in ("utf-8", "utf-8-sig")
 
 
 def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Iterator[str]:
     """Decode a text file block by block, without its byte-order mark.
 
-    Raises: DataError if it is not text of this encoding, with a remedy that keeps the text.
+    Raises: DataError if it is not text in this encoding, with a remedy that preserves the text.
     """
     decoder = codecs.getincrementaldecoder(encoding)()
     head = block = file.read(block_bytes)
-    n_bytes = n_chars = 0  # in the blocks before
+    n_bytes = n_chars = 0  # in the previous blocks
     while True:
         error = None
         try:
@@ -136,14 +136,14 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
         remedy = _NUL if _is_text_with_nul(block) else "Pass text files."
         raise DataError(f"{name!r} looks binary: byte {n_bytes + index} is NUL. {remedy}")
     if error is None:
-        raise DataError(f"{name!r} is not {encoding}, or binary: it has NUL characters.")
-    if not isinstance(error, UnicodeDecodeError):  # no byte-order mark, or an encoding of no text
+        raise DataError(f"{name!r} is binary, or not {encoding}: it contains NUL characters.")
+    if not isinstance(error, UnicodeDecodeError):  # no byte-order mark, or not a text encoding
         raise DataError(f"{name!r} is not {encoding}: {error}. Give another --encoding.")
-    n_before = n_bytes + len(block) - len(error.object)  # it has what the decoder kept, too
+    n_before = n_bytes + len(block) - len(error.object)  # the object includes buffered bytes
     position = n_before + error.start
     if not is_utf8(encoding):
         raise DataError(
-            f"{name!r} is not {encoding}: byte {position} does not fit. Give another --encoding."
+            f"{name!r} is not {encoding}: byte {position} is invalid. Give another --encoding."
         )
     is_end = not block and error.reason == "unexpected end of data"
     sample = error.object + file.read(_SAMPLE_BYTES)
@@ -152,22 +152,22 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
 
 
 def _is_text_with_nul(data: bytes) -> bool:
-    """Return whether a part of a file without its NUL bytes is text in UTF-8."""
+    """Return whether a part of a file is UTF-8 text except for NUL bytes."""
     rest = data.replace(b"\0", b"")
     text = _utf8_part(rest)
     return text is not None and len(rest) > len(data) / 2 and not _CONTROLS.search(text)
 
 
 def _not_utf8(name: str, position: int, remedy: str) -> DataError:
-    return DataError(f"{name!r} is not UTF-8: byte {position} does not fit. {remedy}")
+    return DataError(f"{name!r} is not UTF-8: byte {position} is invalid. {remedy}")
 
 
 def advice(data: bytes, position: int, *, n_multibyte: int = 0, is_end: bool = False) -> str:
     """Return the remedy for a file that is not UTF-8, as one or two sentences.
 
-    Args: data, a part of the file with the invalid bytes; position, of the first one in the file;
-        n_multibyte, valid characters of several bytes before this part; is_end, whether the
-        file ends in the middle of a character.
+    Args: data, a part of the file with the invalid bytes; position, that of the first one in the
+        file; n_multibyte, number of valid multibyte characters before this part; is_end, whether
+        the file ends in the middle of a character.
     """
     if wide := wide_encoding(data):
         return _convert(wide)
@@ -175,10 +175,10 @@ def advice(data: bytes, position: int, *, n_multibyte: int = 0, is_end: bool = F
     n_multibyte += sum(c > "\x7f" and c != "\ufffd" for c in text)
     if is_end:
         is_alone = not n_multibyte and data[:-1].isascii()
-        doubt = " (if it is whole, give --encoding latin-1)" if is_alone else ""
+        doubt = " (if it is complete, give --encoding latin-1)" if is_alone else ""
         return (
-            f"It ends in the middle of a character, so it was cut{doubt}: get the whole file, or "
-            f"leave out its last bytes: head -c {position} OLD > NEW"
+            f"It ends in the middle of a character, so it was cut{doubt}: get the complete file, "
+            f"or drop its last bytes: head -c {position} OLD > NEW"
         )
     if n_multibyte > 4 * text.count("\ufffd"):
         return (

@@ -7,7 +7,7 @@ import unicodedata
 _UNSAFE_CATEGORIES = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 # Harmless in spite of their category: Persian and emoji need the joiners.
 _HARMLESS = "\n\t\u200c\u200d"
-# Jamo that join a syllable, Hangul fillers that show nothing, skin tones: no mark by category.
+# Jamo that join to a syllable, invisible Hangul fillers, skin tones: their category is not Mark.
 _JOINING = re.compile("[\u115f-\u11ff\u3164\ud7b0-\ud7fb\uffa0\U0001f3fb-\U0001f3ff]")
 _NAMED = {"\n": "\\n", "\r": "\\r", "\t": "\\t", "\\": "\\\\", " ": "␣"}
 
@@ -30,13 +30,13 @@ def _joins_or_hides(character: str) -> bool:
 
 def printable(text: str) -> str:
     """Escape characters that could control a terminal; line breaks, tabs and joiners stay."""
-    if text.isprintable():  # no separator but the space, and nothing of the categories above
+    if text.isprintable():  # no separators except spaces, and none of the categories above
         return text
     return "".join(c if c in _HARMLESS or not _is_unsafe(c) else _escape(c) for c in text)
 
 
 def visible(data: bytes) -> str:
-    """Show a token's bytes on one line, with nothing hidden: ``b" a\\n"`` is ``␣a\\n``.
+    """Return a token's bytes as one visible line of text: ``b" a\\n"`` is ``␣a\\n``.
 
     Bytes that are not valid UTF-8, such as half a character, become ``\\xe2``; a mark that would
     join the character before it is escaped too.
@@ -56,5 +56,5 @@ def visible(data: bytes) -> str:
 
 
 def token_name(data: bytes) -> str:
-    """Show a token by itself: as ``visible``, and an id that has no text as ``∅``."""
+    """Return the text of a single token: ``visible``, or ``∅`` for an id without text."""
     return visible(data) or "∅"

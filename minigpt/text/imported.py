@@ -1,7 +1,7 @@
-"""Vocabularies of other models, read and encoded by the tokenizers library.
+"""Vocabularies of other models, encoded by the tokenizers library.
 
-Its ids are those of tokenizer.json by construction. Text of special tokens is plain text; added
-tokens that are not special are found in a text, as the library does.
+Ids are those of tokenizer.json by construction. The text of a special token is plain text; added
+tokens that are not special are recognized in text, as the library does.
 """
 
 import json
@@ -24,14 +24,14 @@ _LARGEST_GAP = 2**20
 
 
 class ImportedTokenizer(Tokenizer):
-    """A tokenizer.json, as ``tokenizers.Tokenizer`` reads it."""
+    """A vocabulary from a tokenizer.json, encoded by a ``tokenizers.Tokenizer``."""
 
     def __init__(
         self, name: str, data: Mapping[str, Any], end_of_text_ids: tuple[int, ...] = ()
     ) -> None:
         """Args: data, the parsed tokenizer.json; end_of_text_ids, () for ``<|endoftext|>``.
 
-        Raises: CheckpointError if the library cannot read it, or it encodes at random.
+        Raises: CheckpointError if the library cannot read it, or if it encodes with BPE dropout.
         """
         self.data = dict(data)
         self._library = _library(self.data)
@@ -51,13 +51,13 @@ class ImportedTokenizer(Tokenizer):
             prefix=_prefix(self._library),
             end_of_text_ids=end_of_text_ids,
         )
-        for id_ in added:  # a normalized one stands for its normalized text
+        for id_ in added:  # a normalized one has its normalized text
             self._tokens[id_] = self._library.id_to_token(id_) or ""
         self._added_bytes = {id_: self._tokens[id_].encode() for id_ in added}
         self._known = _known_characters(self.data, vocab)
         decoders = _types(self.data.get("decoder")) or _types(self.data.get("pre_tokenizer"))
         self._parsing: dict[bool, tokenizers.Tokenizer] = {}
-        """Tokenizers that find special tokens in the beginning of a text, and in later pieces."""
+        """Tokenizers that parse special tokens, by ``is_start``."""
         self._is_byte_level = "ByteLevel" in decoders
         self._has_byte_tokens = "ByteFallback" in decoders
 
@@ -73,14 +73,14 @@ class ImportedTokenizer(Tokenizer):
                 self._parsing[is_start] = _parsing(library)
             library = self._parsing[is_start]
         try:
-            # The fast variant leaves out offsets; it encodes alike.
+            # The fast variant computes no offsets; its ids are the same.
             [encoding] = library.encode_batch_fast([text], add_special_tokens=False)
         except BaseException as error:
             if not _is_of_library(error):
                 raise
             raise DataError(
                 f"the vocabulary {self.name!r} cannot encode this text ({str(error)[:80]}). Leave "
-                "out the characters that it lacks, and break long runs of the same character."
+                "out characters that are not in it, and break long runs of the same character."
             ) from None
         return np.array(encoding.ids, np.uint32)
 
@@ -99,7 +99,7 @@ class ImportedTokenizer(Tokenizer):
         decoder = self._library.decoder
         if decoder is None:  # the library joins tokens with spaces
             return f" {text}".encode() if text else b""
-        # The text that the library gives for a token between two others.
+        # The text into which the library decodes a token between two others.
         gap = decoder.decode([_MARK, _MARK])[1:-1]
         inside = decoder.decode([_MARK, text, _MARK])[1:-1].removesuffix(gap)
         return inside.encode() if text else b""
@@ -112,17 +112,17 @@ class ImportedTokenizer(Tokenizer):
         }
 
     def unencodable(self, text: str) -> set[str]:
-        lacking = set()
+        missing = set()
         for character in set(text) if self._known is not None else ():
             try:
                 self._check_characters(self._library, character)
             except DataError:
-                lacking.add(character)
-        return lacking
+                missing.add(character)
+        return missing
 
     @cached_property
     def _continuing(self) -> tokenizers.Tokenizer:
-        """The library's tokenizer for later pieces of a text: without a space before the piece."""
+        """The library's tokenizer for later pieces of a text: it adds no space before a piece."""
         data = dict(self.data)
         normalizers = steps_of(data.get("normalizer"))
         pre_tokenizers = steps_of(data.get("pre_tokenizer"))
@@ -146,11 +146,11 @@ class ImportedTokenizer(Tokenizer):
         pieces = [text]
         if library.pre_tokenizer is not None:
             pieces = [piece for piece, _ in library.pre_tokenizer.pre_tokenize_str(text)]
-        lacking = next((c for piece in pieces for c in piece if c not in known), None)
-        if lacking is not None:
-            what = f"character {lacking!r}"
-            if self._is_byte_level and lacking in BYTE_OF_CHARACTER:
-                what = f"byte {bytes([BYTE_OF_CHARACTER[lacking]])!r}"
+        missing = next((c for piece in pieces for c in piece if c not in known), None)
+        if missing is not None:
+            what = f"character {missing!r}"
+            if self._is_byte_level and missing in BYTE_OF_CHARACTER:
+                what = f"byte {bytes([BYTE_OF_CHARACTER[missing]])!r}"
             raise unencodable_error(self.name, what)
 
 
@@ -190,7 +190,7 @@ def _library(data: Mapping[str, Any]) -> tokenizers.Tokenizer:
         ) from None
     library.no_truncation()
     library.no_padding()
-    library.encode_special_tokens = True  # the text of a special token is text
+    library.encode_special_tokens = True  # as plain text
     return library
 
 
@@ -205,18 +205,18 @@ def _types(part: Mapping[str, Any] | None) -> list[str]:
 
 
 def _is_of_library(error: BaseException) -> bool:
-    """Return whether the library may have raised an error: it has no narrower class."""
-    # A panic of its Rust code is not an Exception, and its class cannot be imported.
+    """Return whether the library may have raised an error: it has no exception class of its own."""
+    # A panic in its Rust code is not an Exception, and its class cannot be imported.
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _prefix(library: tokenizers.Tokenizer) -> tuple[int, ...]:
-    """Return the ids that the post-processor puts before a text.
+    """Return the ids that the post-processor adds before a text.
 
-    Those that it puts after a text, such as an end-of-text token, are left out: a prompt is
+    Ids that it adds after a text, such as an end-of-text token, are left out: a prompt is
     continued, and documents of a corpus have their own separator.
     """
-    # A vocabulary of one token: no real one has a text that every one can encode.
+    # A one-token vocabulary, because there is no text that every real vocabulary can encode.
     word = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
     if library.post_processor is not None:
         word.post_processor = library.post_processor
@@ -226,7 +226,7 @@ def _prefix(library: tokenizers.Tokenizer) -> tuple[int, ...]:
 
 
 def _known_characters(data: Mapping[str, Any], vocab: Mapping[str, int]) -> frozenset[str] | None:
-    """Return the characters that a BPE without an unknown token keeps, None if it keeps all."""
+    """Return the characters that a BPE model without an unknown token encodes; None for all."""
     model = data["model"]
     if model["type"] != "BPE" or model.get("unk_token") is not None:
         return None

@@ -1,4 +1,4 @@
-"""Escaped texts of the tokens of a sequence, in which characters that tokens split are whole."""
+"""Escaped texts of the tokens of a sequence, with characters rejoined that span several tokens."""
 
 import codecs
 from collections.abc import Callable, Iterable
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable
 from minigpt.text.escape import token_name, visible
 
 CONTINUATION = "⋯"
-"""Mark of a token that continues the character that an earlier one began."""
+"""Mark of a token that continues a character of an earlier token."""
 
 
 class JoinedTokens:
-    """Texts of the tokens of a sequence, escaped, with characters joined that tokens split.
+    """Escaped texts of the tokens of a sequence, with characters rejoined that span several tokens.
 
     Bytes that no later token completes to a character stay escaped.
     """
@@ -18,16 +18,16 @@ class JoinedTokens:
     def __init__(
         self, tokens: Iterable[bytes] = (), *, escape: Callable[[bytes], str] = visible
     ) -> None:
-        """Begin a sequence with these tokens; ``escape`` turns whole characters into text."""
+        """Begin a sequence with these tokens; ``escape`` turns complete characters into text."""
         self.texts: list[str] = []
-        """Text of each token within the sequence: of three tokens of ``日``, the first has it all,
-        and the others have none."""
+        """Text of each token in the sequence: of three tokens of ``日``, the first has all of it,
+        the others are empty."""
         self.names: list[str] = []
-        """Text of each token by itself: ``日``, ``⋯日`` and ``⋯日``."""
+        """Text of each token on its own: ``日``, ``⋯日`` and ``⋯日``."""
         self._escape = escape
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
-        self._open: list[int] = []  # tokens of the character that is not yet complete
-        self._before = ""  # text of the first of them before that character
+        self._open: list[int] = []  # indices of the tokens of an incomplete character
+        self._before = ""  # text of the first of these tokens before that character
         for data in tokens:
             self.add(data)
 
@@ -57,7 +57,7 @@ class JoinedTokens:
             self._before = self._escape(data[: len(data) - len(pending)])
 
     def _complete(self, character: str) -> str:
-        """Join the tokens of a character, and return the mark of those that continue it."""
+        """Join the tokens of a character, and return the name of a token that completes it."""
         start, *inner = self._open
         old = self.texts[start]
         self.texts[start] = self._before + character

@@ -1,4 +1,4 @@
-"""Folders of tokens: those of the cache, one for each corpus, and those that a user prepares.
+"""Folders of tokens: one per corpus in the cache, and those that a user prepares.
 
 An interrupted preparation is resumed.
 """
@@ -43,14 +43,14 @@ def prepare(
 ) -> StoredData:
     """Turn a corpus into tokens on disk, or open the result of an earlier call.
 
-    Memory stays bounded for any size of corpus. A killed preparation is resumed, or started again.
+    Memory is bounded for any size of corpus. A killed preparation is resumed, or started again.
     A folder that the user prepared is opened as it is.
 
-    Args: chat_model, the model folder whose chat template conversations go through, None for a
-        plain template; n_workers, threads, 0 for all cores; the others as in ``tokens.prepare``.
-    Raises: ConfigError for an unknown tokenizer, or not the one that a folder was prepared with;
-        DataError for a corpus that cannot be used; ResourceError if a file may not be read or the
-        cache cannot be written.
+    Args: chat_model, model folder with the chat template for conversations, None for the plain
+        template; n_workers, number of threads, 0 for one per core; others as in ``tokens.prepare``.
+    Raises: ConfigError for an unknown tokenizer, or one that differs from a prepared folder's;
+        DataError for an unusable corpus; ResourceError if permission to read a file is denied or
+        the cache cannot be written.
     """
     if named := prepared_folder(data.paths):
         prepared = open_prepared(named)
@@ -73,7 +73,7 @@ def prepare(
                     prepared = open_prepared(folder)
     if tokenizer is None:
         return prepared
-    # The tokens may be those of a vocabulary with another name: return the one that was given.
+    # The same vocabulary may have been stored under another name: return the one that was given.
     manifest = replace(prepared.manifest, tokenizer=tokenizer.name)
     return replace(prepared, tokenizer=tokenizer, manifest=manifest)
 
@@ -90,21 +90,21 @@ def prepare_folder(
 ) -> tuple[StoredData, Work]:
     """Turn a corpus into tokens in a folder of the user, or resume an interrupted preparation.
 
-    Complete shards are kept however the call ends; the same call then gives the same bytes.
+    Complete shards survive any interruption; the same call then gives the same bytes.
 
-    Args: folder, which is empty, missing, or was begun by this function for the same corpus; the
-        others as in ``prepare``.
-    Returns: the whole corpus, and the work of this call.
-    Raises: ConfigError if the folder holds anything else; LockedError if another process is
-        writing it; otherwise as ``prepare``.
+    Args: folder, empty, missing, or begun by this function for the same corpus; others as in
+        ``prepare``.
+    Returns: the complete corpus, and the work of this call.
+    Raises: ConfigError if the folder contains anything else; LockedError if another process is
+        writing to it; and the errors of ``prepare``.
     """
     if done := prepared_folder(data.paths):
         raise DataError(f"{str(done)!r} is already prepared. Train on it as it is.")
     others = [p.name for p in folder.glob("*") if not is_ours(p) and p.name != _LOCK]
     if others:
         raise ConfigError(
-            f"the folder {str(folder)!r} holds {min(others)!r}, which minigpt prepare did not "
-            "write. Name an empty or a new one."
+            f"the folder {str(folder)!r} contains {min(others)!r}, which minigpt prepare did not "
+            "write. Name an empty or new folder."
         )
     busy = f"another process is preparing {str(folder)!r}. Wait, or name another --out."
     work = Work()
@@ -125,7 +125,7 @@ def prepare_folder(
 
 def tidy(folder: Path) -> None:
     """Delete the files of an interrupted build that cannot be resumed."""
-    if (folder / MANIFEST).exists():  # interrupted when everything was done
+    if (folder / MANIFEST).exists():  # interrupted when the build was complete
         return
     kept = set()
     with suppress(DataError), reading(folder):
@@ -136,9 +136,9 @@ def tidy(folder: Path) -> None:
 
 
 def _is_finished(folder: Path, identity: str) -> bool:
-    """Return whether the folder holds the whole corpus.
+    """Return whether the folder contains the complete corpus.
 
-    Raises: ConfigError if it holds another one, whole or not.
+    Raises: ConfigError if it contains another one, complete or not.
     """
     is_finished = (folder / MANIFEST).exists()
     path = folder / (MANIFEST if is_finished else UNFINISHED)
@@ -148,7 +148,7 @@ def _is_finished(folder: Path, identity: str) -> bool:
         found = read_record(path)["identity"]
     if found != identity:
         raise ConfigError(
-            f"the folder {str(folder)!r} holds another text, or tokens of another tokenizer. "
+            f"the folder {str(folder)!r} contains another text, or tokens of another tokenizer. "
             "Delete it, or name another --out."
         )
     return is_finished
@@ -160,7 +160,7 @@ def prepared_folder(words: Sequence[str]) -> Path | None:
     Raises: DataError if its preparation is unfinished, or other texts are named too.
     """
     paths = [Path(os.path.expanduser(word)) for word in words]
-    # os.path returns False for a name that no file can have, where Path raises.
+    # os.path returns False for an invalid file name, for which Path raises.
     folders = [
         path
         for path in paths
@@ -175,14 +175,14 @@ def prepared_folder(words: Sequence[str]) -> Path | None:
             f"{name} is a prepared corpus, which cannot be combined with others. Name it alone."
         )
     if not os.path.isfile(folders[0] / MANIFEST):
-        raise DataError(f"the preparation of {name} is unfinished. Call minigpt prepare again.")
+        raise DataError(f"the preparation of {name} is unfinished. Run minigpt prepare again.")
     return folders[0]
 
 
 def prepared_settings(data: DataConfig) -> dict[str, Any]:
-    """Return the data settings that a prepared folder was made with; {} if ``data`` names text.
+    """Return the data settings of a prepared folder; {} if ``data`` names text.
 
-    Raises: DataError as ``prepared_folder``, or if it is damaged.
+    Raises: DataError as for ``prepared_folder``, or if it is damaged.
     """
     folder = prepared_folder(data.paths)
     if folder is None:
@@ -215,7 +215,7 @@ def _require_prepared_for(
         )
     if data.chat_template is not None:
         raise ConfigError(
-            f"{str(folder)!r} is prepared with its chat template. Leave --chat-template out."
+            f"{str(folder)!r} was prepared with a chat template. Leave --chat-template out."
         )
     if tokenizer is None and manifest.tokenizer != data.tokenizer:
         raise ConfigError(
@@ -224,25 +224,25 @@ def _require_prepared_for(
         )
     if tokenizer is not None and manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"{str(folder)!r} was prepared with another tokenizer than the model's "
+            f"{str(folder)!r} was prepared with a different tokenizer than the model's "
             f"({manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
         )
     default = DataConfig()
     for name in ("format", "field", "encoding", "skip_bad", "skip_unencodable"):
         if getattr(data, name) != getattr(default, name):
             raise ConfigError(
-                f"{name} has no effect on {str(folder)!r}, which is prepared. Leave it out, or "
-                "prepare the text again with it."
+                f"{name} has no effect on {str(folder)!r}, which is already prepared. Leave it "
+                "out, or prepare the text again with it."
             )
-    # Other documents to validate on than it was prepared for.
+    # It can only be validated on the text that was held out when it was prepared.
     kind = "tail" if manifest.val_split == "none" else manifest.val_split
-    purpose = {"tail": "its tail", "documents": "documents of it", "own": "a text of its own"}[kind]
+    target = {"tail": "its tail", "documents": "some of its documents", "own": "another text"}[kind]
     is_other = bool(data.val) or (data.val_split or kind) != kind
     if kind == "documents":
         is_other |= data.val_fraction != manifest.val_fraction
-        purpose += f", {manifest.val_fraction:g} of its bytes"
+        target += f", {manifest.val_fraction:g} of its bytes"
     if is_other and data.val_fraction:
         raise ConfigError(
-            f"{str(folder)!r} was prepared to validate on {purpose}. Leave --val, --val-split "
+            f"{str(folder)!r} was prepared to validate on {target}. Leave --val, --val-split "
             "and --val-fraction out, or prepare the text again with them."
         )

@@ -1,4 +1,4 @@
-"""Files of rows -> the text of each row: JSONL, JSON, CSV and Parquet."""
+"""Read the text of each row of a JSONL, JSON, CSV or Parquet file."""
 
 import json
 import re
@@ -25,11 +25,11 @@ from minigpt.text.rows import (
 from minigpt.text.tokenizer import well_formed
 
 LONGEST_CONVERSATION = 2**20
-"""Most characters of a conversation, as JSON."""
+"""Maximum characters of a conversation, as JSON."""
 _N_SNIFFED = 10  # rows
-_N_TRIED = 1000  # rows read after a bad one; if none has a text, --skip-bad is not advised
+_N_TRIED = 1000  # rows read after a bad one; if none has text, --skip-bad is not suggested
 _N_FIELDS_SHOWN = 12
-_LONGEST_LABEL = 80  # characters of a string that is not what a row is about, such as a source
+_LONGEST_LABEL = 80  # maximum characters of a label, such as a source; longer strings are texts
 _MISSING = object()
 _UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
 
@@ -37,11 +37,11 @@ _UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
 def texts(
     file: BinaryIO, kind: str, name: str, data: DataConfig, on_skip: Callable[[str], None] | None
 ) -> Iterator[str]:
-    """Yield the text of each row of a file; those without one are refused or skipped.
+    """Yield the text of each row of a file; rows without text are refused or skipped.
 
-    Args: kind, the format; name, of the file, for messages; on_skip, called with a message for
-        each row that is skipped; None to refuse it.
-    Raises: DataError for a row that is refused, or a file that is not of its format.
+    Args: kind, the format; name, the file's name for messages; on_skip, called with a message for
+        each skipped row, None to refuse such rows.
+    Raises: DataError for a refused row, or a file that does not match its format.
     """
     yield from _texts(_rows(file, kind, name, data), kind, name, data, on_skip)
 
@@ -78,7 +78,7 @@ def _texts(
 
 
 def _remedy_without_texts(row: object, data: DataConfig) -> str:
-    """Return the remedy for a file in which no row has a text. Args: row, one of the file's."""
+    """Return the remedy for a file in which no row has text. Args: row, one of the file's rows."""
     fields = (
         f"{_fields_of(row)}. " if isinstance(row, Mapping) and row.keys() - {data.field} else ""
     )
@@ -104,7 +104,7 @@ def row_text(row: object, field: str) -> str:
     if not isinstance(row, Mapping):
         raise _no_object(field)
     text = _value(row, field)
-    if isinstance(text, bytes):  # some programs write the texts of Parquet so
+    if isinstance(text, bytes):  # some programs write Parquet texts as bytes
         with suppress(UnicodeDecodeError):
             text = text.decode()
     if isinstance(text, str):
@@ -113,18 +113,18 @@ def row_text(row: object, field: str) -> str:
         found = "null" if text is None else f"of type {type(text).__name__}"
         remedy = ""
         if isinstance(text, list):
-            remedy = "Write a row for each of its texts, or join them."
+            remedy = "Write one row per text, or join the texts."
         elif isinstance(text, Mapping):
             name = _names_of({field: text})[0]
             example = f", as in --field {shlex.quote(name)}" if name.isprintable() else ""
-            remedy = f"Name a field of it{example}.{_if_rows(field.split('.'))}"
+            remedy = f"Name one of its fields{example}.{_if_rows(field.split('.'))}"
         raise BadRow(f'has no "{field}" string: it is {found}', remedy)
     remedy = f"Name another one with --field{_longest_text(row)}."
     pairs = ({"prompt", "completion"}, {"instruction", "output"})
     if _has_messages(row) or any(names <= row.keys() for names in pairs):
         remedy = "Give --chat to read conversations."
     elif nested := _nested_lists(row):
-        raise _a_nest(nested, field)
+        raise _nested_rows(nested, field)
     else:
         keys = next(([key] for key, value in row.items() if _is_table(value)), [])
         if keys or _is_table(row):
@@ -133,7 +133,7 @@ def row_text(row: object, field: str) -> str:
 
 
 def _has_messages(row: Mapping[Any, Any]) -> bool:
-    """Return whether a row is a conversation: it has a list of messages with roles."""
+    """Return whether a row is a conversation, with a list of messages that have roles."""
     return any(
         isinstance(turns := row.get(name), list)
         and turns
@@ -145,7 +145,7 @@ def _has_messages(row: Mapping[Any, Any]) -> bool:
 
 
 def _longest_text(row: Mapping[Any, Any]) -> str:
-    """Return the field that may be the text, the longest string, as an example; else nothing."""
+    """Return an example of --field with the longest string, which may be the text; else empty."""
     lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}
     name = str(max(lengths, key=lambda key: lengths[key], default=""))
     is_short = 0 < len(name) <= _LONGEST_LABEL and name.isprintable()
@@ -155,7 +155,7 @@ def _longest_text(row: Mapping[Any, Any]) -> str:
 def _is_table(value: object) -> bool:
     """Return whether a value is an object whose values may be rows.
 
-    They are objects with the same fields, or more strings than a row has fields.
+    That is, objects with the same fields, or more strings than a row usually has.
     """
     rows = list(value.values()) if isinstance(value, Mapping) else []
     if len(rows) > _N_FIELDS_SHOWN and all(isinstance(row, str) for row in rows):
@@ -166,7 +166,7 @@ def _is_table(value: object) -> bool:
 
 
 def _if_rows(keys: Sequence[str]) -> str:
-    """Return what to do if the values of an object are the rows. Args: keys, where it is."""
+    """Return the remedy if the values of an object are the rows. Args: keys, path to the object."""
     program = shlex.quote(f"[{_jq(keys)}[]]")
     return f" If its values are the rows, write them in a list: jq {program} OLD > NEW."
 
@@ -176,9 +176,10 @@ def _jq(keys: Sequence[str]) -> str:
 
 
 def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
-    """Return the keys of an object that hold lists of objects; those of an object in it are dotted.
+    """Return the keys of lists of objects in an object; keys of an inner object are dotted.
 
-    Lists of texts count too if it has no texts of its own. With a long text, it is a row itself.
+    Lists of strings or lists count too if the object itself has no strings. An object with a long
+    string is a row, for which nothing is returned.
     """
     texts_of_row = [value for value in row.values() if isinstance(value, str)]
     if any(len(text) > _LONGEST_LABEL for text in texts_of_row):
@@ -195,12 +196,12 @@ def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _a_nest(keys: list[str], field: str) -> BadRow:
+def _nested_rows(keys: list[str], field: str) -> BadRow:
     names = ", ".join(map(repr, keys[:_N_FIELDS_SHOWN]))
     return BadRow(
-        f'is a JSON object without "{field}" that holds lists in {names}; rows are expected in a '
-        "list or one a line",
-        f"Write the list to a file of its own, as with jq {shlex.quote(_jq(keys[0].split('.')))}.",
+        f'is a JSON object without "{field}" that contains lists in {names}; rows are expected in '
+        "a list or one per line",
+        f"Write the list to a separate file, as with jq {shlex.quote(_jq(keys[0].split('.')))}.",
     )
 
 
@@ -210,7 +211,7 @@ def _conversation(row: object) -> str:
     except DataError as error:
         named = {"messages", "conversations"}
         if isinstance(row, Mapping) and not named & row.keys() and (nested := _nested_lists(row)):
-            raise _a_nest(nested, "messages") from None
+            raise _nested_rows(nested, "messages") from None
         raise BadRow(str(error)) from None
     if len(text) > LONGEST_CONVERSATION:
         raise BadRow(f"is a conversation of more than {LONGEST_CONVERSATION} characters")
@@ -218,7 +219,7 @@ def _conversation(row: object) -> str:
 
 
 def _value(row: Mapping[Any, Any], field: str) -> object:
-    """Return the value of a field, or of a dotted one in an object; _MISSING for none."""
+    """Return the value of a field, or of a nested one with a dotted name; _MISSING for none."""
     if field in row:
         return row[field]
     first, _, rest = field.partition(".")
@@ -227,7 +228,7 @@ def _value(row: Mapping[Any, Any], field: str) -> object:
 
 
 def _names_of(row: Mapping[Any, Any]) -> list[str]:
-    """Return the names of a row's fields; those of an object in it are dotted."""
+    """Return the names of a row's fields; those of an inner object are dotted."""
     names = []
     for name, value in list(row.items())[: _N_FIELDS_SHOWN + 1]:
         inner = list(value)[:_N_FIELDS_SHOWN] if isinstance(value, Mapping) else []
@@ -244,7 +245,7 @@ def _fields_of(row: Mapping[Any, Any]) -> str:
 
 
 def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
-    """Return whether the first row has the field of the text, or cannot be read at all."""
+    """Return whether the first row has the text field, or cannot be read at all."""
     try:
         _, row = next(_rows(file, kind, name, data), (0, None))
     except DataError:
@@ -255,7 +256,7 @@ def has_field(file: BinaryIO, kind: str, name: str, data: DataConfig) -> bool:
 
 
 def _rows(file: BinaryIO, kind: str, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    """Yield the rows of a file and their numbers; a BadRow for one that cannot be read."""
+    """Yield the number and value of each row of a file; a BadRow for one that cannot be read."""
     if kind == "parquet":
         yield from _parquet_rows(file, name, data)
         return
@@ -288,9 +289,9 @@ def _parquet_rows(file: BinaryIO, name: str, data: DataConfig) -> Iterator[tuple
 
 
 def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
-    """Return the format that the beginning of a file looks like: text, jsonl, json, csv, parquet.
+    """Guess the format of a file from its first bytes: text, jsonl, json, csv or parquet.
 
-    Args: head, its first bytes, unpacked; is_whole, whether these are all.
+    Args: head, the first bytes, decompressed; is_whole, whether the file has no others.
     """
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -302,9 +303,9 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
     rows = list(map(_parsed, lines))
     n_objects = sum(isinstance(row, dict) for row in rows)
     if is_whole and len(lines) == 1 and isinstance(rows[0], dict) and _nested_lists(rows[0]):
-        return "json"  # an object that holds the rows
+        return "json"  # an object that contains the rows
     if 2 * n_objects >= len(lines) and n_objects >= (1 if text.startswith("{") else 2):
-        return "jsonl"  # some of its rows may be bad, the first one too
+        return "jsonl"  # some rows may be bad, even the first
     if re.match(r'\{\s*"|\[\s*(\{\s*"|"|\]\s*$)', text):
         if len(lines) == 1 and not is_whole and text.startswith("{"):
             return "jsonl"  # its first line is longer than the head

@@ -1,4 +1,4 @@
-"""JSON and CSV -> rows, each read by itself: a broken one costs only itself."""
+"""Read JSON and CSV row by row, so that a broken row does not affect the others."""
 
 import csv
 import io
@@ -14,15 +14,15 @@ from minigpt.errors import DataError
 from minigpt.text.encodings import advice, is_utf8, wide_encoding
 
 LONGEST_ROW = 2**27
-"""Most characters of a line of JSON or CSV, or of an item of a JSON array."""
+"""Maximum characters of a line of JSON or CSV, or of an item of a JSON array."""
 READ_CHARS = 2**20
 _BETWEEN = re.compile(r"[\s,\[\]]*")
-_LITERAL_CHARS = 64  # more than the longest literal of JSON has
-_LONGEST_INT = 4300  # digits that int() takes, as more take it long
+_LITERAL_CHARS = 64  # longer than any JSON literal
+_LONGEST_INT = 4300  # digits that int() accepts, because it is slow on more
 
 
 class BadRow(Exception):  # noqa: N818
-    """A row without a text. Its arguments: why, and what to do about it, a sentence or nothing."""
+    """A row without text. Args: reason; remedy, a sentence or empty."""
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(reason, remedy)
@@ -31,7 +31,7 @@ class BadRow(Exception):  # noqa: N818
 
 @contextmanager
 def as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
-    """Read a file as text, in which an invalid byte is a lone surrogate."""
+    """Open a file as text, in which an invalid byte becomes a lone surrogate."""
     buffered = io.BufferedReader(file)  # type: ignore[type-var]
     encoding = data.encoding
     if is_utf8(encoding):
@@ -56,7 +56,7 @@ def read_line(stream: TextIO, number: int, name: str) -> str:
 
 
 def require_short(text: str, what: str) -> None:
-    """Raise DataError for a row that would fill the memory, as a small file may unpack to."""
+    """Raise DataError for a row that would fill memory; a small compressed file may have one."""
     if len(text) > LONGEST_ROW:
         raise DataError(
             f"{what} has more than {LONGEST_ROW:,} characters. Split it into several, or give "
@@ -65,7 +65,7 @@ def require_short(text: str, what: str) -> None:
 
 
 def undecodable(text: str, data: DataConfig) -> BadRow | None:
-    """Return what is wrong with text of ``as_text`` that has an invalid byte; else None."""
+    """Return a BadRow for text from ``as_text`` with an invalid byte; None for valid text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -83,7 +83,7 @@ def _integer(digits: str) -> float:
 
 
 DECODER = json.JSONDecoder(parse_int=_integer)
-"""Reads any JSON; an integer of thousands of digits as a float."""
+"""Decodes any JSON; integers of thousands of digits become floats."""
 
 
 def json_lines(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
@@ -100,12 +100,12 @@ def _json_line(line: str, data: DataConfig) -> object:
     try:
         return DECODER.decode(line)
     except (ValueError, RecursionError) as error:
-        remedy = "JSONL has one object a line; give --format text if it is plain text."
+        remedy = "JSONL has one object per line; give --format text if it is plain text."
         return BadRow(f"is not JSON: {error}", remedy)
 
 
 def json_values(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    """Yield the items of a JSON array, or the objects of a file of several."""
+    """Yield the items of a JSON array, or of a file with several objects or arrays."""
     text, n_open, number, is_end = "", 0, 0, False
     while not is_end:
         block = stream.read(max(READ_CHARS, len(text)))
@@ -131,7 +131,7 @@ def json_values(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[i
                 at = 0
                 n_open = n_open if text else 0
                 continue
-            if end == len(text) and not is_end:  # a number may go on
+            if end == len(text) and not is_end:  # a number may continue
                 break
             number += 1
             bad = undecodable(text[at:end], data)
@@ -143,9 +143,9 @@ def json_values(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[i
 
 
 def _from_next_item(text: str, at: int, stream: TextIO) -> tuple[str, bool]:
-    """Return the text from where the item after a broken one seems to begin, "" for none.
+    """Find the item after a broken one, which begins at index ``at``.
 
-    Args: at, where the broken item begins. Returns also whether the stream has ended.
+    Returns: the text from its probable start, "" for none; whether the stream has ended.
     """
     ends = {"{": r",\s*(?=\{)", '"': r'"\s*,\s*(?=")'}
     border = re.compile(ends.get(text[at], r",\s*"))
@@ -182,11 +182,11 @@ def _is_cut(error: Exception, text: str) -> bool:
 
 
 def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    """Yield the rows of a table below its header; a broken one costs only its first line."""
+    """Yield the rows of a table below its header; a broken one loses only its first line."""
     first = read_line(stream, 1, name)
     delimiter = max(",\t;|", key=re.sub(r'"[^"]*"?', "", first).count)
     waiting, lines, n_read = deque([first]), [], 0  # lines to read again, lines of the row
-    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # in files of Excel
+    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # in Excel's files
         delimiter = named[1]
         waiting.clear()
         n_read = 1
@@ -201,7 +201,7 @@ def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int,
 
     header: list[str] = []
     number = 0
-    csv.field_size_limit(LONGEST_ROW)  # a longer cell is a quote that is not closed
+    csv.field_size_limit(LONGEST_ROW)  # a longer cell has an unclosed quote
     while True:
         row: object
         lines.clear()
@@ -213,7 +213,7 @@ def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int,
         except csv.Error as error:
             is_cut = "unexpected end" in str(error) or "field larger" in str(error)
             reason = "a quote in it is not closed" if is_cut else str(error)
-            remedy = 'In a text in quotes, write a quote twice: "".'
+            remedy = 'Within a quoted text, write a quote twice: "".'
             row = BadRow(f"{where} is not CSV: {reason}", remedy)
         else:
             if not cells:
@@ -223,11 +223,11 @@ def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int,
                 continue
             row = dict(zip(header, cells, strict=False))
             if len(cells) != len(header):
-                reason = f"{where} has {len(cells)} cells, the header {len(header)}"
+                reason = f"{where} has {len(cells)} cells, but the header has {len(header)}"
                 row = BadRow(reason, "Quote a text that has commas, quotes or line breaks.")
             elif bad := undecodable(row.get(data.field, ""), data):
                 row = bad
-        if isinstance(row, BadRow):  # a quote that is not closed takes the lines after it too
+        if isinstance(row, BadRow):  # an unclosed quote includes the lines after it
             waiting.extendleft(reversed(lines[1:]))
             n_read -= len(lines) - 1
         number += 1
@@ -238,7 +238,7 @@ def is_table(lines: list[str]) -> bool:
     """Return whether lines are CSV: a line of names, then rows with as many cells."""
     for delimiter in ",\t;|":
         rows: list[list[str]] = []
-        with suppress(csv.Error):  # a quoted text that goes on after these lines
+        with suppress(csv.Error):  # a quoted text that continues after these lines
             rows += csv.reader(lines, delimiter=delimiter, strict=True)
         if len(rows) < 2 or not 1 < len(rows[0]) == len(set(rows[0])):
             continue

@@ -1,6 +1,6 @@
 """The files of a prepared corpus: manifest.json, vocabulary.json and tokens-*.bin.
 
-Tokens are little-endian. A resumable preparation has unfinished.json until its manifest is written.
+Tokens are little-endian. Until the manifest is written, unfinished.json allows resuming.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ from minigpt.rings import ring
 from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 from minigpt.text.tokens import PreparedData, TextFacts, TokenDataset
 
-# Part of every manifest and identity: raise it when the same text gives other tokens, or is cut
-# into other pieces.
+# Part of every manifest and identity: increase it when the same text gives different tokens, or is
+# cut into different pieces.
 SCHEMA_VERSION = 1
 MAX_SHARD_TOKENS = 2**24
 
@@ -44,12 +44,12 @@ class Shard:
     """File name in the prepared folder."""
     n_tokens: int
     sha256: str
-    """sha256 of the file, in hex."""
+    """SHA-256 of the file, in hex."""
     mtime_ns: int
-    """Modification time; a file with another time is hashed before it is used."""
+    """Modification time in nanoseconds; if it differs, the hash is checked before use."""
 
     def is_intact(self, folder: Path) -> bool:
-        """Return whether the file is unchanged: its time, else its hash, which is slow."""
+        """Return whether the file's time, or else its hash, which is slow, is unchanged."""
         path = folder / self.name
         try:
             return path.stat().st_mtime_ns == self.mtime_ns or sha256(path) == self.sha256
@@ -59,26 +59,26 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Counts over pieces of a corpus, which are read in order."""
+    """Counts over consecutive pieces of a corpus."""
 
     n_pieces: int = 0
     n_documents: int = 0
-    """Number of documents that begin in them."""
+    """Number of documents that begin in these pieces."""
     n_bytes: int = 0
-    """UTF-8 bytes of the text, without separators, parsed special tokens and what was skipped."""
+    """UTF-8 bytes of the text, without separators, parsed special tokens and skipped text."""
     n_val_tokens: int = 0
-    """Number of tokens of the documents kept for validation, the last ones; 0 for a tail."""
+    """Number of tokens in documents held out for validation, which come last; 0 for a tail."""
     unparsed: Mapping[str, int] = field(default_factory=dict)
-    """Special tokens that are plain text, and how often each is."""
+    """Special tokens in the text that stayed plain text -> their number."""
     skipped: Mapping[str, int] = field(default_factory=dict)
-    """Characters that were left out because the vocabulary lacks them, and how often each was."""
+    """Characters left out because they are not in the vocabulary -> their number."""
     n_bad_rows: int = 0
     """Number of rows left out (--skip-bad)."""
     bad_row: str = ""
-    """Message about the first of them."""
+    """Message about the first row left out. Empty for none."""
 
     def plus(self, others: "Counts") -> Self:
-        """Return the counts of these pieces and of others after them."""
+        """Return the counts of these pieces and those that follow."""
         return type(self)(
             n_pieces=self.n_pieces + others.n_pieces,
             n_documents=self.n_documents + others.n_documents,
@@ -96,9 +96,9 @@ class Manifest(TextFacts, Counts):
     """Contents and origin of a prepared corpus."""
 
     schema_version: int
-    """Version of this record and of the files beside it."""
+    """Version of the format of this record and the folder's other files."""
     identity: str
-    """sha256 over the text and the tokenizer."""
+    """SHA-256 of the text, the split and the tokenizer."""
     dtype: str
     """Data type of the tokens: <u2 or <u4."""
     tokenizer_fingerprint: str
@@ -106,9 +106,9 @@ class Manifest(TextFacts, Counts):
     sources: tuple[str, ...]
     """Names of the files, as the user first gave them."""
     special: bool = False
-    """Whether the text of a special token became its id."""
+    """Whether the text of special tokens was parsed to their ids."""
     val_fraction: float = 0.1
-    """Fraction of the text that was to be kept for validation."""
+    """Fraction of the text to hold out for validation."""
 
     def validation(self, val_fraction: float) -> str:
         if not val_fraction or self.val_split not in ("documents", "own"):
@@ -127,29 +127,29 @@ class Manifest(TextFacts, Counts):
 
     def notes(self) -> Iterator[str]:
         if self.loss_on == "completion":
-            yield "the loss is on what the assistant says; --loss-on all counts all tokens"
+            yield "the loss is on the assistant's tokens only; --loss-on all includes all tokens"
         if self.n_bad_rows:
             rows = "row was" if self.n_bad_rows == 1 else "rows were"
             yield f"{self.n_bad_rows:,} {rows} left out; the first: {self.bad_row}"
         if self.unparsed:
             yield (
-                f"the text holds special tokens as plain text ({_most_common(self.unparsed)}). "
-                "--special parses them, when the text is tokenized."
+                f"the text contains special tokens as plain text ({_most_common(self.unparsed)}). "
+                "--special parses them when the text is tokenized."
             )
         if self.skipped:
             yield (
-                f"skipped {count(self.n_skipped, 'character')} that the vocabulary lacks "
+                f"skipped {count(self.n_skipped, 'character')} missing from the vocabulary "
                 f"({_most_common({repr(c): n for c, n in self.skipped.items()})})"
             )
 
 
 @dataclass(frozen=True)
 class StoredData(PreparedData):
-    """A corpus whose tokens are on the disk."""
+    """A corpus whose tokens are on disk."""
 
     manifest: Manifest
     folder: Path
-    """Folder of its files, for ``open_prepared``."""
+    """Folder with its files, for ``open_prepared``."""
 
 
 def _most_common(counts: Mapping[str, int]) -> str:
@@ -158,7 +158,7 @@ def _most_common(counts: Mapping[str, int]) -> str:
 
 
 def open_prepared(folder: Path) -> StoredData:
-    """Open a prepared corpus, and check that it is unchanged.
+    """Open a prepared corpus after checking that it is unchanged.
 
     Raises: DataError if it is missing, incomplete or damaged.
     """
@@ -186,7 +186,7 @@ def open_prepared(folder: Path) -> StoredData:
 
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
-    """Turn errors of files that are missing or damaged into DataError."""
+    """Convert errors from missing or damaged files to DataError."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
@@ -197,7 +197,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read MANIFEST or UNFINISHED of a prepared folder; errors are those of ``reading``."""
+    """Read MANIFEST or UNFINISHED of a prepared folder; ``reading`` converts the errors."""
     values: dict[str, Any] = json.loads(read_bytes(path))
     if values["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {values['schema_version']!r}")
@@ -212,7 +212,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a prepared folder; errors are those of ``reading``, or DataError."""
+    """Read the tokenizer of a prepared folder; raise DataError, or errors ``reading`` converts."""
     return tokenizer_from_dict(json.loads(read_bytes(folder / VOCABULARY)))
 
 
@@ -235,18 +235,18 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a file's name is one that a preparation writes, finished or not."""
+    """Return whether a file has a name that a finished or unfinished preparation writes."""
     return re.fullmatch(rf"({_FILES})|{re.escape(WRITING)}({_FILES})\.\d+", path.name) is not None
 
 
 def write_shards(
     folder: Path, dtype: str, arrays: Iterator[npt.NDArray[Any]], n_complete: int
 ) -> Iterator[tuple[Shard, int]]:
-    """Write tokens into files of at most MAX_SHARD_TOKENS.
+    """Write tokens to files of at most MAX_SHARD_TOKENS.
 
-    Args: arrays of tokens, none of them empty; n_complete, number of shards before the first.
-    Yields: each shard once it is on the disk, and the number of tokens in it, or in shards before,
-        of the array that was read last.
+    Args: arrays, non-empty arrays of tokens; n_complete, number of shards already on disk.
+    Yields: each shard once it is on disk, and the number of tokens written so far from the array
+        that was read last.
     """
     array, n_written = next(arrays, None), 0
     while array is not None:

@@ -1,6 +1,6 @@
-"""What the user may name as text: files, folders, globs, pipes, standard input and named corpora.
+"""Find the text that the user names: files, folders, globs, pipes, standard input, named corpora.
 
-Each file is recognized by its suffix or its content.
+The format of each file is recognized by its suffix or content.
 """
 
 import codecs
@@ -33,10 +33,10 @@ FORMATS = {
     ".tsv": "csv",
     ".parquet": "parquet",
 }
-"""Suffixes of files whose rows are documents. A folder gives these files and TEXT_SUFFIXES."""
+"""Suffixes of files whose rows are documents. Folders are searched for them and TEXT_SUFFIXES."""
 
-_HEAD_BYTES = 2**16  # by which a format is recognized
-_RTF = b"{\\rtf"  # ASCII, so that nothing else refuses it
+_HEAD_BYTES = 2**16  # read to recognize a format
+_RTF = b"{\\rtf"  # RTF is ASCII, so no other check refuses it
 _HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 _TAGGED = "html"
 _NAMES = {"text": "text", "jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parquet": "Parquet"}
@@ -44,17 +44,16 @@ _NAMES = {"text": "text", "jsonl": "JSONL", "json": "JSON", "csv": "CSV", "parqu
 
 @dataclass(frozen=True)
 class FoundFile(CorpusFile):
-    """A file of a corpus, and what its content looks like."""
+    """A file of a corpus, and the format that its content suggests."""
 
     looks_like: str = ""
-    """Format that the content suggests, or html, if the user names none. Empty if it was not looked
-    at."""
+    """Format that the content suggests, or html. Empty if the content was not checked."""
     is_empty: bool = False
     """Whether it has no bytes, or only a byte-order mark."""
 
     @property
     def is_surprising(self) -> bool:
-        """Whether the format is not that of the suffix, or the content suggests another one."""
+        """Whether the format differs from the suffix's, or the content suggests another one."""
         by_suffix = FORMATS.get(_suffixes(self.path)[0].lower(), "text")
         looks_like = self.looks_like if self.format == "text" else ""
         return bool(self.looks_like) and not self.format == by_suffix == (looks_like or by_suffix)
@@ -70,33 +69,33 @@ def find_files(
     on_download: Callable[[int, int], None] | None = None,
     on_note: Callable[[str], None] | None = None,
 ) -> list[FoundFile]:
-    """Find the files that the user names, in their order, and the format of each.
+    """Find the files that the user names, in order, and the format of each.
 
     A path is a file (with any suffix), a folder (its files with one of TEXT_SUFFIXES or FORMATS,
-    packed or not, at any depth, sorted, without hidden ones, runs and models), a glob (``**`` too),
-    a named corpus, or ``-`` for standard input. Links are followed; each folder is entered once.
-    Files on the disk take precedence over named corpora.
+    compressed or not, at any depth, sorted, without hidden files, runs and models), a glob (``**``
+    too), a named corpus, or ``-`` for standard input. Links are followed; each folder is visited
+    once. Files on disk take precedence over named corpora.
 
-    Args: cache, folder of downloads; spool, a folder for the copies of streams, deleted by the
-        caller; data, how files are read; stdin, read for ``-``; on_download, called with the bytes
-        done and the total; on_note, called with a line about what is read and what is left out, for
-        a folder or a glob, or if a file is not what its suffix says.
+    Args: cache, folder for downloads; spool, folder for copies of streams, which the caller
+        deletes; data, settings for reading the files; stdin, read for ``-``; on_download, called
+        with the bytes received and the total; on_note, called with a one-line summary of the files
+        read and left out, for a folder or a glob, or if a file's content differs from its suffix.
     Returns: each file once.
-    Raises: DataError if there are no files; ConfigError for another format of a named corpus;
-        ResourceError if a folder may not be read.
+    Raises: DataError if there are no files; ConfigError for a format that a named corpus does not
+        have; ResourceError if permission to read a folder is denied.
     """
     files: list[FoundFile] = []
     left_out: Counter[str] = Counter()
     glob_of_rest = ""
     is_folder = False
     for word in paths:
-        if not word:  # an unset variable of the shell, which Path would take for this folder
+        if not word:  # an unset shell variable, which Path would turn into the current folder
             raise DataError("the path of a text is empty. Name a file, or '.' for this folder.")
         path = Path(os.path.expanduser(word))
         with reading(word):
             if word == "-":
                 if _is_endless(source := stdin or sys.stdin.buffer):
-                    raise _a_device("standard input")
+                    raise _device_error("standard input")
                 stream = _spooled(source, spool)
                 files.append(_recognized(stream, "standard input", data))
             elif path.is_fifo():
@@ -109,7 +108,7 @@ def find_files(
                 left_out += rest
             elif path.exists():
                 if not path.is_file():
-                    raise _a_device(word)
+                    raise _device_error(word)
                 files.append(_recognized(path, word, data))
             elif path.is_symlink():
                 raise DataError(
@@ -141,20 +140,20 @@ def find_files(
     files = list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
     read = [file for file in files if not file.is_empty] or files
     left_out["empty"] += len(files) - len(read)
-    is_told = is_folder or left_out.total() or any(file.is_surprising for file in read)
-    if on_note and is_told:
+    needs_note = is_folder or left_out.total() or any(file.is_surprising for file in read)
+    if on_note and needs_note:
         on_note(_summary(read, left_out, glob_of_rest, data))
     return files
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
-    """Return the suffixes of the format and of the compression, as they are written."""
+    """Return the suffixes of the format and of the compression, in their original case."""
     is_packed = path.suffix.lower() in compressed.SUFFIXES
     return (path.with_suffix("").suffix, path.suffix) if is_packed else (path.suffix, "")
 
 
 def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
-    """Return a file with its format: as the user says, else by its suffix, else by its content."""
+    """Return a file with its format: the user's, else by its suffix, else by its content."""
     suffix, packing = map(str.lower, _suffixes(path))
     with reading(name), path.open("rb") as file:
         magic = file.read(6)
@@ -168,7 +167,7 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
         head = unpacked.read(_HEAD_BYTES)
     if head.startswith(_RTF):
         raise DataError(
-            f"{name!r} is RTF, a text with formatting codes. Save it as plain text, or give "
+            f"{name!r} is RTF, text with formatting codes. Save it as plain text, or give "
             "--format text to train on the codes too."
         )
     if by_suffix == "text" and _HTML.match(head):
@@ -180,9 +179,9 @@ def _recognized(path: Path, name: str, data: DataConfig) -> FoundFile:
 
 
 def _folders(top: str, left_out: Counter[str]) -> Iterator[tuple[str, list["os.DirEntry[str]"]]]:
-    """Yield each folder from ``top`` down and its entries; links are followed, each folder once.
+    """Yield each folder from ``top`` down once, with its entries; links are followed.
 
-    Runs and models are left out: training on the folder that it is started in would add their
+    Runs and models are left out: otherwise, training on the current folder would add the run's own
     model cards to the text, and the run could not be resumed.
     """
     waiting, seen = [top], set()
@@ -201,7 +200,7 @@ def _folders(top: str, left_out: Counter[str]) -> Iterator[tuple[str, list["os.D
 
 
 def _is_run_or_model(names: set[str]) -> bool:
-    """Return whether a folder that has these names is one that training wrote, or a model."""
+    """Return whether a folder with files of these names is a training run or a model."""
     has_weights = any(name.endswith((".safetensors", ".safetensors.index.json")) for name in names)
     return {"config.toml", "metrics.jsonl"} <= names or ("config.json" in names and has_weights)
 
@@ -221,7 +220,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
             left_out["".join(_suffixes(path)) or "without a suffix"] += 1
         else:
             file = _recognized(path, str(path), data)
-            if _lacks_field(file, data):
+            if not _has_text_field(file, data):
                 left_out[f'{suffix} without "{data.field}"'] += 1
                 fieldless = fieldless or str(path)
             else:
@@ -233,7 +232,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
             f"{str(folder)!r} is the folder of a run or a model, and has no text. Name a text; "
             "--from fine-tunes a model, and --resume continues a run."
         )
-    if fieldless:  # one error that names its fields
+    if fieldless:  # reading it raises an error that names its fields
         return [_recognized(Path(fieldless), fieldless, data)]
     there = f" ({_counted(left_out)})" if left_out.total() else ""
     raise DataError(
@@ -242,16 +241,16 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
     )
 
 
-def _lacks_field(file: FoundFile, data: DataConfig) -> bool:
-    """Return whether a file of a folder has rows without the field of the text."""
+def _has_text_field(file: FoundFile, data: DataConfig) -> bool:
+    """Return whether a file is text, or its rows have the text field."""
     if file.format == "text":
-        return False
+        return True
     with file.opened() as (_, unpacked):
-        return not records.has_field(unpacked, file.format, file.name, data)
+        return records.has_field(unpacked, file.format, file.name, data)
 
 
 def _other_files(folder: Path, left_out: Counter[str]) -> str:
-    """Return a glob for the text files of a folder that are left out most; empty for none."""
+    """Return a glob for the most common kind of text files left out of a folder; empty for none."""
     for kind, _ in left_out.most_common():
         medium = (mimetypes.guess_type(f"x{kind}")[0] or "").partition("/")[0]
         is_suffix = kind[0] == "." and " " not in kind and medium not in ("image", "audio")
@@ -262,7 +261,7 @@ def _other_files(folder: Path, left_out: Counter[str]) -> str:
 
 
 def _expanded(pattern: str) -> set[str]:
-    """Expand a glob as ``glob.glob`` does, but enter each folder once, so loops of links end."""
+    """Expand a glob as ``glob.glob`` does, but visit each folder once, so that link loops end."""
     parts = Path(pattern).parts
     if "**" not in parts:
         return set(glob.glob(pattern))
@@ -283,7 +282,7 @@ def _counted(counts: Counter[str]) -> str:
 def _summary(
     files: Sequence[FoundFile], left_out: Counter[str], glob_of_rest: str, data: DataConfig
 ) -> str:
-    """Say in one line which files are read as what, and which are left out."""
+    """Describe in one line the files read, by format, and the files left out."""
     kinds = Counter(_NAMES[file.format] for file in files)
     rows = f", field {data.field!r}" if set(kinds) != {"text"} else ""
     if len(files) == 1:
@@ -317,14 +316,14 @@ def _missing(path: Path) -> str:
     return f"there is no file or folder {str(path)!r}. {remedy}"
 
 
-def _a_device(name: str) -> DataError:
+def _device_error(name: str) -> DataError:
     return DataError(
         f"{name!r} is a device or a socket, which may be endless. Name a file, or pipe its text in."
     )
 
 
 def _is_endless(stream: BinaryIO) -> bool:
-    """Return whether a stream is a device as /dev/zero, and not a terminal or a pipe."""
+    """Return whether a stream is a device such as /dev/zero, and not a terminal or a pipe."""
     try:
         mode = os.fstat(stream.fileno()).st_mode
     except (OSError, AttributeError):  # a stream in memory

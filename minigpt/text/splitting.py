@@ -1,4 +1,4 @@
-"""Which documents of a corpus are kept for validation, chosen by a hash of their text."""
+"""Choose the documents of a corpus that are held out for validation, by a hash of their text."""
 
 import hashlib
 from array import array
@@ -9,16 +9,16 @@ from minigpt.errors import ConfigError, DataError
 from minigpt.text.corpus import Corpus, Document, reporter
 
 MIN_DOCUMENTS = 10
-"""Number of documents from which they are split by default."""
+"""Minimum number of documents for splitting by documents by default."""
 MAX_MEASURED = 2**16
-"""Documents that are measured. With more of them, their sizes even out."""
+"""Maximum number of documents whose sizes are measured. With more, the sizes average out."""
 _LARGEST = 2**64
 
 
 def split(corpus: Corpus) -> Corpus:
-    """Choose the documents of a corpus that are kept for validation.
+    """Choose the documents of a corpus that are held out for validation.
 
-    Raises: DataError if a file is in both texts; ConfigError for an option of rows without any.
+    Raises: DataError if a file is in both texts; ConfigError for an option of rows without rows.
     """
     data, files = corpus.data, corpus.files
     has_rows = any(file.format != "text" for file in (*files, *corpus.val_files))
@@ -36,19 +36,19 @@ def split(corpus: Corpus) -> Corpus:
     if data.val_split == "tail":
         return corpus
     if data.val_split is None:
-        # A text file is a document: it need not be read to be counted.
+        # A text file is one document, so text files can be counted without being read.
         is_few = not has_rows and not data.special and len(files) < MIN_DOCUMENTS
-        if is_few or not are_several(corpus.read(files)):
+        if is_few or not has_min_documents(corpus.read(files)):
             return corpus
     report = reporter(files, "split", corpus.report)
     is_validation = choose(map(report, corpus.read(files)), data.val_fraction)
     return replace(corpus, val_split="documents", is_validation=is_validation)
 
 
-def are_several(documents: Iterable[Document]) -> bool:
-    """Return whether at least MIN_DOCUMENTS have different beginnings; no more are read.
+def has_min_documents(documents: Iterable[Document]) -> bool:
+    """Return whether MIN_DOCUMENTS documents have different first pieces, without reading more.
 
-    Equal texts stay on the same side, so that copies of one document cannot be split.
+    Copies of a document count once, because they stay on the same side of the split.
     """
     beginnings: set[str] = set()
     for document in documents:
@@ -60,13 +60,13 @@ def are_several(documents: Iterable[Document]) -> bool:
 
 
 def choose(documents: Iterable[Document], val_fraction: float) -> Callable[[str], bool]:
-    """Choose the documents for validation; return a function of a document's first piece.
+    """Choose the documents for validation; return a predicate on a document's first piece.
 
-    The choice depends on the texts alone, not on their order or a seed, and puts equal texts on
-    the same side. Documents are taken in the order of their hashes until they have the wanted
-    share of the bytes; those that would exceed it by half are left out, but one is always taken.
+    The choice depends only on the texts, not on their order or a seed, and puts equal texts on
+    the same side. Documents are added in the order of their hashes until they have val_fraction of
+    the bytes; those that would exceed it by half are left out, but at least one is chosen.
 
-    Raises: DataError if there are no two different ones.
+    Raises: DataError if there are fewer than two different documents.
     """
     hashes, sizes = array("Q"), array("Q")
     for document in documents:

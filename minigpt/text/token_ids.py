@@ -1,4 +1,4 @@
-"""Token ids written as numbers: the text of a model whose vocabulary is not known."""
+"""Token ids written as numbers: the text of a model without a tokenizer."""
 
 import re
 from pathlib import Path
@@ -10,14 +10,14 @@ import numpy.typing as npt
 from minigpt.errors import DataError, cut
 from minigpt.text.tokenizer import Tokenizer
 
-_SEPARATORS = re.compile(r"[\s,\[\]]+")  # of a Python list, too
+_SEPARATORS = re.compile(r"[\s,\[\]]+")  # also those of a Python list
 
 
 class TokenIdTokenizer(Tokenizer):
-    """Numbers, as in ``5 9 40``, as the token ids of a model folder without a tokenizer."""
+    """Parses text such as ``5 9 40`` as token ids, for a model folder without a tokenizer."""
 
     def __init__(self, folder: Path, n_rows: int, end_of_text_ids: tuple[int, ...] = ()) -> None:
-        """Args: n_rows, number of the model's embeddings."""
+        """Args: n_rows, number of rows of the model's embedding."""
         self.folder = folder
         super().__init__(
             "ids", {}, vocab_size=n_rows, textless_ids=[], end_of_text_ids=end_of_text_ids
@@ -31,7 +31,7 @@ class TokenIdTokenizer(Tokenizer):
             is_id = word.isascii() and word.isdecimal() and len(word) < 10
             if not is_id or int(word) >= self.vocab_size:
                 raise DataError(
-                    f"{str(self.folder)!r} has no tokenizer, so a text is token ids from 0 to "
+                    f"{str(self.folder)!r} has no tokenizer, so text must be token ids from 0 to "
                     f"{self.vocab_size - 1}, as in '5 9 40': {cut(word)} is not one. Add the "
                     "tokenizer.json that the model was trained with, or give ids."
                 )

@@ -1,4 +1,4 @@
-"""Text <-> token ids. Single bytes are the plain way; other vocabularies are in rings."""
+"""Text <-> token ids: the Tokenizer interface, and bytes. Other vocabularies are in rings."""
 
 import base64
 import hashlib
@@ -38,7 +38,7 @@ class Tokenizer(ABC):
         self.vocab_size = vocab_size
         """Ids run from 0 to vocab_size - 1; some vocabularies leave gaps."""
         self.textless_ids = list(textless_ids)
-        """Ids without text, which are those of the special tokens."""
+        """Ids without text: those of the special tokens."""
         self.prefix = prefix
         """Ids before every prompt, such as a beginning-of-text token."""
         usual = special_ids.get(END_OF_TEXT)
@@ -55,7 +55,7 @@ class Tokenizer(ABC):
 
         Lone surrogates become U+FFFD.
 
-        Args: is_start, False for a later piece of a text, which gets no space before it; special,
+        Args: is_start, False for a later piece of a text, before which no space is added; special,
             whether the text of a special token becomes its id.
         Raises: DataError if the vocabulary cannot represent the text.
         """
@@ -68,22 +68,22 @@ class Tokenizer(ABC):
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one id: a special token's text, b"" for an unused id.
 
-        Models often have more rows than the vocabulary has tokens, and may sample one of them.
+        Models often have more embedding rows than the vocabulary has tokens, and may sample those.
         """
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Return the whole tokenizer as JSON values, as a prepared folder has it."""
+        """Return the complete tokenizer as JSON values, as stored in a prepared folder."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of everything except the name; equal for tokenizers that encode identically."""
+        """SHA-256 of ``to_dict`` without the name, which does not affect the ids."""
         parts = {key: value for key, value in self.to_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property
     def separator(self) -> tuple[int, ...]:
-        """Ids before each document of a corpus: an end of text, then the prompt's prefix.
+        """Ids before each document of a corpus: end-of-text, then the prefix of prompts.
 
         Empty if the vocabulary has neither; documents then follow each other directly.
         """
@@ -93,14 +93,14 @@ class Tokenizer(ABC):
 
     @cached_property
     def special_pattern(self) -> re.Pattern[str]:
-        """Matches the text of a special token, in one group; the longest where several begin."""
+        """Pattern with one group that matches the longest special token's text at a position."""
         textless = set(self.textless_ids)
         texts = [text for text, id_ in self.special_ids.items() if text and id_ in textless]
         longest_first = sorted(texts, key=len, reverse=True)
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
     def encode_parsed(self, text: str) -> npt.NDArray[np.uint32]:
-        """Return the ids of a text in which the texts of special tokens become their ids."""
+        """Return the ids of a text, with the text of special tokens parsed to their ids."""
         parts = self.special_pattern.split(text)
         return np.concatenate(
             [  # the odd parts are the special tokens
@@ -141,14 +141,14 @@ class Tokenizer(ABC):
 
     @cached_property
     def token_byte_lengths(self) -> npt.NDArray[np.int32]:
-        """Bytes of text that each id stands for, (V,); 0 for special tokens and unused ids."""
+        """Number of text bytes of each id, (V,); 0 for special tokens and unused ids."""
         lengths = np.array([len(self.token_bytes(i)) for i in range(self.vocab_size)], np.int32)
         lengths[self.textless_ids] = 0
         return lengths
 
 
 class BytesTokenizer(Tokenizer):
-    """The bytes of UTF-8 as ids 0 to 255, and 256 for ``<|endoftext|>``."""
+    """UTF-8 bytes as ids 0 to 255, and 256 for ``<|endoftext|>``."""
 
     def __init__(self, name: str = "bytes", end_of_text_ids: tuple[int, ...] = ()) -> None:
         specials = {END_OF_TEXT: 256}
@@ -174,7 +174,7 @@ class BytesTokenizer(Tokenizer):
 def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer of a spec; ``texts`` are only read to train one.
 
-    Raises: ConfigError for an unknown spec; DataError if it cannot be made or downloaded.
+    Raises: ConfigError for an unknown spec; DataError if it cannot be trained or downloaded.
     """
     if spec == "bytes":
         return BytesTokenizer()

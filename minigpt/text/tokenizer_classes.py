@@ -1,7 +1,7 @@
-"""What AutoTokenizer of transformers 5 makes of a folder's vocabulary.
+"""Changes that AutoTokenizer of transformers 5 makes to a folder's vocabulary.
 
-Tokenizer classes such as Qwen2Tokenizer take vocabulary, merges, added tokens and post-processor
-from tokenizer.json, and bring a normalizer, a pre-tokenizer and a decoder of their own.
+Tokenizer classes such as Qwen2Tokenizer read vocabulary, merges, added tokens and post-processor
+from tokenizer.json, but use their own normalizer, pre-tokenizer and decoder.
 """
 
 import os
@@ -31,10 +31,10 @@ _CLASS_OF_MODEL_TYPE = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
 }
-_ALWAYS_FROM_FILE = ("mistral", "olmo2", "phi3")  # whatever tokenizer_class says
+_ALWAYS_FROM_FILE = ("mistral", "olmo2", "phi3")  # regardless of tokenizer_class
 QWEN2_PATTERN = BPE_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 SPACE = "\u2581"
-"""The character that SentencePiece has for a space."""
+"""Character that represents a space in SentencePiece."""
 PREPEND_SPACE = {"type": "Prepend", "prepend": SPACE}
 REPLACE_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 SPLIT_AT_SPACES = {
@@ -44,7 +44,7 @@ SPLIT_AT_SPACES = {
     "invert": False,
 }
 PLAIN_TOKEN = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-"""Options of an added token that has none."""
+"""Default options of an added token."""
 _BPE = {
     "type": "BPE",
     "dropout": None,
@@ -57,9 +57,9 @@ _BPE = {
 }
 _PLAIN_MODULE = "tokenization_plain"
 PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}}
-"""Field of a tokenizer_config.json without which AutoTokenizer uses Qwen2Tokenizer for a qwen2,
-with its own normalizer and split pattern, whatever tokenizer_class is."""
-# A class of its own, because transformers marks the class that it finds there as custom code.
+"""Field of tokenizer_config.json without which AutoTokenizer uses Qwen2Tokenizer for a qwen2 model,
+with its own normalizer and split pattern, regardless of tokenizer_class."""
+# A separate class, because transformers marks the class that it finds there as custom code.
 _PLAIN_CODE = b"""from transformers import PreTrainedTokenizerFast
 
 
@@ -67,7 +67,7 @@ class PlainTokenizer(PreTrainedTokenizerFast):
     pass
 """
 PLAIN_FILES = {f"{_PLAIN_MODULE}.py": _PLAIN_CODE}
-"""The file with the class of PLAIN_CLASS, which runs with trust_remote_code only."""
+"""File that defines the class of PLAIN_CLASS; it is run only with trust_remote_code."""
 _END_OF_TEXT = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
 _SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _NAMED_TOKENS = {
@@ -87,18 +87,18 @@ _NAMED_TOKENS = {
     }
     | {f"{role}_token": f"<{role.upper()}>" for role in ("unk", "pad", "cls", "sep")},
 }
-"""Class -> special tokens that it has where none are named."""
+"""Class -> its default special tokens."""
 _BY_FILE = "minigpt uses tokenizer.json as it is."
 _PROBE = "The 1984 I'LL x's de\u0301ja\u0300  vu,\n\n 3.14\t\u4e2d\u6587 A\u030a ... end "
 
 
 def tokenizer_settings(folder: Path, data: Mapping[str, Any] | None = None) -> JSONValue:
-    """Return tokenizer_config.json with what transformers adds to it.
+    """Return the fields of tokenizer_config.json, and those that transformers adds to them.
 
-    Those are special_tokens_map.json, as old folders have it, and the names of special tokens that
-    the tokenizer class has by default.
+    It adds special_tokens_map.json, which old folders have, and the default special tokens of the
+    tokenizer class.
 
-    Args: data, the parsed tokenizer.json; None to read it if need be.
+    Args: data, the parsed tokenizer.json; None to read it if needed.
     Raises: CheckpointError if a file is damaged.
     """
     config = _read(folder / TOKENIZER_CONFIG)
@@ -108,7 +108,7 @@ def tokenizer_settings(folder: Path, data: Mapping[str, Any] | None = None) -> J
 
 
 def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return bos_token, eos_token and so on of ``tokenizer_settings``, as templates name them."""
+    """Return the special tokens of ``tokenizer_settings`` by name, such as eos_token."""
     found = {name: token for name, token in config.items() if name.endswith("_token")}
     for field in ("extra_special_tokens", "model_specific_special_tokens"):
         if isinstance(extra := config.get(field), Mapping):
@@ -120,9 +120,9 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def tokenizer_class(
     folder: Path, config: Mapping[str, Any], data: Mapping[str, Any] | None = None
 ) -> str:
-    """Return the name of the class that AutoTokenizer uses, without ``Fast``; "" for the generic.
+    """Return the class that AutoTokenizer uses, without ``Fast``; "" for the generic one.
 
-    Without a tokenizer.json, vocab.json and merges.txt are GPT-2's unless another class is named.
+    Without a tokenizer.json, it is GPT-2's unless another class is named.
 
     Args: config, the parsed tokenizer_config.json; data, as for ``tokenizer_settings``.
     """
@@ -138,7 +138,7 @@ def tokenizer_class(
         return named or own or generic
     if kind in _ALWAYS_FROM_FILE:
         return generic
-    if kind == "qwen2":  # whatever tokenizer_class says
+    if kind == "qwen2":  # regardless of tokenizer_class
         return own
     if named == "LlamaTokenizer":
         data = _read(folder / TOKENIZER) if data is None else data
@@ -153,7 +153,7 @@ def _read(path: Path) -> JSONValue:
 
 
 def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
-    """Return the parts of a tokenizer.json that a class brings; None if it reads the file's.
+    """Return the parts of tokenizer.json that a class replaces; None if it uses the file's.
 
     Args: name, without ``Fast``; config, the ``tokenizer_settings``.
     """
@@ -170,7 +170,7 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
         case "GPT2Tokenizer" | "CodeGenTokenizer":
             return merged
         case "GPTNeoXTokenizer":
-            # It updates its post-processor without add_bos_token, so that it begins with nothing.
+            # It rebuilds its post-processor without add_bos_token, so it adds no prefix.
             return merged | {"normalizer": {"type": "NFC"}, "post_processor": None}
         case "CohereTokenizer":
             digits = {"type": "Digits", "individual_digits": True}
@@ -209,10 +209,10 @@ def class_parts(name: str, config: Mapping[str, Any]) -> JSONValue | None:
 
 
 def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a tokenizer.json with the parts that AutoTokenizer replaces, and the tokens it adds.
+    """Apply AutoTokenizer's changes to a tokenizer.json: parts replaced and tokens added.
 
-    A warning says if that changes ids. A class for another kind of vocabulary, which cannot encode
-    characters that the file can, is not followed.
+    Warns if this changes ids. Parts are not replaced by a class for another kind of vocabulary, or
+    one that cannot encode characters that the file can.
 
     Args: data, the parsed tokenizer.json.
     Raises: CheckpointError if a file of the tokenizer's settings is damaged.
@@ -231,9 +231,9 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
         changed = {**data, **parts, "model": model | parts["model"]}
         ids = {token["content"]: token["id"] for token in data["added_tokens"]}
         begin = content(config.get("bos_token"))
-        if name == "CodeLlamaTokenizer" and begin in ids:  # whatever add_bos_token is
+        if name == "CodeLlamaTokenizer" and begin in ids:  # regardless of add_bos_token
             changed["post_processor"] = beginning_with(begin, ids[begin])
-        if _split(data) == _split(changed):
+        if _id_settings(data) == _id_settings(changed):
             return changed
     except (KeyError, TypeError, AttributeError):
         return data  # damaged: reading it raises the error
@@ -251,7 +251,7 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
 def _warn(folder: Path, name: str, what: str) -> None:
     warnings.warn(
         f"the tokenizer of {str(folder)!r}: transformers 5 uses {name} for it, which {what} "
-        "docs/models.md says how to choose.",
+        "docs/models.md explains how to choose.",
         MinigptWarning,
         stacklevel=3,
     )
@@ -261,15 +261,15 @@ def _probed(data: Mapping[str, Any]) -> tuple[list[int], set[str]] | None:
     """Return the ids of a text of many kinds, and its characters without a token."""
     try:
         tokenizer = ring("text.imported").ImportedTokenizer("", data)
-        lacking = tokenizer.unencodable(_PROBE)
-        ids = tokenizer.encode_array("".join(c for c in _PROBE if c not in lacking))
+        missing = tokenizer.unencodable(_PROBE)
+        ids = tokenizer.encode_array("".join(c for c in _PROBE if c not in missing))
     except (MinigptError, KeyError, TypeError, ValueError, AttributeError):
         return None  # damaged: reading it raises the error
-    return ids.tolist(), lacking
+    return ids.tolist(), missing
 
 
-def _split(data: Mapping[str, Any]) -> list[Any]:
-    """Return what decides on ids, without what does not."""
+def _id_settings(data: Mapping[str, Any]) -> list[Any]:
+    """Return the settings that the ids depend on."""
     options = ("ignore_merges", "byte_fallback")
     parts = [bool(data["model"].get(name)) for name in options]
     steps = [*steps_of(data.get("normalizer")), *steps_of(data.get("pre_tokenizer"))]
@@ -277,7 +277,7 @@ def _split(data: Mapping[str, Any]) -> list[Any]:
 
 
 def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the special tokens that only tokenizer_config.json names, where they have an id."""
+    """Add special tokens that only tokenizer_config.json names, if they have an id."""
     added, vocab = list(data.get("added_tokens") or ()), data["model"].get("vocab")
     known = {token["content"] for token in added}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
@@ -306,14 +306,14 @@ def beginning_with(token: str, id_: int) -> JSONValue:
 
 
 def content(token: Any) -> Any:
-    """Return the text of a token, which may be given with its options."""
+    """Return the text of a token, which may be an object with options."""
     return token["content"] if isinstance(token, Mapping) else token
 
 
 def decoder(*, strips: bool) -> JSONValue:
-    """Return the decoder of SentencePiece's tokens.
+    """Return the decoder of SentencePiece tokens.
 
-    Args: strips, whether it takes away the space that was put before a text.
+    Args: strips, whether it removes the space that was added before a text.
     """
     steps: list[JSONValue] = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},

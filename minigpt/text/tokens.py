@@ -1,4 +1,4 @@
-"""A text as token ids, ready to train on, and windows of them."""
+"""A text as token ids, ready for training, and windows of them."""
 
 import hashlib
 from bisect import bisect_right
@@ -16,55 +16,55 @@ from minigpt.rings import find_ring
 from minigpt.text.tokenizer import Tokenizer, make_tokenizer
 
 CONTEXT_ONLY = 2**31
-"""Bit of a stored token that is context only: no loss is computed for it as a target."""
+"""Bit set in a stored token that is context only: no loss is computed for it as a target."""
 _FOLDERS = "text.prepared_folders"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextFacts:
-    """What is known of a text that was tokenized."""
+    """Facts about a tokenized text."""
 
     tokenizer: str
     """Name of the tokenizer: its spec, if it has one."""
     n_tokens: int
     """Number of tokens, separators included."""
     n_bytes: int = 0
-    """UTF-8 bytes of the text, without separators, parsed special tokens and what was skipped."""
+    """UTF-8 bytes of the text, without separators, parsed special tokens and skipped text."""
     val_split: str = "tail"
-    """Text kept for validation: tail, documents, own or none (docs/text.md)."""
+    """Text held out for validation: tail, documents, own or none (docs/text.md)."""
     chat_template: str = ""
-    """Jinja source of the template that conversations went through. Empty for plain text."""
+    """Jinja source of the template that rendered conversations. Empty for plain text."""
     loss_on: str = "all"
     """Tokens that the loss is averaged over: all, or completion."""
 
     def validation(self, val_fraction: float) -> str:
-        """Say which part of the text validates, for a run with this val_fraction."""
+        """Describe the validation text of a run with this val_fraction."""
         share = f"validation on the last {val_fraction:.0%}"
         return share if val_fraction else "no validation"
 
     @property
     def n_skipped(self) -> int:
-        """Number of characters that were left out because the vocabulary lacks them."""
+        """Number of characters that were left out because they are not in the vocabulary."""
         return 0
 
     def notes(self) -> Iterator[str]:
-        """Yield what a user should know about the text, in lines."""
+        """Yield one-line notes about the text for the user."""
         yield from ()
 
     def with_split(self, data: DataConfig) -> DataConfig:
-        """Return the settings with the split of the text, so that a resumed run has the same."""
+        """Return the settings with the split of the text, so that a resumed run uses the same."""
         return data
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A corpus that is ready to train on."""
+    """A corpus that is ready for training."""
 
     tokenizer: Tokenizer
-    """Tokenizer that made the tokens."""
+    """Tokenizer that produced the tokens."""
     tokens: "TokenDataset"
     manifest: TextFacts
-    """Facts about the text; of tokens on the disk, their manifest."""
+    """Facts about the text; for tokens on disk, their manifest."""
 
 
 class TokenDataset:
@@ -76,15 +76,15 @@ class TokenDataset:
         fingerprint: str,
         n_val_tokens: int | None = None,
     ) -> None:
-        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, of all tokens;
-        n_val_tokens, those of the documents for validation, the last ones; None for no such
-        documents.
+        """Args: shards, one-dimensional arrays of ids, in order; fingerprint, hash of all tokens;
+        n_val_tokens, number of tokens at the end that are held out for validation; None without
+        held-out documents.
         """
         self._shards = shards
         self._starts = np.cumsum([0, *map(len, shards)]).tolist()
         self._n_val_tokens = n_val_tokens
         self.fingerprint = fingerprint
-        """sha256 over the tokens, their tokenizer and the documents for validation."""
+        """SHA-256 of the tokens, the tokenizer and the number of held-out tokens."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -103,9 +103,9 @@ class TokenDataset:
             index += 1
 
     def split(self, val_fraction: float) -> tuple["TokenSpan", "TokenSpan"]:
-        """Return the training tokens and, after them, those for validation.
+        """Return the training tokens, and the validation tokens after them.
 
-        Args: val_fraction, share of the tokens without documents for validation; 0 for none.
+        Args: val_fraction, share of the tokens if there are no held-out documents; 0 for none.
         """
         border = int(len(self) * (1 - val_fraction))
         if val_fraction and self._n_val_tokens is not None:
@@ -132,7 +132,7 @@ class TokenSpan:
         return self.stop - self.start
 
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        """Gather windows of tokens, as ``marked_windows`` but without the mark."""
+        """Gather windows of tokens like ``marked_windows``, but without the mark."""
         return self.marked_windows(starts, length) % CONTEXT_ONLY
 
     def marked_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
@@ -158,13 +158,13 @@ def prepare(
 ) -> PreparedData:
     """Turn a text into tokens.
 
-    ``Tokenizer.separator`` comes before each document, the first too. The ring of corpora reads
-    any text in bounded memory and keeps its tokens on the disk; without it, text files are read
-    and tokenized in memory, to the same tokens.
+    ``Tokenizer.separator`` comes before each document, including the first. The ring of corpora
+    reads any text in bounded memory and stores its tokens on disk; without it, text files are
+    tokenized in memory, to the same tokens.
 
     Args: cache_dir, instead of the user's cache; tokenizer, instead of the one that ``data``
         names; options, as for ``prepared_folders.prepare``.
-    Raises: ConfigError for an unknown tokenizer; DataError for a text that cannot be used; as
+    Raises: ConfigError for an unknown tokenizer; DataError for an unusable text; and the errors of
         ``prepared_folders.prepare``.
     """
     folders = find_ring(_FOLDERS)
@@ -202,9 +202,9 @@ def prepare_in_memory(data: DataConfig, tokenizer: Tokenizer | None = None) -> P
 
 
 def prepared_settings(data: DataConfig) -> dict[str, Any]:
-    """Return the data settings that a prepared folder was made with; {} if ``data`` names text.
+    """Return the data settings of a prepared folder; {} if ``data`` names text.
 
-    Raises: DataError if the folder is unfinished, damaged, or not named alone.
+    Raises: DataError if the folder is unfinished, damaged, or named together with other texts.
     """
     folders = find_ring(_FOLDERS)
     return dict(folders.prepared_settings(data)) if folders else {}

@@ -1,4 +1,4 @@
-"""What vocabularies have in common: a split pattern, the characters of bytes, nested steps."""
+"""Parts that vocabularies share: a split pattern, the characters of bytes, nested steps."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ BPE_PATTERN = (
 _PRINTABLE = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHERS = enumerate(byte for byte in range(256) if byte not in _PRINTABLE)
 BYTE_OF_CHARACTER = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in _OTHERS}
-"""The characters that stand for bytes in a byte-level tokenizer.json."""
+"""Characters that represent bytes in a byte-level tokenizer.json -> these bytes."""
 
 
 def steps_of(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Return the steps of a part of tokenizer.json, in one list however they are nested."""
+    """Return the steps of a part of tokenizer.json as a flat list."""
     if part is None:
         return []
     if part["type"] != "Sequence":
@@ -30,7 +30,7 @@ def steps_of(part: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def unencodable_error(name: str, what: str) -> DataError:
-    """Return the error for a text with a character that a vocabulary lacks."""
+    """Return the error for a text with a character that is not in a vocabulary."""
     return DataError(
         f"the vocabulary {name!r} has no token for the {what}. Leave that character out of the "
         "text; train, prepare and evaluate do so with --skip-unencodable."

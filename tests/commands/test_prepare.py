@@ -108,7 +108,7 @@ def test_text_options_are_refused_for_prepared_folders_and_named_corpora(
     assert run("prepare", "corpus.txt", "--tokenizer", "bytes", "--out", "tokens").code == 0
     for words in ("--encoding cp1252", "--skip-bad", "--skip-unencodable"):
         line = error_line(run(*command.split(), "tokens", *words.split()))
-        assert f"{words.split()[0]} has no effect on 'tokens', which is prepared" in line
+        assert f"{words.split()[0]} has no effect on 'tokens', which is already prepared" in line
     result = run(*command.split(), "builtin:tales", "--format", "csv")
     assert result.code == 2
     assert error_line(result).startswith("--format csv is for files, and 'builtin:tales'")
@@ -129,7 +129,7 @@ def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> N
     run("prepare", "corpus.txt", "--tokenizer", "bytes", "--out", "bytes")
     refused = run("train", "bytes", "--from", "m", *tiny)
     assert refused.code == 2
-    assert "another tokenizer than the model's ('bytes')" in error_line(refused)
+    assert "a different tokenizer than the model's ('bytes')" in error_line(refused)
 
 
 def test_an_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +173,7 @@ def test_an_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyP
         ("prepare corpus.txt --out a --from nowhere", 4, ["'nowhere'"]),
         ("prepare missing.txt --out a", 3, ["'missing.txt'"]),
         ("prepare corpus.txt --out corpus.txt", 6, ["'corpus.txt'", "another --out"]),
-        ("prepare corpus.txt --out .", 2, ["holds 'corpus.txt'", "an empty or a new one"]),
+        ("prepare corpus.txt --out .", 2, ["contains 'corpus.txt'", "an empty or new folder"]),
         (
             "train tokens --tokenizer bpe:300",
             2,

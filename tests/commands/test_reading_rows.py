@@ -145,7 +145,7 @@ def test_a_prepared_folder_is_trained_with_its_split_and_evaluated_entirely(
     assert "tokens in whole documents" in result.err + result.out
     refused = run("train", "tokens", "--name", "other", "--val-split", "tail", *TINY)
     assert refused.code == 2
-    assert "was prepared to validate on documents of it, 0.3 of its bytes" in refused.err
+    assert "was prepared to validate on some of its documents, 0.3 of its bytes" in refused.err
     facts = evaluated(run, "tokens", "--model", as_tiny(trained))
     assert facts["n_bytes"] == len("".join(TEXTS))
     assert evaluated(run, "--model", "folder")["val_split"] == "documents"

@@ -94,7 +94,7 @@ def test_bytes_missing_in_a_vocabulary_are_refused_with_the_option_or_skipped(
         result = run(*words, str(path), "--skip-unencodable", "--json")
         assert result.code == 0
         assert json.loads(result.out)["n_skipped"] == 27
-        assert result.err.count("skipped 27 characters that the vocabulary lacks") == 1
+        assert result.err.count("skipped 27 characters missing from the vocabulary") == 1
 
 
 def test_characters_missing_in_a_vocabulary_are_skipped_in_conversations_too(

@@ -179,7 +179,7 @@ def test_a_resumed_run_on_chats_ends_with_the_same_bits(run: Run, rows: Path) ->
 def test_a_model_trained_from_scratch_on_chats_can_chat(run: Run, rows: Path) -> None:
     result = run("train", str(rows), "--name", "own", *WORDS)
     assert result.code == 0, result.err
-    assert result.err.count("the loss is on what the assistant says") == 1
+    assert result.err.count("the loss is on the assistant's tokens only") == 1
     step = Path("checkpoints/own/step-000004")
     assert (step / "chat_template.jinja").exists()
     out = run(
@@ -217,7 +217,7 @@ def test_training_on_prepared_chats_equals_training_on_the_rows(run: Run, rows: 
     ("row", "says"),
     [
         ({"text": "a"}, 'has no "messages", or "prompt" and "completion"'),
-        ({"messages": [{"role": "user", "content": "a"}]}, "no message of the assistant"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
         ({"messages": ["a"]}, "not an object with role and content"),
         ({"messages": [{"role": 1, "content": "a"}]}, "not an object with role and content"),
         ({"messages": [{"role": "user", "content": 4}]}, "not an object with role and content"),
@@ -242,7 +242,7 @@ def test_a_row_that_is_not_a_conversation_is_refused_or_skipped(
 def test_chat_requires_rows_and_is_suggested_for_rows_of_chats(run: Run, rows: Path) -> None:
     Path("text.txt").write_text("plain " * 99)
     refused = run("train", "text.txt", *WORDS)
-    assert (refused.code, "--chat reads rows" in error_line(refused)) == (3, True)
+    assert (refused.code, "--chat reads conversations" in error_line(refused)) == (3, True)
     refused = run("train", str(rows), *TINY)
     assert (refused.code, "Give --chat" in error_line(refused)) == (3, True)
     refused = run("train", str(rows), "--loss-on", "all", *TINY)

@@ -245,7 +245,7 @@ def test_an_object_with_nested_lists_of_rows_is_refused_with_their_keys(
     Path("a.json").write_text(json.dumps(value, indent=indent))
     message = refusal("a.json")
     assert message.startswith("item 1 of 'a.json' is a JSON object without \"text\"")
-    assert f"holds lists in {keys}; rows are expected in a list or one a line" in message
+    assert f"contains lists in {keys}; rows are expected in a list or one per line" in message
     assert "JSONL" not in message
     assert find_files(["a.json"], Path("c"), Path("s"), DataConfig())[0].format == "json"
 
@@ -298,18 +298,18 @@ def test_a_row_in_another_encoding_gets_two_separate_remedies() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "remedy"),
     [
-        ("a.jsonl", b'{"text": ["a", "b"]}', "Write a row for each of its texts, or join them."),
+        ("a.jsonl", b'{"text": ["a", "b"]}', "Write one row per text, or join them."),
         ("a.tsv", b'n\ttext\n1\t"so" she said\n', 'write a quote twice: "".'),
-        ("a.gz", b"Once upon a time", "does not begin as a .gz file"),
-        ("a.zst", b"Once upon a time", "does not begin as a .zst file"),
-        ("a.xz", b"Once upon a time", "does not begin as a .xz file"),
-        ("a.bz2", b"Once upon a time", "does not begin as a .bz2 file"),
+        ("a.gz", b"Once upon a time", "does not begin like a .gz file"),
+        ("a.zst", b"Once upon a time", "does not begin like a .zst file"),
+        ("a.xz", b"Once upon a time", "does not begin like a .xz file"),
+        ("a.bz2", b"Once upon a time", "does not begin like a .bz2 file"),
         (
             "a.txt.gz",
             gzip.compress(gzip.compress(b"Once", mtime=0), mtime=0),
             "is compressed twice. Decompress it once.",
         ),
-        ("a.txt", b"On\0ce", r"leave its NUL bytes out: tr -d '\000' < OLD > NEW"),
+        ("a.txt", b"On\0ce", r"remove its NUL bytes: tr -d '\000' < OLD > NEW"),
     ],
 )
 def test_the_error_for_an_unreadable_file_has_a_remedy(

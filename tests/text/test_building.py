@@ -312,7 +312,7 @@ def test_a_folder_with_other_contents_is_refused_and_left_unchanged(
 
     (tmp_path / "out").mkdir()
     (tmp_path / "out/diary.txt").write_text("dear diary")
-    refused(r"holds 'diary\.txt'.*empty or a new one")
+    refused(r"contains 'diary\.txt'.*empty or new folder")
     (tmp_path / "out/diary.txt").unlink()
     with monkeypatch.context() as patch:
         kill_at_sync(11, patch)
@@ -367,7 +367,7 @@ def test_a_prepared_folder_must_be_complete_and_match_the_tokenizer(
     with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):
         prepare(DataConfig(paths=(out,), tokenizer="bytes"))
     other = train_bpe(["zebra " * 99], 280)
-    with pytest.raises(ConfigError, match="another tokenizer than the model's"):
+    with pytest.raises(ConfigError, match="a different tokenizer than the model's"):
         prepare(DataConfig(paths=(out,)), tokenizer=other)
     renamed = TiktokenTokenizer("model's", made.tokenizer.encoding)
     assert prepare(DataConfig(paths=(out,)), tokenizer=renamed).tokenizer is renamed

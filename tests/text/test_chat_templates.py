@@ -116,7 +116,7 @@ def test_a_missing_template_is_a_usage_error_that_names_the_option(tmp_path: Pat
     with pytest.raises(CheckpointError, match="cannot be read: it is a folder"):
         read_chat_template(folder)
     (tmp_path / "chat_template.jinja").rmdir()
-    with pytest.raises(DataError, match="to no text"):
+    with pytest.raises(DataError, match="as empty text"):
         ChatTemplate("", {}, "x").encode(BytesTokenizer(), [turn("user", "a")])
 
 
@@ -156,8 +156,8 @@ GROW = "{% set ns = namespace(s='aa') %}{% for i in range(99) %}GROWN{% endfor %
         ("{{ a.b.c }}", "fails"),
         ("{{ 1 / 0 }}", "fails"),
         ("{{ messages[0].content + 1 }}", "fails"),
-        ("{% if %}", "not valid Jinja in line 1"),
-        ("\n{{ unclosed", "not valid Jinja in line 2"),
+        ("{% if %}", "not valid Jinja on line 1"),
+        ("\n{{ unclosed", "not valid Jinja on line 2"),
     ],
 )
 def test_a_harmful_or_broken_template_is_refused_in_one_line(source: str, says: str) -> None:

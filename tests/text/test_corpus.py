@@ -224,7 +224,7 @@ def test_a_text_given_as_a_path_is_a_data_error(folder: Path) -> None:
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs Linux's /proc")
 def test_an_unreadable_special_file_is_reported_as_a_special_file(folder: Path) -> None:
-    assert "special file of the system: name a file of text" in str(error("/proc/self/mem"))
+    assert "special system file: name a text file" in str(error("/proc/self/mem"))
 
 
 @pytest.mark.parametrize("name", ["tale.txt", "tales.jsonl", "tales.csv", "rows.parquet"])
@@ -332,7 +332,7 @@ def test_permission_denied_on_a_file_or_folder_is_a_resource_error(
     monkeypatch.setattr(Path, "open", refuse)
     assert isinstance(error("d/a.txt"), ResourceError)
     monkeypatch.setattr(os, "scandir", refuse)
-    assert "'d' may not be read: permission denied" in str(error("d"))
+    assert "'d' cannot be read: permission denied" in str(error("d"))
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "-"])

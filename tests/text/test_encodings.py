@@ -154,7 +154,7 @@ def test_removing_nul_bytes_is_suggested_only_for_text() -> None:
     [
         (b"PK\x05\x06" + bytes(18), "an empty ZIP archive"),
         (b"\x7fELF\x02\x01\x01" + bytes(99), "a program"),
-        (b"\x93NUMPY\x01\x00" + bytes(99), "an array of NumPy"),
+        (b"\x93NUMPY\x01\x00" + bytes(99), "a NumPy array"),
         (b"\x1f\x9d\x90" + bytes(99), "compressed by compress"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_utf8_file_with_one_invalid_byte_is_reported_as_damaged() -> None:
     data = CHINESE.encode()
     Path("a.txt").write_bytes(data[:50] + b"\xff" + data[50:])
     message = refusal("a.txt")
-    assert "byte 50 does not fit" in message
+    assert "byte 50 is invalid" in message
     assert "Most of it is UTF-8" in message
     assert advised_command(message) == CHINESE
 
@@ -178,7 +178,7 @@ def test_error_positions_after_the_first_block_count_from_the_start_of_the_file(
     monkeypatch.setattr("minigpt.text.corpus.BLOCK_BYTES", 64)
     data = CHINESE.encode()
     Path("a.txt").write_bytes(data[:300] + b"\xff" + data[300:])
-    assert "byte 300 does not fit" in refusal("a.txt")
+    assert "byte 300 is invalid" in refusal("a.txt")
     Path("a.txt").write_bytes(data)
     assert read("a.txt") == [CHINESE]
 
@@ -223,7 +223,7 @@ def test_rows_are_read_in_the_given_encoding(encoding: str, name: str, content: 
 
 def test_text_that_is_not_in_the_named_encoding_is_refused_with_its_position() -> None:
     Path("a.txt").write_bytes(b"abc \x81")
-    assert "is not cp1252: byte 4 does not fit" in refusal("a.txt", "cp1252")
+    assert "is not cp1252: byte 4 is invalid" in refusal("a.txt", "cp1252")
     Path("b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\x81"}\n')
     assert "line 2 of 'b.jsonl' is not cp1252" in refusal("b.jsonl", "cp1252")
     Path("odd.txt").write_bytes("né".encode("utf-16")[:-1])

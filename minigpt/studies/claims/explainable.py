@@ -1,6 +1,6 @@
 """Claim 2: the attention of a model explains its answers.
 
-The source of a recalled answer is known. So we count how often it is the most attended position,
+The source of a recalled answer is known, so we count how often it is the most attended position,
 and measure how much less probable the answer is without it.
 
 Shapes: B sequences, N heads of all layers, S positions in view.
@@ -25,7 +25,7 @@ from minigpt.tracing.recorder import RowRecorder
 POINTED = 0.8
 """Share of answers at which the most attended position counts as pointing to the source."""
 MATTERED = 1.0
-"""Smallest fall of ln p beyond the control's that counts: the answer is e times less probable."""
+"""Smallest drop of ln p beyond the control's that counts: the answer is e times less probable."""
 _ARCHS = ("lstm-attention", "gpt")
 _BATCH_TOKENS = 2**13
 
@@ -42,13 +42,13 @@ class Explanation:
     """Share of right answers."""
     best_layer: int
     best_head: int
-    """Head that attended most to the source most often, on other sequences than these."""
+    """Head that attended most to the source most often, on other sequences."""
     best_head_share: float
     """Share of answers at which that head attended most to the source."""
     mean_share: float
     """Share of answers at which the mean of all heads attended most to the source."""
     chance: float
-    """The same share for a random position."""
+    """Share of answers at which a random position would be the source."""
     source_change: float
     """Mean change of ln p of the right answer when the source is hidden from the last query."""
     control_change: float
@@ -72,7 +72,7 @@ class Answers(NamedTuple):
     right_B4: Tensor
     """Whether the most probable answer was right, in the same four cases."""
     chance_B: Tensor
-    """Share of the positions in view that one position is."""
+    """Probability that a random position in view is the source."""
 
 
 def measure(study: Study) -> Generator[Progress, None, tuple[Explanation, ...]]:
@@ -86,7 +86,7 @@ def measure(study: Study) -> Generator[Progress, None, tuple[Explanation, ...]]:
 
 
 def _explain(model: LanguageModel, study: Study, seed: int) -> Explanation:
-    """Measure a model's answers; the best head is chosen on as many other sequences."""
+    """Measure a model's answers; the best head is chosen on the same number of other sequences."""
     held_out, answers = (_ask(model, study, 2 * seed + part) for part in (1, 0))
     best = int(held_out.hits_BN[:, :-1].mean(dim=0).argmax())
     hits, right = answers.hits_BN.mean(dim=0), answers.right_B4.mean(dim=0)
@@ -112,7 +112,7 @@ def _explain(model: LanguageModel, study: Study, seed: int) -> Explanation:
 
 
 def _ask(model: LanguageModel, study: Study, seed: int) -> Answers:
-    """Measure the answers to as many test sequences of each distance."""
+    """Measure the answers to test sequences, equally many of each distance."""
     generator, n_sequences = torch.Generator().manual_seed(TEST_SEED + seed), study.size.n_sequences
     answers = [
         answer(model, batch)
@@ -161,16 +161,16 @@ def judge(explanations: Sequence[Explanation]) -> Judgement:
     """Judge whether the most attended position is the source, and whether the source matters.
 
     Borne out if in every model the mean of all heads points to the source, and the answer needs
-    the source more than a control; in part if in some model its best head points to it.
+    the source more than a control; in part if in some model this holds for the best head.
     """
     reasons, holds, partly = [], [], []
     for one in explanations:
         name = f"{one.arch}, seed {one.seed}"
         beyond = one.control_change - one.source_change
         reasons.append(
-            f"{name}: the mean of its heads looks most at the source for {percent(one.mean_share)}"
-            f" of the answers, its best head for {percent(one.best_head_share)} (a random "
-            f"position: {percent(one.chance)})."
+            f"{name}: the mean of its heads attends most to the source for "
+            f"{percent(one.mean_share)} of the answers, its best head for "
+            f"{percent(one.best_head_share)} (a random position: {percent(one.chance)})."
         )
         reasons.append(
             f"{name}: without the source, ln p of the answer changes by {one.source_change:+.2f}, "
@@ -183,8 +183,8 @@ def judge(explanations: Sequence[Explanation]) -> Judgement:
             reasons.append(f"{name}: which head to look at had to be known first.")
         if beyond < MATTERED:
             reasons.append(
-                f"{name}: hiding the source changes little: the answer also has it from elsewhere, "
-                "so that weight is not cause."
+                f"{name}: hiding the source changes little: the answer can also come from other "
+                "positions, so the weight is not the cause."
             )
         mattered = beyond >= MATTERED
         holds.append(mattered and one.mean_share >= POINTED)
@@ -212,5 +212,5 @@ def table(explanations: Sequence[Explanation]) -> list[list[str]]:
 
 
 def panels(explanations: Sequence[Explanation]) -> list[Panel]:
-    """Return no chart: the table says it all."""
+    """Return no charts: the table is enough."""
     return []

@@ -1,4 +1,4 @@
-"""Training the models that the claims compare: of equal size, on a synthetic task."""
+"""Train the models that the claims compare: equally large ones, on a synthetic task."""
 
 import math
 from collections.abc import Generator
@@ -41,7 +41,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """How large the models are, how long they train, and how much is measured."""
+    """Size of the models, the training and the measurements."""
 
     n_steps: int = 700
     """Optimizer steps; three times as many for an LSTM, whose step takes a third of the time."""
@@ -51,7 +51,7 @@ class Size:
     """Largest distance of each stage of training, ascending. A step draws one of the stages
     reached so far, and each of its sequences a distance up to that stage's."""
     d_model: int = 64
-    """Width of the Transformer; the other models get the width that makes them as large."""
+    """Width of the Transformer; the other models get the width at which they are as large."""
     distances: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)
     """Distances at which models are tested, ascending."""
     n_sequences: int = 200
@@ -84,7 +84,7 @@ QUICK = Size(
 def equal_size_config(
     arch: str, d_model: int, *, context_length: int, vocab_size: int = VOCAB_SIZE
 ) -> ModelConfig:
-    """Return a model as large as a Transformer with two layers of width ``d_model``.
+    """Return the config of a model as large as a Transformer with two layers of width ``d_model``.
 
     The LSTM has two layers too; the LSTM with attention has one, and attention on top.
     """
@@ -110,8 +110,8 @@ def train_on_task(
 ) -> Generator[Progress, None, LanguageModel]:
     """Train a new model on a task; yield the progress and return the model.
 
-    The stages are added one by one in the first half of the steps. The Trainer is not used: it
-    reads batches from a corpus, and these are sampled at each step.
+    The stages are added one by one in the first half of the steps. The Trainer is not used, because
+    it reads batches from a corpus, while these are sampled at each step.
 
     Raises: DivergedError on a NaN or infinite loss.
     """
@@ -143,7 +143,7 @@ def train_on_task(
 def _loss(
     model: LanguageModel, task: Task, size: Size, share: float, rng: torch.Generator
 ) -> torch.Tensor:
-    """Return the loss of a fresh batch, drawn for this share of the training."""
+    """Return the loss of a new batch, drawn for this share of the training."""
     n_reached = min(len(size.stages), 1 + int(2 * share * len(size.stages)))
     longest = size.stages[int(torch.randint(n_reached, (), generator=rng))]
     n_batch = max(_MIN_BATCH_SIZE, size.batch_tokens // (longest + 2 * task.n_asked))

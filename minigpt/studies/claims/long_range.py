@@ -14,8 +14,8 @@ from minigpt.studies.claims.study import LEARNED, Judgement, Panel, Study, perce
 from minigpt.studies.claims.tasks import TASKS, Task
 
 LOST = 0.2
-"""Smallest difference in the share of right answers that counts, between the nearest and the
-farthest distance and between two models."""
+"""Smallest relevant difference in the share of right answers, between the nearest and the farthest
+distance or between two models."""
 TEST_SEED = 2**31
 """Seed offset of test sequences; training seeds are smaller. (A CPU generator uses only the lowest
 32 bits of its seed.)"""
@@ -25,7 +25,7 @@ _BATCH_TOKENS = 2**14
 
 @dataclass(frozen=True, kw_only=True)
 class AccuracyCurve:
-    """A model's share of right answers at each distance of the answer's source."""
+    """A model's share of right answers by the distance of the answer's source."""
 
     task: str
     arch: str
@@ -67,7 +67,7 @@ def measure(study: Study) -> Generator[Progress, None, tuple[AccuracyCurve, ...]
 def accuracy(
     model: LanguageModel, task: Task, distance: int, *, n_sequences: int, seed: int
 ) -> tuple[float, int]:
-    """Return the share of right answers to test sequences of a distance, and their number.
+    """Return the share of right answers to test sequences of a distance, and the number of answers.
 
     The answer is the most probable token. In a copy, the symbols before it are given correctly.
     """
@@ -101,11 +101,12 @@ def judge(curves: Sequence[AccuracyCurve]) -> Judgement:
         better.append(far["gpt"] - far["lstm"] >= LOST)
         if near["gpt"] - near["lstm"] >= far["gpt"] - far["lstm"] - LOST / 2 > 0:
             reasons.append(
-                f"{task}: the LSTM is as far behind nearby, so that what it lacks is not range."
+                f"{task}: the LSTM is just as far behind at short distances, so range is not its "
+                "problem."
             )
         if far["lstm-attention"] - far["lstm"] >= LOST:
             reasons.append(
-                f"{task}: attention on top of the LSTM is what it lacked at {distances[-1]}."
+                f"{task}: at distance {distances[-1]}, the LSTM gets better with attention on top."
             )
     return Judgement.of("long-range", reasons, holds=all(holds), in_part=any(better))
 
@@ -126,7 +127,7 @@ def _range(task: str, near: float, far: float) -> str:
         return "it reaches that far"
     if near < TASKS[task].informed_chance + LOST:
         return "not learned, near or far"
-    return "learned in part, and as well from afar"
+    return "learned in part, equally well near and far"
 
 
 def table(curves: Sequence[AccuracyCurve]) -> list[list[str]]:

@@ -111,15 +111,15 @@ def judge(timings: Sequence[Timing]) -> Judgement:
             f"LSTM at length {short}, {ratio[long]:.2g} times as many at {long}."
         )
         reasons.append(
-            f"{device}: from length {short} to {long}, with as many tokens in a step, the LSTM "
-            f"keeps {percent(kept['lstm'])} of its speed and the Transformer "
+            f"{device}: from length {short} to {long}, with the same number of tokens in a step, "
+            f"the LSTM keeps {percent(kept['lstm'])} of its speed and the Transformer "
             f"{percent(kept['gpt'])}."
         )
         if kept["gpt"] < 1 / FASTER:
-            reasons.append(f"{device}: attention looks at all pairs, and that has its price too.")
+            reasons.append(f"{device}: the cost of attention to all pairs of positions shows too.")
         if ratio[long] < FASTER:
             reasons.append(
-                f"{device}: the LSTM is parallel enough over the batch and its own width here."
+                f"{device}: the LSTM has enough parallelism over the batch and its width here."
             )
         holds.append(ratio[long] >= FASTER and ratio[long] > ratio[short])
     return Judgement.of("parallel", reasons, holds=all(holds), in_part=any(holds))

@@ -1,4 +1,4 @@
-"""A study of the claims: its size, the models that it trains, and what it finds."""
+"""A study of the claims: its size, trained models and findings."""
 
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -24,7 +24,7 @@ class Judgement:
     outcome: str
     """``borne out``, ``borne out in part`` or ``not borne out``."""
     reasons: tuple[str, ...]
-    """Sentences: what was measured, and where the claim goes too far."""
+    """Sentences about the measurements, and about where the claim goes too far."""
 
     @classmethod
     def of(cls, claim: str, reasons: Sequence[str], *, holds: bool, in_part: bool) -> "Judgement":
@@ -48,7 +48,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was measured for a claim, and the judgement of it."""
+    """Measurements for a claim, and their judgement."""
 
     judgement: Judgement
     measured: tuple[Any, ...]
@@ -58,11 +58,11 @@ class Finding:
     panels: list[Panel]
     """Results as line charts; may be empty."""
     elapsed_s: float
-    """Seconds spent, without the training of models that an earlier claim trained."""
+    """Seconds spent, without the training of models reused from an earlier claim."""
 
 
 class Study:
-    """Measures claims, and keeps each trained model for the next claim."""
+    """Measures claims, and reuses trained models for later claims."""
 
     def __init__(self, size: Size, *, seeds: Sequence[int], device: torch.device) -> None:
         self.size, self.seeds, self.device = size, seeds, device

@@ -3,7 +3,7 @@
 A sequence is fillers, then the content to remember, then fillers, then the query. Symbols, fillers
 and places are random, so only the source predicts the answer. A distance is counted from the source
 to the position that answers. Sequences of a batch may have different distances, so the length of a
-sequence does not tell where its source is.
+sequence does not reveal where its source is.
 
 Shapes: B sequences, T positions, N items to remember.
 """
@@ -44,7 +44,7 @@ class TaskBatch:
     source_B: Tensor
     """Position of the source of that answer."""
     other_B: Tensor
-    """Position beside the source that holds another item of the same kind."""
+    """Position next to the source with another item of the same kind."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Task:
 
     name: str
     draw: Callable[[Tensor, torch.Generator], TaskBatch]
-    """Draws a sequence for each distance (B,), all as long as the largest needs, on the CPU."""
+    """Draws a sequence for each distance (B,), on the CPU; the largest distance sets the length."""
     least_distance: int
     n_asked: int
     """Number of positions from the query to the end."""
