@@ -44,7 +44,8 @@ def parse_spec(spec: str) -> tuple[str, int]:
         if not re.fullmatch("[0-9]{1,9}", size):
             wrong = "is above 999,999,999" if size.isdecimal() else "is not a number"
             raise ConfigError(
-                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give one such as bpe:1024."
+                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give it in digits, as in "
+                "bpe:1024."
             )
         return kind, int(size)
     if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):

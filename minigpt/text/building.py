@@ -113,17 +113,17 @@ def opened_corpus(
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
             corpus = split(corpus)
             # Vocabularies of other models may share a name, so only their content identifies them.
-            what: list[object] = [SCHEMA_VERSION]
-            what += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
-            what += [content_hash(files), data.special, data.skip_unencodable]
-            what += [data.field, data.encoding, data.skip_bad]
+            parts: list[object] = [SCHEMA_VERSION]
+            parts += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
+            parts += [content_hash(files), data.special, data.skip_unencodable]
+            parts += [data.field, data.encoding, data.skip_bad]
             if corpus.val_split == "documents" or (is_trained and corpus.val_split == "tail"):
-                what += [corpus.val_split, data.val_fraction]
+                parts += [corpus.val_split, data.val_fraction]
             if val_files:
-                what.append(content_hash(val_files))
+                parts.append(content_hash(val_files))
             if data.chat:
-                what += [data.loss_on, template.source, sorted(template.tokens.items())]
-            identity = hashlib.sha256("\n".join(map(str, what)).encode()).hexdigest()
+                parts += [data.loss_on, template.source, sorted(template.tokens.items())]
+            identity = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
             yield replace(corpus, identity=identity)
 
 

@@ -125,7 +125,7 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
         block = file.read(block_bytes)
     kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
     if head.startswith(b"PK\x03\x04"):
-        kind = next((what for name, what in _IN_ZIP.items() if re.search(name, head)), kind)
+        kind = next((found for name, found in _IN_ZIP.items() if re.search(name, head)), kind)
     if head[_TAR] == b"ustar":
         kind = "a tar archive. Unpack it"
     if kind:

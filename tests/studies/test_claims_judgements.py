@@ -110,8 +110,8 @@ def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) ->
     ("lstm", "gpt", "outcome", "reason"),
     [
         ((100, 10), (100, 90), "borne out", "9 times as many at 2048"),
-        ((100, 60), (100, 90), "not borne out", "parallel enough over the batch"),
-        ((100, 90), (100, 20), "not borne out", "attention looks at all pairs"),
+        ((100, 60), (100, 90), "not borne out", "enough parallelism over the batch"),
+        ((100, 90), (100, 20), "not borne out", "attention compares all pairs"),
         ((10, 10), (100, 30), "not borne out", "10 times as many tokens/s"),
     ],
 )

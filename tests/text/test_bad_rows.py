@@ -298,7 +298,7 @@ def test_a_row_in_another_encoding_gets_two_separate_remedies() -> None:
 @pytest.mark.parametrize(
     ("name", "content", "remedy"),
     [
-        ("a.jsonl", b'{"text": ["a", "b"]}', "Write one row per text, or join them."),
+        ("a.jsonl", b'{"text": ["a", "b"]}', "Write one row per text, or join the texts."),
         ("a.tsv", b'n\ttext\n1\t"so" she said\n', 'write a quote twice: "".'),
         ("a.gz", b"Once upon a time", "does not begin like a .gz file"),
         ("a.zst", b"Once upon a time", "does not begin like a .zst file"),

@@ -107,7 +107,7 @@ def test_a_missing_template_is_a_usage_error_that_names_the_option(tmp_path: Pat
     with pytest.raises(ConfigError, match=r"'rag'\. Choose one"):
         read_chat_template(folder)
     folder_with(tmp_path, "bytes", chat_template=[{"name": "rag"}])
-    with pytest.raises(CheckpointError, match="neither a text nor a list"):
+    with pytest.raises(CheckpointError, match="neither a string nor a list"):
         read_chat_template(folder)
     (tmp_path / "own.jinja").write_text("own")
     assert read_chat_template(folder, str(tmp_path / "own.jinja")).source == "own"

@@ -48,8 +48,8 @@ class Size:
     batch_tokens: int = 1280
     """Approximate tokens in a step; longer sequences come in smaller batches."""
     stages: tuple[int, ...] = (12, 24, 48, 128, 512)
-    """Largest distance of each stage of training, ascending. A step draws one of the stages
-    reached so far, and each of its sequences a distance up to that stage's."""
+    """Largest distance of each stage of training, ascending. Each step draws one of the stages
+    reached so far, and for each sequence a distance up to that stage's."""
     d_model: int = 64
     """Width of the Transformer; the other models get the width at which they are as large."""
     distances: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512)

@@ -85,8 +85,8 @@ def accuracy(
 def judge(curves: Sequence[AccuracyCurve]) -> Judgement:
     """Judge whether attention answers from far away, and the LSTM only from nearby.
 
-    Borne out if in every task the Transformer is right at the largest distance, where the LSTM has
-    lost what it had at the smallest; in part if attention is only better there.
+    Borne out if in every task the Transformer is right at the largest distance, where the LSTM is
+    worse than at the smallest; in part if in some task the Transformer is only better there.
     """
     reasons, holds, better = [], [], []
     for task in dict.fromkeys(curve.task for curve in curves):

@@ -116,7 +116,7 @@ def judge(timings: Sequence[Timing]) -> Judgement:
             f"{percent(kept['gpt'])}."
         )
         if kept["gpt"] < 1 / FASTER:
-            reasons.append(f"{device}: the cost of attention to all pairs of positions shows too.")
+            reasons.append(f"{device}: attention compares all pairs of positions, at a cost.")
         if ratio[long] < FASTER:
             reasons.append(
                 f"{device}: the LSTM has enough parallelism over the batch and its width here."
