@@ -273,7 +273,7 @@ def test_the_error_for_a_file_that_is_not_utf8_has_the_position_and_a_remedy(
         data.decode()
     write("a.txt", data)
     message = str(error("a.txt"))
-    assert f"'a.txt' is not UTF-8: byte {oracle.value.start} does" in message
+    assert f"'a.txt' is not UTF-8: byte {oracle.value.start} is invalid" in message
     assert "iconv -f LATIN1 -t UTF-8" in message
     write("b.txt", b"cut \xe2\x82")
     assert "byte 4 is invalid" in str(error("b.txt"))
