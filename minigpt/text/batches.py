@@ -98,7 +98,7 @@ def validation_windows(
     """Yield the batches of one pass over a span: every token except the first is a target once.
 
     Each window begins stride tokens after the previous one; only its last stride positions have
-    targets, the others are context. Without a stride, windows do not overlap. Two shorter windows
+    targets, the others are context. Without a stride, windows do not overlap. Shorter windows
     cover the targets that no full window has, at the start and at the end. If the span has more
     than max_tokens targets, only evenly spaced full windows are used, at least one.
 

@@ -105,7 +105,7 @@ class TokenDataset:
     def split(self, val_fraction: float) -> tuple["TokenSpan", "TokenSpan"]:
         """Return the training tokens, and the validation tokens after them.
 
-        Args: val_fraction, share of the tokens if there are no held-out documents; 0 for none.
+        Args: val_fraction, share of the tokens if no documents are held out; 0 for no validation.
         """
         border = int(len(self) * (1 - val_fraction))
         if val_fraction and self._n_val_tokens is not None:
