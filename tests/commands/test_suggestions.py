@@ -244,8 +244,8 @@ def test_generate_limits_the_number_of_threads(run: Run) -> None:
         ("train --from https://huggingface.co/org/name", 4, "as the Hub does: org/name."),
         ("train https://example.com/a.txt", 3, "curl -LO https://example.com/a.txt"),
         ("evaluate https://example.com/a.txt --model tiny", 3, "is a URL"),
-        ("train x --from gpt2", 4, "org/name, as openai-community/gpt2"),
-        ("generate --model gpt2", 4, "org/name, as openai-community/gpt2"),
+        ("train x --from gpt2", 4, "names such as openai-community/gpt2"),
+        ("generate --model gpt2", 4, "names such as openai-community/gpt2"),
     ],
 )
 def test_a_url_or_a_bare_name_gets_a_working_model_name_suggested(
