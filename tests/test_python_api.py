@@ -218,8 +218,9 @@ def test_the_code_of_the_page_about_python_runs(text: Path) -> None:
     np.testing.assert_allclose(weights.sum(axis=-1), np.ones(weights.shape[:-1]), atol=1e-5)
 
 
-def test_a_loaded_model_gives_the_same_text_and_trace() -> None:
-    loaded = minigpt.load("storyteller")
+@pytest.mark.parametrize("for_decoding", [False, True])
+def test_a_loaded_model_gives_the_same_text_and_trace(for_decoding: bool) -> None:
+    loaded = minigpt.load("storyteller", for_decoding=for_decoding)
     options: dict[str, Any] = {"seed": 1, "max_new_tokens": 6}
     ours, expected = (
         "".join(step.text for step in minigpt.generate(model, "The", **options))
@@ -241,3 +242,19 @@ def test_a_loaded_model_gives_the_same_text_and_trace() -> None:
         minigpt.generate(loaded, "The", device="cpu")
     with pytest.raises(ConfigError, match="quantize is chosen when a model is loaded"):
         minigpt.trace(loaded.model, "The", tokenizer=loaded.tokenizer, quantize="int8")
+
+
+def test_a_head_whose_output_weights_are_zeroed_equals_an_ablated_head() -> None:
+    loaded = minigpt.load("storyteller")
+    d_head = loaded.model.config.d_head
+    output = loaded.model.attentions[4].output
+    assert isinstance(output, torch.nn.Linear)
+    prompt = "There was a fox called Zilpo. One day, the fox called Z"
+
+    def text(**options: Any) -> str:
+        steps = minigpt.generate(loaded, prompt, temperature=0, max_new_tokens=8, **options)
+        return "".join(step.text for step in steps)
+
+    before, ablated = text(), text(ablate="4.1")
+    output.weight[:, d_head : 2 * d_head] = 0
+    assert text() == ablated != before

@@ -41,7 +41,7 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    compile: bool | None = None,
+    for_decoding: bool = False,
 ) -> LoadedModel:
     """Load a model once, for several calls of ``minigpt.generate`` and ``minigpt.trace``.
 
@@ -51,11 +51,13 @@ def load(
         ids = book.tokenizer.encode("Once upon a time")
         logits = book.model(torch.tensor([ids]))  # (B, T, V)
 
-    ``book.model`` is an ``nn.Module`` in evaluation mode, without gradients; ``book.folder`` is its
-    folder.
+    ``book.model`` is an ``nn.Module`` in evaluation mode, whose parameters do not require
+    gradients; ``book.folder`` is its folder.
 
-    Args: model, as for ``--model``; None for the newest run. device, dtype, quantize (int8) and
-        compile, as for the command.
+    Args: model, as for ``--model``; None for the newest run. device, dtype and quantize (int8), as
+        for the command. for_decoding, whether to lay out the weights for decoding instead of
+        keeping ``nn.Linear`` modules: calls need no second copy of them, but changes to
+        ``layer.weight`` have no effect.
     Raises: CheckpointError for a model that is missing or damaged; ConfigError for a device or
         quantization that is unknown or not available.
     """
@@ -64,8 +66,7 @@ def load(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        decodes=True,
-        compile=compile,
+        decodes=for_decoding,
     )
     return replace(loaded, tokenizer=tokenizer_of(loaded))
 
@@ -267,7 +268,14 @@ def model_and_tokenizer(
             raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer as well.")
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
-        model = load(model, device=device, dtype=dtype, quantize=quantize, compile=compile)
+        model = loading.load(
+            resolve_model(str(model)),
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+            decodes=True,
+            compile=compile,
+        )
     return model.model, tokenizer or tokenizer_of(model), str(model.folder)
 
 
