@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 UInts = npt.NDArray[np.uint64]
 
 N_ROUNDS = 3
-_LEAST_CONTEXT = 8  # the shortest context that an error message suggests
+_MIN_CONTEXT = 8  # the shortest context that an error message suggests
 NO_TARGET = -100
 """Target of a position without loss: the default ``ignore_index`` of cross_entropy."""
 
@@ -37,7 +37,7 @@ def require_length(span: TokenSpan, context_length: int) -> None:
         raise DataError(
             f"too little text: the {span.name} part has {len(span)} tokens, and a context of "
             f"{context_length} needs at least {context_length + 1}. "
-            f"{shorter if longest >= _LEAST_CONTEXT else 'Give more text.'}"
+            f"{shorter if longest >= _MIN_CONTEXT else 'Give more text.'}"
         )
 
 

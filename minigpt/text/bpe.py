@@ -14,7 +14,7 @@ from minigpt.text.byte_pairs import (
     split_whitespace,
 )
 from minigpt.text.characters import (
-    LONGEST_LEARNED,
+    MAX_LEARNED_BYTES,
     character_tokens,
     frequent_characters,
     joined_ranks,
@@ -29,7 +29,7 @@ CHARACTER_TRAINING_BYTES = 8 * 2**20  # merges of characters take longer to lear
 BYTES_PER_MERGE = 1000
 LARGEST_FITTING_BPE = 1024
 CHARACTER_COUNT_BYTES = BYTES_PER_MERGE * LARGEST_FITTING_BPE
-_MOST_CHARACTERS = 2**14
+_MAX_CHARACTERS = 2**14
 
 
 def parse_spec(spec: str) -> tuple[str, int]:
@@ -68,7 +68,7 @@ def make_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     # 258 is the smallest size that train_bpe accepts.
     vocab_size = min(257 + max(1, n_merges), LARGEST_FITTING_BPE)
     # Tokens for all frequent characters, in addition to the merges.
-    n_seeds = len(character_tokens(frequent_characters(read), _MOST_CHARACTERS))
+    n_seeds = len(character_tokens(frequent_characters(read), _MAX_CHARACTERS))
     return train_bpe(chain(read, texts), vocab_size + n_seeds, n_seeds=n_seeds)
 
 
@@ -126,7 +126,7 @@ def merged_characters(texts: list[str], n_merges: int) -> list[bytes]:
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-    longest = LONGEST_LEARNED // 4
+    longest = MAX_LEARNED_BYTES // 4
     alphabet = sorted(set().union(*texts))
     learner = Tokenizer(models.BPE())
     # The library takes quadratic time for long pieces, which scripts without spaces have.

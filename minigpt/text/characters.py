@@ -11,7 +11,7 @@ from itertools import pairwise
 
 COVERED = 0.995
 """Share of a text's characters that are to be one token each; ASCII characters always are."""
-LONGEST_LEARNED = 256
+MAX_LEARNED_BYTES = 256
 """Maximum bytes of a learned token: longer ones come from repeated text and are slow to check."""
 _NO_RANK = 2**32
 
@@ -68,7 +68,7 @@ def joined_ranks(
         if len(ranks) == n_tokens:
             break
         is_new = token not in ranks and not _joins_parts_of_characters(token)
-        if is_new and len(token) <= LONGEST_LEARNED and len(last_parts(token, ranks)) == 2:
+        if is_new and len(token) <= MAX_LEARNED_BYTES and len(last_parts(token, ranks)) == 2:
             ranks[token] = len(ranks)
     return ranks
 

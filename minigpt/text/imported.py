@@ -20,7 +20,7 @@ from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER, steps_of, unencodab
 
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _MARK = "\x01"
-_LARGEST_GAP = 2**20
+_MAX_GAP = 2**20
 
 
 class ImportedTokenizer(Tokenizer):
@@ -41,7 +41,7 @@ class ImportedTokenizer(Tokenizer):
         if len(self._tokens) < len(vocab):
             raise _unsupported("two tokens that share an id")
         size = 1 + max(self._tokens, default=0)
-        if size > _LARGEST_GAP + len(vocab):
+        if size > _MAX_GAP + len(vocab):
             raise _unsupported(f"the id {size - 1}, far above all others")
         super().__init__(
             name,

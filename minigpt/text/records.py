@@ -24,12 +24,12 @@ from minigpt.text.rows import (
 )
 from minigpt.text.tokenizer import well_formed
 
-LONGEST_CONVERSATION = 2**20
+MAX_CONVERSATION_CHARS = 2**20
 """Maximum characters of a conversation, as JSON."""
 _N_SNIFFED = 10  # rows
 _N_TRIED = 1000  # rows read after a bad one; if none has text, --skip-bad is not suggested
 _N_FIELDS_SHOWN = 12
-_LONGEST_LABEL = 80  # maximum characters of a label, such as a source; longer strings are texts
+_MAX_LABEL_CHARS = 80  # of a label, such as a source; longer strings are texts
 _MISSING = object()
 _UNITS = {"jsonl": "line", "json": "item", "csv": "row", "parquet": "row"}
 
@@ -148,7 +148,7 @@ def _longest_text(row: Mapping[Any, Any]) -> str:
     """Return an example of --field with the longest string, which may be the text; else empty."""
     lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}
     name = str(max(lengths, key=lambda key: lengths[key], default=""))
-    is_short = 0 < len(name) <= _LONGEST_LABEL and name.isprintable()
+    is_short = 0 < len(name) <= _MAX_LABEL_CHARS and name.isprintable()
     return f", as in --field {shlex.quote(name)}" if is_short else ""
 
 
@@ -182,7 +182,7 @@ def _nested_lists(row: Mapping[Any, Any], prefix: str = "") -> list[str]:
     string is a row, for which nothing is returned.
     """
     texts_of_row = [value for value in row.values() if isinstance(value, str)]
-    if any(len(text) > _LONGEST_LABEL for text in texts_of_row):
+    if any(len(text) > _MAX_LABEL_CHARS for text in texts_of_row):
         return []
     wanted = Mapping if texts_of_row else (Mapping, str, list)
     found = []
@@ -213,8 +213,8 @@ def _conversation(row: object) -> str:
         if isinstance(row, Mapping) and not named & row.keys() and (nested := _nested_lists(row)):
             raise _nested_rows(nested, "messages") from None
         raise BadRow(str(error)) from None
-    if len(text) > LONGEST_CONVERSATION:
-        raise BadRow(f"is a conversation of more than {LONGEST_CONVERSATION} characters")
+    if len(text) > MAX_CONVERSATION_CHARS:
+        raise BadRow(f"is a conversation of more than {MAX_CONVERSATION_CHARS} characters")
     return text
 
 

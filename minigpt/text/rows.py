@@ -13,12 +13,12 @@ from minigpt.config import DataConfig
 from minigpt.errors import DataError
 from minigpt.text.encodings import advice, is_utf8, wide_encoding
 
-LONGEST_ROW = 2**27
+MAX_ROW_CHARS = 2**27
 """Maximum characters of a line of JSON or CSV, or of an item of a JSON array."""
 READ_CHARS = 2**20
 _BETWEEN = re.compile(r"[\s,\[\]]*")
 _LITERAL_CHARS = 64  # longer than any JSON literal
-_LONGEST_INT = 4300  # digits that int() accepts, because it is slow on more
+_MAX_INT_DIGITS = 4300  # the limit of int(), which is slow for more digits
 
 
 class BadRow(Exception):  # noqa: N818
@@ -50,16 +50,16 @@ def as_text(file: BinaryIO, name: str, data: DataConfig) -> Iterator[TextIO]:
 
 def read_line(stream: TextIO, number: int, name: str) -> str:
     """Read a line; "" at the end. Raises: DataError, as ``require_short``."""
-    line = stream.readline(LONGEST_ROW + 1)
+    line = stream.readline(MAX_ROW_CHARS + 1)
     require_short(line, f"line {number} of {name!r}")
     return line
 
 
 def require_short(text: str, what: str) -> None:
     """Raise DataError for a row that would fill memory; a small compressed file may have one."""
-    if len(text) > LONGEST_ROW:
+    if len(text) > MAX_ROW_CHARS:
         raise DataError(
-            f"{what} has more than {LONGEST_ROW:,} characters. Split it into several, or give "
+            f"{what} has more than {MAX_ROW_CHARS:,} characters. Split it into several, or give "
             "--format text if it is plain text."
         )
 
@@ -79,7 +79,7 @@ def undecodable(text: str, data: DataConfig) -> BadRow | None:
 
 
 def _integer(digits: str) -> float:
-    return int(digits) if len(digits) < _LONGEST_INT else float(digits)
+    return int(digits) if len(digits) < _MAX_INT_DIGITS else float(digits)
 
 
 DECODER = json.JSONDecoder(parse_int=_integer)
@@ -201,7 +201,7 @@ def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int,
 
     header: list[str] = []
     number = 0
-    csv.field_size_limit(LONGEST_ROW)  # a longer cell has an unclosed quote
+    csv.field_size_limit(MAX_ROW_CHARS)  # a longer cell has an unclosed quote
     while True:
         row: object
         lines.clear()

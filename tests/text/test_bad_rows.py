@@ -283,7 +283,7 @@ def test_a_row_whose_nested_objects_differ_gets_no_jq_command() -> None:
 def test_a_row_that_is_too_long_is_refused_with_its_file(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("minigpt.text.rows.LONGEST_ROW", 100)
+    monkeypatch.setattr("minigpt.text.rows.MAX_ROW_CHARS", 100)
     Path(name).write_text("text,n\n" if name == "a.csv" else "")
     with Path(name).open("a") as file:
         file.write("x" * 200)

@@ -135,7 +135,7 @@ def test_any_table_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> No
 def test_a_small_file_that_decompresses_to_one_huge_row_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "LONGEST_ROW", 2**21)
+    monkeypatch.setattr(rows, "MAX_ROW_CHARS", 2**21)
     begins = {"a.jsonl.gz": b'{"text": "', "a.json.gz": b'["', "a.csv.gz": b'text\n"'}
     with gzip.open(tmp_path / name, "wb", compresslevel=1) as file:
         file.write(begins[name])

@@ -147,7 +147,7 @@ def _loss(
     n_reached = min(len(size.stages), 1 + int(2 * share * len(size.stages)))
     longest = size.stages[int(torch.randint(n_reached, (), generator=rng))]
     n_batch = max(_MIN_BATCH_SIZE, size.batch_tokens // (longest + 2 * task.n_asked))
-    distance_B = torch.randint(task.least_distance, longest + 1, (n_batch,), generator=rng)
+    distance_B = torch.randint(task.min_distance, longest + 1, (n_batch,), generator=rng)
     batch = task.draw(distance_B, rng)
     logits = model(batch.tokens_BT.to(model.device), logits_to_keep=task.n_asked)
     targets = batch.targets_BT[:, -task.n_asked :].to(model.device)

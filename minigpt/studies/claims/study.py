@@ -10,7 +10,7 @@ import torch
 
 from minigpt.model.language_model import LanguageModel
 from minigpt.studies.claims.learning import Progress, Size, equal_size_config, train_on_task
-from minigpt.studies.claims.tasks import MOST_ASKED, Task
+from minigpt.studies.claims.tasks import MAX_ASKED, Task
 
 LEARNED = 0.9
 """Share of right answers at which a task counts as learned."""
@@ -87,7 +87,7 @@ class Study:
         key = arch, task.name, seed
         if key not in self._trained:
             size = self.size
-            context_length = max(*size.distances, *size.stages) + 2 * MOST_ASKED
+            context_length = max(*size.distances, *size.stages) + 2 * MAX_ASKED
             config = equal_size_config(arch, size.d_model, context_length=context_length)
             started_at = time.monotonic()
             model = yield from train_on_task(config, task, size, seed=seed, device=self.device)

@@ -54,7 +54,7 @@ class Task:
     name: str
     draw: Callable[[Tensor, torch.Generator], TaskBatch]
     """Draws a sequence for each distance (B,), on the CPU; the largest distance sets the length."""
-    least_distance: int
+    min_distance: int
     n_asked: int
     """Number of positions from the query to the end."""
     n_exact: int
@@ -129,7 +129,7 @@ def copy(distance_B: Tensor, generator: torch.Generator) -> TaskBatch:
 RECALL = Task(
     "recall",
     recall,
-    least_distance=8,
+    min_distance=8,
     n_asked=2 * N_ASKED,
     n_exact=1,
     chance=1 / N_VALUES,
@@ -138,14 +138,14 @@ RECALL = Task(
 COPY = Task(
     "copy",
     copy,
-    least_distance=N_COPIED,
+    min_distance=N_COPIED,
     n_asked=N_COPIED,
     n_exact=N_COPIED,
     chance=1 / N_VALUES,
     informed_chance=1 / N_COPIED,
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in (RECALL, COPY)}
-MOST_ASKED = max(task.n_asked for task in TASKS.values())
+MAX_ASKED = max(task.n_asked for task in TASKS.values())
 """A sequence is longer than its largest distance by at most twice this many positions."""
 
 
