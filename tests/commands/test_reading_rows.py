@@ -97,7 +97,9 @@ def test_a_split_by_document_is_reported_resumed_and_evaluated(run: Run) -> None
     assert "tokens in whole documents" in result.err + result.out
     best = RunFolder(Path("checkpoints/split")).best()
     assert best is not None
-    assert "on; whole documents, about 10 %" in (best.folder / "README.md").read_text()
+    assert (
+        "for training, whole documents with about 10 %" in (best.folder / "README.md").read_text()
+    )
     facts = evaluated(run, "--model", "split", "--dtype", "bfloat16")
     assert facts["val_split"] == "documents"
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-2)
@@ -121,7 +123,7 @@ def test_without_validation_evaluate_asks_for_data(run: Run) -> None:
     assert refused.code == 3
     assert "validates on none. Give DATA" in error_line(refused)
     card = (RunFolder(Path("checkpoints/all")).latest().folder / "README.md").read_text()  # type: ignore[union-attr]
-    assert "to train on; nothing for validation." in card
+    assert "for training, none for validation." in card
 
 
 def test_val_validates_on_a_separate_text(run: Run) -> None:
@@ -133,7 +135,7 @@ def test_val_validates_on_a_separate_text(run: Run) -> None:
     best = RunFolder(Path("checkpoints/own")).best()
     assert best is not None
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-2)
-    assert "to train on; another text for" in (best.folder / "README.md").read_text()
+    assert "for training, a separate text for" in (best.folder / "README.md").read_text()
 
 
 def test_a_prepared_folder_is_trained_with_its_split_and_evaluated_entirely(
