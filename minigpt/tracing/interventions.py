@@ -79,11 +79,11 @@ def intervene(
         positions = (
             range(len(prompt)) if position == "all" else range(int(position), int(position) + 1)
         )
-        place = _Place(changed, positions)
+        sites = _PatchSites(changed, positions)
         if patched is not None:
-            _patch_heads(changed, patched, head_outputs(model, source), place)
+            _patch_heads(changed, patched, head_outputs(model, source), sites)
         if whole is not None:
-            _patch_layers(changed, whole, residual_streams(model, source), place)
+            _patch_layers(changed, whole, residual_streams(model, source), sites)
         config = replace(config, patch_position=position)
     return changed, config
 
@@ -156,7 +156,7 @@ def _ablate(model: GPT, selection: HeadSelection, means: Sequence[Tensor] | None
     _on_heads(model, selection, put)
 
 
-class _Place:
+class _PatchSites:
     """The positions to patch, and the first position of the current forward pass."""
 
     def __init__(self, model: GPT, positions: range) -> None:
@@ -182,26 +182,26 @@ class _Place:
 
 
 def _patch_heads(
-    model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], place: _Place
+    model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], sites: _PatchSites
 ) -> None:
     def put(x_BTHD: Tensor, layer: int, is_chosen_H1: Tensor) -> bool:
-        place.put(x_BTHD, outputs[layer], is_chosen_H1)
-        return place.has_last(x_BTHD)
+        sites.put(x_BTHD, outputs[layer], is_chosen_H1)
+        return sites.has_last(x_BTHD)
 
     _on_heads(model, selection, put)
 
 
 def _patch_layers(
-    model: GPT, selection: HeadSelection, streams: Sequence[Tensor], place: _Place
+    model: GPT, selection: HeadSelection, streams: Sequence[Tensor], sites: _PatchSites
 ) -> None:
     """Replace the residual stream after the chosen layers with that of another run."""
 
     def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def change(_: nn.Module, inputs: tuple[Any, ...], x_BTC: Tensor) -> Tensor:
             x_BTC = x_BTC.clone()
-            place.put(x_BTC, streams[layer])
+            sites.put(x_BTC, streams[layer])
             collector = inputs[3] if len(inputs) > 3 else None
-            if collector is not None and collector.residual_BC and place.has_last(x_BTC):
+            if collector is not None and collector.residual_BC and sites.has_last(x_BTC):
                 collector.residual_BC[-1] = x_BTC[:, -1].detach().clone()
                 collector.first_state = len(collector.residual_BC) - 1
             return x_BTC

@@ -65,7 +65,7 @@ class TraceLayout:
         # The roomiest form that fits two sources, else the roomiest that fits one.
         forms = [(2, form) for form in _ROOMY] + [(1, form) for form in _ALL]
         for wanted, form in forms:
-            self._take(form, is_bytes)
+            self._set_widths(form, is_bytes)
             n_fitting = (width - self.left_width - self.right_width) // self.source_width
             if n_fitting >= wanted:
                 break
@@ -73,7 +73,7 @@ class TraceLayout:
         self.n_sources = n_fitting if n_sources is None else n_sources
         self.per_line = max(1, min(n_fitting, self.n_sources))
 
-    def _take(self, form: Form, is_bytes: bool) -> None:
+    def _set_widths(self, form: Form, is_bytes: bool) -> None:
         self.form = form
         self.source_token_width = min(form.word, _BYTE_WIDTH) if is_bytes else form.word
         self.token_width = max(len("token"), self.source_token_width)

@@ -23,7 +23,7 @@ from minigpt.tracing.rows import RowReader
 from minigpt.tracing.signals import signals_later
 from minigpt.tracing.tracer import AttentionObserver
 
-Held = tuple[TextStep, Sequence[AttentionPass]]
+Pending = tuple[TextStep, Sequence[AttentionPass]]
 """A generated token, and the forward passes since the previous token."""
 _BURST_S = 0.04
 """Longest time for which tokens are collected to be observed together; too short to notice."""
@@ -140,7 +140,7 @@ class BurstObserver(AttentionObserver):
     def observed(
         self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
     ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
-        burst: list[Held] = []
+        burst: list[Pending] = []
         due = 0.0  # the first token is shown at once
         while True:
             try:
@@ -164,7 +164,7 @@ class BurstObserver(AttentionObserver):
                     return
 
     def _together(
-        self, burst: Sequence[Held], tokens: Sequence[Token]
+        self, burst: Sequence[Pending], tokens: Sequence[Token]
     ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
         found: list[dict[str, Any]] = []
         try:
@@ -185,7 +185,7 @@ class BurstObserver(AttentionObserver):
             self._product_error = error if so_far is None else torch.maximum(so_far, error)
 
     @torch.inference_mode()
-    def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    def observe(self, burst: Sequence[Pending], tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """Return the fields of each step that are computed from its attention.
 
         Args: tokens, at least those in view.

@@ -34,8 +34,8 @@ class _MeasuresLayout(TraceLayout):
 class SharesLayout(_MeasuresLayout):
     """Column layout of a trace for one or more measures in shares."""
 
-    def _take(self, form: Form, is_bytes: bool) -> None:
-        super()._take(form, is_bytes)
+    def _set_widths(self, form: Form, is_bytes: bool) -> None:
+        super()._set_widths(form, is_bytes)
         if len(self.measures) == 1:
             return
         added = (len(self.measures) - 1) * (SHARE_WIDTH + 1)
@@ -81,8 +81,8 @@ class SignedLayout(_MeasuresLayout):
 
     share_width = SIGNED_WIDTH
 
-    def _take(self, form: Form, is_bytes: bool) -> None:
-        super()._take(form, is_bytes)
+    def _set_widths(self, form: Form, is_bytes: bool) -> None:
+        super()._set_widths(form, is_bytes)
         self.has_whole = bool(facts_of(self.measures[0]).sums_to) and not form.is_bare
         self.right_width = self.rest_width * (3 if self.has_whole else 1)
 

@@ -31,7 +31,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, Row, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, reduce_rows, select_heads
-from minigpt.tracing.observers import BurstObserver, Held, PassQueue
+from minigpt.tracing.observers import BurstObserver, PassQueue, Pending
 
 
 def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alternative:
@@ -137,7 +137,7 @@ class AnalysisObserver(BurstObserver):
         return chain(prompt_steps(decoder, self.sampling.logprobs), generated)
 
     @torch.inference_mode()
-    def observe(self, burst: Sequence[Held], tokens: Sequence[Token]) -> list[dict[str, Any]]:
+    def observe(self, burst: Sequence[Pending], tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """Return each step's rows, one per measure, its candidates, and its logit lens."""
         tokenizer, measures = self.tokenizer, self.config.measures
         against = None if self._against is None else self._against.id

@@ -54,13 +54,13 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
     ids_V = torch.arange(model.config.vocab_size, device=model.device)
 
     def rows(predictions: Sequence[Prediction]) -> list[Measured]:
-        given = [_given_to_outputs(prediction.attention) for prediction in predictions]
+        contexts = [_output_inputs(prediction.attention) for prediction in predictions]
         us_C, biases = directions_of_logits(predictions)
-        at_heads = directions(us_C, [given_LX.unbind() for given_LX in given])
+        at_heads = directions(us_C, [contexts_LX.unbind() for contexts_LX in contexts])
         return [
-            attributed(prediction.attention, given_LX, u_C, bias, *of_heads)
-            for prediction, given_LX, u_C, bias, of_heads in zip(
-                predictions, given, us_C, biases, at_heads, strict=True
+            attributed(prediction.attention, contexts_LX, u_C, bias, *of_heads)
+            for prediction, contexts_LX, u_C, bias, of_heads in zip(
+                predictions, contexts, us_C, biases, at_heads, strict=True
             )
         ]
 
@@ -78,32 +78,32 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
 
     def attributed(
         attention: AttentionPass,
-        given_LX: Tensor,
+        contexts_LX: Tensor,
         u_C: Tensor,
         bias: Tensor,
         u_LX: Tensor,
         bias_L: Tensor,
     ) -> Measured:
         u_LGRD = u_LX.unflatten(1, (n_group, -1, model.config.d_head))
-        brought_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
-        rows_LHS = attention.weights_LBHS[:, 0] * brought_LGRS.flatten(1, 2)
+        logits_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
+        rows_LHS = attention.weights_LBHS[:, 0] * logits_LGRS.flatten(1, 2)
         # A patched layer replaces the stream, so the states before it do not contribute.
         states_N = residual_of(attention)[attention.first_state :].float() @ u_C
-        n_gone = attention.first_state // 2  # layers
+        n_replaced = attention.first_state // 2  # layers
         whole, first, of_mlps, of_attention = (_sums(len(states_N), u_C.device) @ states_N).unbind()
         parts = {"embedding": first}
-        if attention.replaced or n_gone:
-            put_in = first if n_gone else torch.zeros_like(first)
-            parts = {"embedding": torch.zeros_like(first) if n_gone else first}
-            rows_LHS[:n_gone] = 0
-            bias_L[:n_gone] = 0
-            by_head_LH = (u_LX * given_LX.float()).unflatten(1, (-1, model.config.d_head)).sum(2)
+        if attention.replaced or n_replaced:
+            replaced = first if n_replaced else torch.zeros_like(first)
+            parts = {"embedding": torch.zeros_like(first) if n_replaced else first}
+            rows_LHS[:n_replaced] = 0
+            bias_L[:n_replaced] = 0
+            by_head_LH = (u_LX * contexts_LX.float()).unflatten(1, (-1, model.config.d_head)).sum(2)
             for layer, (are_replaced_H1, _) in attention.replaced.items():
                 rows_LHS[layer].masked_fill_(are_replaced_H1, 0)
-                if layer >= n_gone:
+                if layer >= n_replaced:
                     of_heads = (by_head_LH[layer] * are_replaced_H1[:, 0]).sum()
-                    put_in, of_attention = put_in + of_heads, of_attention - of_heads
-            parts["intervention"] = put_in
+                    replaced, of_attention = replaced + of_heads, of_attention - of_heads
+            parts["intervention"] = replaced
         of_biases = bias_L.sum()
         parts |= {
             "mlp": of_mlps,
@@ -133,7 +133,7 @@ def _sums(n_states: int, device: torch.device) -> Tensor:
     return sums_4N.to(device)
 
 
-def _given_to_outputs(attention: AttentionPass) -> Tensor:
+def _output_inputs(attention: AttentionPass) -> Tensor:
     """Return the input of each layer's W_O at the last position: (L, X)."""
     contexts_LX = attention.context_LBHD[:, 0].flatten(1)
     if attention.replaced:
