@@ -17,7 +17,7 @@ from minigpt.errors import ConfigError, MinigptError, MinigptWarning, ResourceEr
 from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
-_HALF = 1000  # of the longest message, in characters
+_HALF = 1000  # characters kept at each end of an overlong message
 
 _pages = find_ring("commands.help.pages")
 app = typer.Typer(
@@ -35,7 +35,7 @@ def _show_version(is_wanted: bool) -> None:
 
     from minigpt import __version__
 
-    number = __version__.replace("0+source", "of the source tree")  # as cli.py runs it
+    number = __version__.replace("0+source", "of the source tree")  # run through cli.py
     python = platform.python_version()
     typer.echo(f"minigpt {number} (torch {version('torch')}, Python {python})")
     raise typer.Exit
@@ -70,7 +70,7 @@ def _run(failures: Any) -> Any:
         status = app(prog_name="minigpt", standalone_mode=False)
         sys.stdout.flush()
     except SystemExit as error:
-        # typer exits with 1 if the reader of a pipe is gone, as in `| head`: not a failure.
+        # typer exits with 1 if the reader of a pipe is gone, as with `| head`: not a failure.
         return 0 if isinstance(error.__context__, BrokenPipeError) else error.code
     except BrokenPipeError:
         return 0
@@ -80,7 +80,7 @@ def _run(failures: Any) -> Any:
 
             traceback.print_exception(error)
         message, status = _describe(error)
-        if len(message) > 2 * _HALF:  # a name in a file can have megabytes
+        if len(message) > 2 * _HALF:  # a name in a file can be megabytes long
             message = f"{message[:_HALF]} ... {message[-_HALF:]}"
         line = " ".join(printable(message).split())
         line = line if status == 128 + signal.SIGINT else f"error: {line}"
@@ -91,7 +91,7 @@ def _run(failures: Any) -> Any:
 def _describe(error: BaseException) -> tuple[str, int]:
     """Return an error's message (what, the value, the remedy) and its exit code."""
     cause: BaseException | None = error
-    while cause is not None:  # a library may turn the exception of Ctrl-C into one of its own
+    while cause is not None:  # a library may wrap the KeyboardInterrupt of Ctrl-C
         if isinstance(cause, KeyboardInterrupt | typer.Abort):
             return "interrupted", 128 + signal.SIGINT
         cause = cause.__cause__ or cause.__context__
@@ -101,10 +101,10 @@ def _describe(error: BaseException) -> tuple[str, int]:
         known: tuple[str, int] | None = failures.describe(error)
         if known:
             return known
-    if hasattr(error, "format_message"):  # a usage error of typer, or of click below it
+    if hasattr(error, "format_message"):  # a usage error of typer or click
         return str(error.format_message()), ConfigError.exit_code
     if isinstance(error, OSError):
         return f"{error}. Check the disk and the permissions.", ResourceError.exit_code
     if isinstance(error, ModuleNotFoundError):
         return f"this installation lacks {error.name}. Install all of minigpt to use it.", 2
-    return f"{type(error).__name__}: {error}. This is a bug of minigpt; --debug shows more.", 1
+    return f"{type(error).__name__}: {error}. This is a bug in minigpt; --debug shows more.", 1

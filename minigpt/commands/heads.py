@@ -37,11 +37,11 @@ def heads(
     The role is the largest of the first three scores if it is at least 40 %, otherwise the larger
     of the last two if it is at least 50 %, otherwise none.
 
-    The number with a sign is the head's mean direct effect on the logit of the right next token of
-    the copy (direct logit attribution), where the model's logits are a sum of such effects.
+    The signed number is the head's mean direct effect on the logit of the correct next token in the
+    copy (direct logit attribution), for models whose logits are a sum of such effects.
 
-    Where a head attends is not what it does: --ablate zeroes the output of one head after the other
-    and measures how much the loss on the second copy increases (nats/token).
+    Where a head attends does not show what it does: --ablate zeroes the output of one head at a
+    time and measures how much the loss on the second copy increases (nats/token).
     """
     from minigpt.commands import tables
     from minigpt.commands.display.progress import ProgressLine
@@ -85,25 +85,25 @@ def heads(
     views = ring("tracing.views.heads")
     draw = views.roles_table if view == "table" else views.roles_grid
     legend = (
-        f"Shares of the attention, on {n_repeated} random tokens and a copy of them. prev: to the "
+        f"Shares of attention on {n_repeated} random tokens followed by a copy. prev: to the "
         "previous token; dup: to the same token in the first copy; induc: to the token after that; "
         "sink: to position 0; local: to the token itself and the few before it. ·: no role; "
         "the share is the largest of these five."
     )
     if logits_LH is not None:
         legend += (
-            " With a sign: what the head adds directly to the logit of the right next token, on "
-            "average over the copy."
+            " With a sign: the head's direct effect on the logit of the correct next token, "
+            "averaged over the copy."
         )
     lines = [*draw(roles, console.width, logits_LH), [], *wrapped(legend, console.width)]
     if effects_LH is not None:
-        title = "Increase of the loss on the second copy without a head (layer.head), nats/token:"
+        title = "Increase in loss on the second copy without each head (layer.head), nats/token:"
         lines += [[], *wrapped(title, console.width), *_costs(effects_LH, console.width)]
     print_lines(console, lines)
 
 
 def _costs(effects_LH: "NDArray[np.float32]", width: int) -> "list[Line]":
-    """Return each head with the increase of the loss without it, largest first."""
+    """Return each head with the increase in loss without it, largest first."""
     n_head = effects_LH.shape[1]
     cells = [
         f"{f'{i // n_head}.{i % n_head}':<5} {effects_LH.flat[i]:+z.3f}".ljust(_CELL_WIDTH)

@@ -1,4 +1,4 @@
-"""A model with interventions, as the options of a command ask for."""
+"""Apply the interventions that a command's options ask for to a loaded model."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from minigpt.tracing.interventions import intervene
 
 
 def with_interventions(ready: Ready, interventions: InterventionConfig, form: PromptForm) -> Ready:
-    """Return the model with interventions; see tracing/interventions.py."""
+    """Return ``ready`` with interventions applied to its model; see tracing/interventions.py."""
 
     def encode(text: str) -> list[int]:
         if ready.chat is None:

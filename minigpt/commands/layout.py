@@ -1,4 +1,4 @@
-"""The commands of the program, each imported when it is called."""
+"""The commands of the program, each imported only when it is called."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,14 +22,14 @@ COMMANDS = {
     "prepare": "Tokenize text before training",
     "checkpoints": "List, show, verify, prune, average and convert checkpoints",
 }
-"""Each command and its line in ``minigpt --help``; its module has its name."""
+"""Each command and its line in ``minigpt --help``; its module has the same name."""
 
 
 class Commands(TyperGroup):
-    """The program, which imports a command's module only when it is called."""
+    """Top-level command group that imports a command's module only when it is called."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; Ctrl-C becomes Abort, because typer would exit without a word."""
+        """Run a command; Ctrl-C becomes Abort, because typer would exit without a message."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
@@ -55,7 +55,7 @@ class Commands(TyperGroup):
 
 
 def show_help(context: typer.Context) -> None:
-    """Show the help of a program that is called without one of its commands."""
+    """Show the help of a program that is called without a command."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(2)
@@ -66,8 +66,8 @@ def _module(command: str) -> str:
 
 
 def add(app: typer.Typer, name: str, function: Callable[..., None]) -> None:
-    """Make a function a command of a program; its docstring is the help."""
-    # A docstring's first line ends with a full stop, a line of --help does not.
+    """Add a function to a program as a command; its docstring is the help."""
+    # A docstring's first line ends with a full stop; a line of --help does not.
     first, break_, rest = str(function.__doc__).partition("\n")
     pages = find_ring("commands.help.pages")
     cls = pages.Command if pages else TyperCommand

@@ -23,7 +23,7 @@ LONGEST_PROMPT_BYTES = 2**24
 
 @dataclass(frozen=True)
 class Ready:
-    """A model that is ready to continue a prompt."""
+    """A loaded model and the encoded prompt that it continues."""
 
     model: LanguageModel
     """Model in evaluation mode."""
@@ -34,9 +34,9 @@ class Ready:
     prompt: list[int]
     """Token ids of the prompt."""
     chat: Any = None
-    """Conversation that the prompt begins, a ``text.chat.Chat``. None without a chat template."""
+    """Conversation started by the prompt, a ``text.chat.Chat``. None without a chat template."""
     intervention: Any = None
-    """Interventions in the model, an ``InterventionConfig``. None for none."""
+    """``InterventionConfig`` of the interventions in the model. None if there are none."""
     forced: Sequence[int] = ()
     """Token ids that the continuation begins with."""
 
@@ -50,7 +50,7 @@ def load_to_continue(
     *,
     n_rows: int = 1,
 ) -> Ready:
-    """Load a model with interventions, and encode a prompt and the text that is forced after it."""
+    """Load a model with interventions, and encode a prompt and the forced text after it."""
     ready = load(source, prompt, form, n_rows=n_rows)
     if interventions.is_any:
         ready = ring("commands.interventions").with_interventions(ready, interventions, form)
@@ -62,13 +62,13 @@ def load_to_continue(
 
 
 def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: int = 1) -> Ready:
-    """Load a model and encode a prompt for it; None is the start of a document.
+    """Load a model and encode a prompt for it; None starts a new document.
 
-    A note says if a special token in the prompt is taken as plain text.
+    Prints a note if a special token in the prompt is treated as plain text.
 
     Args: n_rows, the number of samples to decode together.
     Raises: DataError for a prompt that is empty, not text or far too long; CheckpointError for a
-        model that is missing or damaged; ConfigError for a device or template that is not there.
+        model that is missing or damaged; ConfigError for an unavailable device or template.
     """
     text = _read_prompt(prompt)
     templates = ring("text.chat") if form.chat else None
@@ -90,7 +90,7 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
 
 
 def note_special(tokenizer: Tokenizer, text: str) -> bool:
-    """Say if a prompt has a special token, which is taken as plain text; return whether it has."""
+    """Note a special token in a prompt that is treated as plain text; return whether it has one."""
     found = tokenizer.special_pattern.search(text)
     if found:
         note(f"{found[0]} in the prompt is plain text; --special makes it the special token")
@@ -100,7 +100,7 @@ def note_special(tokenizer: Tokenizer, text: str) -> bool:
 def load_model(
     source: ModelSource, *, decodes: bool = False, n_rows: int = 1
 ) -> tuple[Path, LoadedModel]:
-    """Find and load a model, and return its folder too. Args: as for ``models.load``."""
+    """Find and load a model; return its folder and the model. Args: as for ``models.load``."""
     use_threads(source.threads)
     folder = resolve_model(source.model)
     loaded = models.load(
@@ -116,7 +116,7 @@ def load_model(
 
 
 def show_model(folder: Path) -> None:
-    """Name the model on stderr: its folder, and so the run and the step; or that it ships."""
+    """Print the model's name on stderr: its folder, or that it ships with minigpt."""
     name = shown_name(folder)
     note(f"model {name}" if name == str(folder) else f"model {name}, which ships with minigpt")
 
@@ -134,13 +134,13 @@ def use_threads(threads: int | None) -> None:
 def compiling(
     model: LanguageModel, compile: bool | None, n_rows: int = 1
 ) -> AbstractContextManager[Any]:
-    """Return the context of making a decoder, which shows that the model is compiled, if it is."""
+    """Return a context in which to create a decoder; it shows when the model is being compiled."""
     shown = find_ring("commands.display.compiling")
     return shown.showing(model, compile, n_rows) if shown else nullcontext()
 
 
 def _read_prompt(prompt: str | None) -> str:
-    """Return the prompt's text, all bytes kept; for ``-``, read it from standard input."""
+    """Return the prompt's text, every byte preserved; read it from standard input for ``-``."""
     if prompt is None:
         return ""
     data, where = prompt.encode(errors="surrogateescape"), "the prompt"
@@ -151,20 +151,20 @@ def _read_prompt(prompt: str | None) -> str:
         where = "the prompt on standard input"
     if not data:
         raise DataError(f"{where} is empty. Give some text, or no prompt for a new document.")
-    return decoded(data, where)
+    return decode_prompt(data, where)
 
 
-def decoded(data: bytes, where: str) -> str:
-    """Return the text of a prompt in UTF-8; raise DataError if it is none, or far too long."""
+def decode_prompt(data: bytes, where: str) -> str:
+    """Decode a prompt from UTF-8; raise DataError if it is invalid or far too long."""
     if len(data) > LONGEST_PROMPT_BYTES:
         raise DataError(
             f"{where} is longer than {LONGEST_PROMPT_BYTES // 2**20} MiB, too long for any "
-            "context. Give its end only."
+            "context. Give only its end."
         )
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{where} is not UTF-8 text: byte {error.start} is invalid. Convert it first, as "
-            "with iconv."
+            f"{where} is not UTF-8 text: byte {error.start} is invalid. Convert it first, for "
+            "example with iconv."
         ) from None

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "num_samples")
 _COLUMNS = {
     "rank_correlation": ("rank corr.", "rank correlation with the exact effects"),
-    **{f"top_{k}": (f"top {k}", f"share of all effects, top {k}") for k in (1, 3, 5)},
-    "deletion": ("deletion", "deletion: mean drop of p"),
+    **{f"top_{k}": (f"top {k}", f"share of the total effect, top {k}") for k in (1, 3, 5)},
+    "deletion": ("deletion", "deletion: mean drop in p"),
 }
-"""The title of each metric in the table and in the picture."""
-_CELL_WIDTH = 22  # as "-0.28 [-0.48, -0.08]", and a gap
+"""Metric -> its titles in the table and in the picture."""
+_CELL_WIDTH = 22  # "-0.28 [-0.48, -0.08]" and a gap
 
 
 @command
@@ -40,14 +40,14 @@ def measures(
 ) -> None:
     """Compare measures of attention with exact effects.
 
-    The model continues the prompt. For each generated token, each earlier position but the sink is
-    knocked out of the query that predicted the token, and the absolute change of ln p is its exact
+    The model continues the prompt. For each generated token, each earlier position except the sink
+    is knocked out for the query that predicted it, and the absolute change in ln p is its exact
     effect. Each measure ranks the same positions by its absolute value:
 
     rank corr.: Spearman correlation with the exact effects, within a token. top 1, 3, 5: share of
-    the sum of all effects that the measure's first 1, 3 and 5 positions have. deletion: drop of the
-    token's probability, averaged over hiding the first 1, 5, 10, 20 and 50 % of the positions
-    together (comprehensiveness, DeYoung et al. 2020): the larger, the better the ranking.
+    the total effect at the measure's top 1, 3 and 5 positions. deletion: drop in the token's
+    probability when the top 1, 5, 10, 20 or 50 % of the positions are knocked out, averaged over
+    these shares (comprehensiveness, DeYoung et al. 2020); larger is better.
 
     Numbers are means over tokens, with 95 % bootstrap intervals. Controls: distance ranks the
     nearest position first, random in a random order, exact by the exact effects themselves.
@@ -71,7 +71,7 @@ def measures(
     with ProgressLine() as line:
 
         def show(share: float, what: str) -> None:
-            if not line.line.label:  # before minutes of work on another model than was meant
+            if not line.line.label:  # before minutes of work on what may be the wrong model
                 show_model(ready.folder)
                 note(f"seed {seed}")
             line.show_task(what, share, [f"{share:.0%}"])

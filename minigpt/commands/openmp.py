@@ -1,10 +1,10 @@
-"""OpenMP threads that spin while they wait, and sleep while other processes need their cores.
+"""Make OpenMP threads spin while they wait, but sleep while other processes need their cores.
 
-Threads wait for each other some fifty times per token. A spinning thread resumes immediately, but
-takes the core from other processes, and so from the thread that it waits for; a sleeping one needs
-0.1 ms or more to wake up. libgomp reads once, when torch is imported, how long a thread spins. But
-threads of a process that has more of them than there are cores sleep almost immediately (manual of
-libgomp, GOMP_SPINCOUNT). So while the machine is busy, this process has some more, which are idle.
+Threads wait for each other about fifty times per token. A spinning thread resumes immediately, but
+takes CPU time from other processes, and thus from the thread that it waits for; a sleeping one
+needs 0.1 ms or more to wake up. libgomp reads the spin time only once, when torch is imported. But
+if a process has more threads than cores, they sleep almost immediately (libgomp manual,
+GOMP_SPINCOUNT). So while the machine is busy, this process starts additional, idle threads.
 """
 
 import atexit
@@ -18,15 +18,15 @@ from pathlib import Path
 
 STAT = Path("/proc/stat")
 _INTERVAL_S = 0.25
-_N_SPARE = 16  # threads that are left for others
-_BUSY, _FREE = 0.4, 0.2  # cores taken from the threads: above and below, they sleep and spin
+_N_SPARE = 16  # threads left for other processes
+_BUSY, _FREE = 0.4, 0.2  # cores taken by others, above and below which threads sleep and spin
 
 
 def share_cores(n_threads: int) -> None:
-    """Watch from now on whether other processes need the cores of this process's OpenMP threads.
+    """Start watching whether other processes need the cores of this process's OpenMP threads.
 
-    Nothing is done if the environment says how long threads spin, or without /proc/stat (Linux).
-    Results stay the same in every bit, as the number of threads that compute does.
+    Does nothing if the environment sets how long threads spin, or without /proc/stat (Linux).
+    Results stay bit-identical, because the number of computing threads does not change.
     """
     is_decided = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
     if is_decided or not STAT.exists():
@@ -34,7 +34,7 @@ def share_cores(n_threads: int) -> None:
     watch = the_watch()
     watch.n_threads = n_threads
     if n_threads > 1 and watch.ident is None:
-        with suppress(RuntimeError):  # no more threads can be had
+        with suppress(RuntimeError):  # no more threads can be started
             watch.start()
             atexit.register(watch.end)
 
@@ -46,7 +46,7 @@ def the_watch() -> "Watch":
 
 
 class Watch(threading.Thread):
-    """Looks several times a second whether the threads should sleep or spin."""
+    """Checks several times a second whether the threads should sleep or spin."""
 
     n_threads = 1
     idle: "IdleThreads | None" = None
@@ -63,19 +63,19 @@ class Watch(threading.Thread):
                 self.adapt(now.cores_of_others(before) + self.n_threads - now.n_cores)
                 before = now
         except (OSError, RuntimeError):
-            return  # no more files or threads can be had
+            return  # no more files can be opened, or threads started
         except (ValueError, IndexError):
-            return  # /proc/stat has another form here, as in some containers
+            return  # /proc/stat has a different format, as in some containers
         finally:
             self.adapt(-math.inf)
 
     def end(self) -> None:
-        """End the threads: Python aborts at its exit if one of them is inside of torch."""
+        """End the threads: Python aborts at exit if one of them is inside torch."""
         self._is_over.set()
         self.join()
 
     def adapt(self, n_taken: float) -> None:
-        """Let the threads sleep or spin. Args: n_taken, cores that others take from them."""
+        """Make the threads sleep or spin. Args: n_taken, cores that other processes take."""
         if self.idle is None and n_taken > _BUSY and self.n_threads > 1:
             self.idle = IdleThreads(self.n_threads)
         elif self.idle is not None and n_taken < _FREE:
@@ -84,32 +84,32 @@ class Watch(threading.Thread):
 
 
 class CoreUse:
-    """Seconds that cores have computed: for this process, and for all on the cores it may use."""
+    """CPU seconds of this process, and of all processes on the cores that it may use."""
 
     def __init__(self) -> None:
         self.at_s, self.own_s = time.monotonic(), time.process_time()
         cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         self.n_cores = len(cores)
-        # user, nice, system, idle, iowait, irq, softirq, steal. Processes of low priority (nice)
-        # take no core from this one, unless it is one of them.
+        # user, nice, system, idle, iowait, irq, softirq, steal. Low-priority (nice) processes
+        # take no core from this one, unless it is one itself.
         fields = (1, 2, 3, 6, 7, 8) if os.nice(0) > 0 else (1, 3, 6, 7, 8)
         rows = [line.split() for line in STAT.read_text().splitlines()]
         ticks = sum(int(row[field]) for row in rows if row[0] in cores for field in fields)
         self.all_s = ticks / os.sysconf("SC_CLK_TCK")
 
     def cores_of_others(self, before: "CoreUse") -> float:
-        """Return how many cores other processes used since then, on average."""
+        """Return the average number of cores that other processes used since ``before``."""
         others_s = self.all_s - before.all_s - (self.own_s - before.own_s)
         return others_s / (self.at_s - before.at_s)
 
 
 class IdleThreads:
-    """OpenMP threads without work, so many that this process has more threads than cores."""
+    """Enough idle OpenMP threads that this process has more threads than cores."""
 
     def __init__(self, n_threads: int) -> None:
-        """Args: n_threads, how many compute in parallel: more than one.
+        """Args: n_threads, number of threads that compute in parallel, more than one.
 
-        Raises: RuntimeError if so many threads, and a few more, cannot be had.
+        Raises: RuntimeError if that many threads, and a few more, cannot be started.
         """
         self._has_ended = threading.Event()
         n_missing = len(os.sched_getaffinity(0)) - n_threads + 1
@@ -124,7 +124,7 @@ class IdleThreads:
     def _hold(self, n_threads: int) -> None:
         import torch
 
-        # A thread that computes in parallel gets OpenMP threads of its own, until it ends.
+        # A thread that computes in parallel gets its own OpenMP threads, until it ends.
         torch.zeros(n_threads * 2**15, dtype=torch.uint8).add_(1)
         self._has_ended.wait()
 
@@ -136,9 +136,9 @@ class IdleThreads:
 
 
 def _try_threads(n_threads: int) -> None:
-    """Start threads and end them: libgomp ends the whole process if it cannot have one.
+    """Start and end threads as a test, because libgomp exits if it cannot start one.
 
-    Raises: RuntimeError if so many cannot be had.
+    Raises: RuntimeError if that many cannot be started.
     """
     is_tried = threading.Event()
     tried: list[threading.Thread] = []

@@ -1,6 +1,6 @@
-"""Command-line options made from config dataclasses and function signatures.
+"""Command-line options built from config dataclasses and function signatures.
 
-A command is a function whose parameters say what it takes:
+A command is a function whose parameters declare its arguments and options:
 
     @command
     def sample(
@@ -11,9 +11,9 @@ A command is a function whose parameters say what it takes:
 
 A config dataclass becomes one option per field that is declared with ``fields.option``: named as
 the field, with its type, default and choices, and the first sentence of its docstring as help. The
-command gets the config, built and checked.
+command receives the validated config.
 
-``commands.help.conditions`` says which options have no effect in the way a command is called.
+``commands.help.conditions`` refuses options that would have no effect in a call.
 """
 
 import ast
@@ -51,12 +51,12 @@ _METAVARS = {bool: None, int: "N", float: "N", Path: "FILE"}
 
 @dataclass(frozen=True)
 class Option:
-    """What --help shows of an option, beyond its name, type and default."""
+    """How an option is shown and parsed, beyond its parameter's name, type and default."""
 
     text: str = ""
-    """What it sets, in one line."""
+    """One-line description."""
     group: str = "General"
-    """Heading that it is listed under."""
+    """Heading that --help lists it under."""
     metavar: str = ""
     """Placeholder of the value. Empty derives one from the type."""
     shown: str = ""
@@ -72,32 +72,32 @@ class Option:
     is_listed: bool = True
     """Whether --help shows it."""
     has_escapes: bool = False
-    r"""Whether \n, \r, \t and \\ in the value stand for the characters."""
+    r"""Whether \n, \r, \t and \\ in the value are escape sequences."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """Which fields of a config dataclass become options, as an annotation of a parameter."""
+    """Annotation that selects which fields of a config dataclass become options."""
 
     config: type | None = None
-    """Dataclass of a parameter that gets only what was given, as nested plain values."""
+    """Dataclass of a ``dict`` parameter, which receives only the given values, nested and plain."""
     only: tuple[str, ...] = ()
-    """Names of the fields, dotted below the dataclass. Empty for all that are options."""
+    """Names of the fields to include, dotted if nested. Empty for all that are options."""
     without: tuple[str, ...] = ()
-    """Names of fields left out."""
+    """Names of fields to leave out."""
     unlisted: tuple[str, ...] = ()
     """Names of fields that --help does not show, because the command refuses other values."""
     group: str = ""
-    """Heading of all of them. Empty for each field's own."""
+    """Heading for all of these options. Empty for each field's own."""
     defaults: object = None
-    """Config whose values are the defaults. None for the dataclass's own."""
+    """Config whose values are the defaults. None for the defaults of the dataclass."""
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Turn a function's parameters into the arguments and options of a command.
 
     A parameter is a config dataclass, alone or with ``Fields``; ``Annotated[dict, Fields(...)]``,
-    which gets only what was given; ``Annotated[type, Option(...)]``; or declared as typer does.
+    which receives only the given values; ``Annotated[type, Option(...)]``; or a typer declaration.
     """
     signature = inspect.signature(function)
     shown: list[inspect.Parameter] = []
@@ -123,7 +123,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(**typed: Any) -> None:
-        del typed["debug"]  # main looks for it
+        del typed["debug"]  # main looks for it in sys.argv
         typed = {name: value for name, value in typed.items() if value not in (None, [], ())}
         given = dict(defaults)
         for name, value in typed.items():
@@ -149,7 +149,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def _fields(
     config: Any, path: tuple[str, ...], chosen: Fields, defaults: object
 ) -> Iterator[inspect.Parameter]:
-    """Yield the options of a config dataclass, those of dataclasses in it included."""
+    """Yield the options of a config dataclass and of the dataclasses nested in it."""
     heading = config.__name__.removesuffix("Config")
     for f in fields(config):
         here = (*path, plain_key(f.name))
@@ -183,10 +183,10 @@ def _docstrings(path: str) -> dict[tuple[str, str], str]:
 def _parameter(
     path: tuple[str, ...], hint: Any, default: Any, about: Option, *, is_layered: bool = False
 ) -> inspect.Parameter:
-    """Return an option as typer declares it.
+    """Return an option as a parameter that typer understands.
 
-    Args: path, where its value goes: the parameter, and for a config the names of table and field.
-        is_layered, whether it goes over other settings, so that a flag needs its opposite too.
+    Args: path, names that lead to its value: the parameter, then the fields of nested configs.
+        is_layered, whether it overrides other settings, so that a flag needs its negation too.
     """
     words, kinds = parts_of(hint)
     kind = next((get_origin(kind) or kind for kind in kinds if kind is not NoneType), str)
@@ -242,12 +242,12 @@ def _help(about: Option, choices: Sequence[str], default: Any, kind: type) -> st
 
 
 def listed(words: Sequence[str], last: str) -> str:
-    """Return words as a list in a sentence. Args: last, the word before the last one."""
+    """Join words as a list in a sentence. Args: last, the conjunction before the last one."""
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def _unescape(text: str) -> str:
-    r"""Read \n, \r, \t and \\, hard to type in a shell, as the characters that they stand for."""
+    r"""Replace \n, \r, \t and \\, hard to type in a shell, with the characters they mean."""
     meanings = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nrt\\])", lambda match: meanings[match[1]], text)
 
@@ -258,12 +258,12 @@ def argument(metavar: str, text: str) -> Any:
 
 
 THREADS = "[1, 1024]"
-"""Valid numbers of CPU threads; far more of them than cores crash OpenMP."""
+"""Valid range of CPU threads; far more threads than cores crash OpenMP."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Which model to load, and where and how it computes."""
+    """Which model to load, and how to run it."""
 
     model: str | None = option(None, group="Model", metavar="PATH", shown="the newest run")
     """Model folder, name of a run, or org/name on the Hub."""
@@ -281,14 +281,14 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptForm:
-    """How a prompt becomes tokens."""
+    """How a prompt is converted to tokens."""
 
     special: bool = option(False, group="Prompt")
     """Parse special tokens in the prompt, such as <|endoftext|>."""
     chat: bool = option(False, group="Prompt")
-    """Apply the model's chat template: the prompt is a message of the user."""
+    """Apply the model's chat template: the prompt is a user message."""
     system: str | None = option(None, group="Prompt", shown="none")
-    """System message that the chat begins with."""
+    """System message at the start of the chat."""
     chat_template: str | None = option(None, group="Prompt", metavar="FILE", shown="the model's")
     """Jinja file of a chat template, or the name of one of several in the model folder."""
 

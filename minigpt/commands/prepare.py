@@ -35,8 +35,8 @@ def prepare(
 ) -> None:
     """Tokenize text before training.
 
-    minigpt train DIR then takes the folder instead of text. Training tokenizes its text too, into
-    its cache; this command is for text that takes long, is trained on elsewhere, or may be
+    minigpt train DIR then accepts the folder in place of text. Training also tokenizes its text,
+    into a cache; use this command for text that takes long, is trained on elsewhere, or may be
     interrupted: run again, it continues and writes the same files.
 
     The tokens are written in shards of 17 million each.
@@ -101,9 +101,9 @@ def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text
     from minigpt.console import one_line
     from minigpt.format import count, with_unit
 
-    speed = "all of it was there"
+    speed = "all tokens existed already"
     if work.seconds:
-        rest = "; the rest was there" if work.n_bytes < manifest.n_bytes else ""
+        rest = "; the rest existed already" if work.n_bytes < manifest.n_bytes else ""
         speed = f"{work.n_bytes / 1e6 / work.seconds:.3g} MB/s: {with_unit(work.n_bytes, 'B')} in "
         speed += f"{work.seconds:.1f} s{rest}"
     return fact_lines(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def command_line(*words: str) -> str:
-    """Return a shell command that calls this program, as it was called, with other arguments."""
+    """Return a shell command that calls this program the same way, with other arguments."""
     called = Path(sys.argv[0])
     program = [_shortest(Path(sys.executable)), sys.argv[0]]  # python cli.py
     if called.name == "__main__.py":

@@ -36,18 +36,19 @@ def train(
 
     Nothing is printed. The first Ctrl-C saves a checkpoint and ends the training.
 
-    Args: data, a path or several, as DATA of the command; nothing for its default text. name, of
-        the folder in checkpoints/; None derives it. resume, whether to continue that run, or the
+    Args: data, one path or several, like DATA of the command; empty for its default text. name, of
+        the folder in checkpoints/; None derives one. resume, whether to continue that run, or the
         newest one. on_event, called with each event of training/events.py. settings, fields of
-        ModelConfig, TrainingConfig and DataConfig by their names, preset, and from_ (a model to
+        ModelConfig, TrainingConfig and DataConfig by name, preset, and from_ (a model to
         fine-tune).
-    Returns: checkpoints/NAME, which ``minigpt.generate``, ``trace`` and ``evaluate`` take.
+    Returns: checkpoints/NAME, which ``minigpt.generate``, ``trace`` and ``evaluate`` accept.
     Raises: ConfigError for an invalid setting, or if the run exists; DataError, CheckpointError,
-        DivergedError, ResourceError and LockedError as the command; KeyboardInterrupt after Ctrl-C.
+        DivergedError, ResourceError and LockedError like the command; KeyboardInterrupt after
+        Ctrl-C.
     """
     if os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         raise ConfigError(
-            "minigpt.train is one process. Use the command minigpt train in torchrun."
+            "minigpt.train runs in one process. Under torchrun, use the command minigpt train."
         )
     paths = _texts(data)
     given = {"data": {"paths": paths}} if paths else {}
@@ -66,12 +67,12 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
 
         minigpt.evaluate("book", "other.txt", stride=32)["bits_per_byte"]
 
-    Args: model, as for ``--model``; None for the newest run. data, a path or several, as DATA of
-        the command; nothing for the text that the run validates on. options, those of the command
-        by their names: val_fraction, eval_tokens, context_length, stride, batch_size, dtype,
-        device, quantize, threads.
-    Returns: what ``--json`` prints: nats_per_token, bits_per_byte, perplexity, n_tokens and so on.
-    Raises: ConfigError, CheckpointError and DataError as the command.
+    Args: model, as for ``--model``; None for the newest run. data, one path or several, like DATA
+        of the command; empty for the run's validation text. options, those of the command by name:
+        val_fraction, eval_tokens, context_length, stride, batch_size, dtype, device, quantize,
+        threads.
+    Returns: the dict that ``--json`` prints: nats_per_token, bits_per_byte, perplexity and so on.
+    Raises: ConfigError, CheckpointError and DataError like the command.
     """
     sources = {f.name for f in fields(ModelSource)} - {"dtype", "compile"}
     about = {key: options.pop(key) for key in sources & options.keys()}
@@ -89,9 +90,9 @@ def _texts(data: Paths) -> list[str]:
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings by the tables of RunConfig that have them.
+    """Return settings nested in the tables of RunConfig that they belong to.
 
-    Raises: ConfigError for a name that none has.
+    Raises: ConfigError for an unknown name.
     """
     tables = {f.name: table for table, config in _TABLES.items() for f in fields(config)}
     tops = [plain_key(f.name) for f in fields(RunConfig) if f.name not in _TABLES]
@@ -108,7 +109,7 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Listener(Display):
-    """Passes the events of a training run on, in the place of its display."""
+    """Forwards the events of a training run to the caller instead of displaying them."""
 
     def __init__(self, on_event: Callable[[Event], None] | None) -> None:
         self._on_event = on_event

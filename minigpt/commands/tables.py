@@ -18,7 +18,7 @@ def aligned(
 ) -> Iterator[Text]:
     """Yield rows as lines of aligned cells.
 
-    Args: sides, left or right for each column; width, of the terminal, to which the first column
+    Args: sides, left or right for each column; width, of the terminal, for which the first column
         is truncated; None does not truncate.
     """
     widths = [max(cell.cell_len for cell in column) for column in zip(*rows, strict=True)]
@@ -38,7 +38,7 @@ def aligned(
 
 
 def fact_lines(facts: Mapping[str, str]) -> Iterator[Text]:
-    """Yield facts as lines, each after its name."""
+    """Yield a line for each fact, its name first."""
     rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
     yield from aligned(rows, ["left"] * 2)
 

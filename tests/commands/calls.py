@@ -38,7 +38,7 @@ def error_line(result: Result) -> str:
     assert result.err.endswith("\n")
     line = result.err.removeprefix("error: ").removesuffix("\n")
     assert line.isprintable(), line  # and no line breaks
-    assert "bug of minigpt" not in line, line
+    assert "bug in minigpt" not in line, line
     return line
 
 

@@ -145,7 +145,7 @@ def test_a_sliding_window_is_reported(run: Run) -> None:
     assert (facts["n_tokens"], facts["finish_reason"]) == (50, "length")
     # The window slides at 65 tokens and keeps 36; then again after 29 more.
     assert (facts["n_slides"], facts["n_forgotten"]) == (2, 58)
-    assert "; the window slid 2 times, 58 tokens are forgotten" in result.err
+    assert "; the window slid 2 times and dropped 58 tokens" in result.err
     short = json.loads(run(*words, "--json", "--max-new-tokens", "5").out)
     assert (short["n_slides"], short["n_forgotten"]) == (0, 0)
     assert facts["text"].startswith(short["text"])
@@ -295,7 +295,7 @@ def test_a_compiled_graph_in_the_cache_is_used_by_default_and_reported(
     monkeypatch.setattr(fast, "is_cached", lambda model: True)
     monkeypatch.setattr(compiled, "load_step", uncompiled)
     cached = run(*words)
-    assert "decoding through the compiled graph in the cache; --no-compile" in cached.err
+    assert "decoding with the compiled graph in the cache; --no-compile" in cached.err
     assert cached.out == eager.out
     assert "compiled graph" not in run(*words, "--no-compile").err
     n_said = run(*words, "--num-samples", "2").err.count("compiled graph")

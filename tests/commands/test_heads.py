@@ -83,7 +83,7 @@ def test_the_terminal_shows_a_grid_or_a_table_with_a_legend(run: Run, folder: Pa
         assert shown == [round(100 * score) for score in scores]
     for result in (grid, table):
         legend = " ".join(result.out.split("\n\n")[1].split())
-        assert legend.startswith("Shares of the attention, on 32 random tokens and a copy of them.")
+        assert legend.startswith("Shares of attention on 32 random tokens followed by a copy.")
         assert all(len(line) <= 100 for line in result.out.splitlines())
 
 

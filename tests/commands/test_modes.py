@@ -10,7 +10,7 @@ import pytest
 from calls import TINY, Run, error_line
 
 from minigpt.commands.help.conditions import MODES
-from minigpt.commands.help.usage import VOID_IF
+from minigpt.commands.help.usage import INEFFECTIVE_IF
 from minigpt.config import DataConfig, ModelConfig, SamplingConfig, TrainingConfig
 from minigpt.fields import choices_in, require_within
 
@@ -214,7 +214,7 @@ def test_an_option_is_never_read_as_the_value_of_another(
 ) -> None:
     result = run(*words)
     assert result.code == 2
-    assert error_line(result).startswith(f"{name} needs a value, and {value!r} is an option.")
+    assert error_line(result).startswith(f"{name} needs a value, but {value!r} is an option.")
     assert not list(workplace.iterdir())
 
 
@@ -326,7 +326,7 @@ def test_conditions_for_settings_without_effect_are_valid_values() -> None:
     n_conditions = 0
     for table, config in tables.items():
         for f in fields(config):
-            for other, value in VOID_IF.get(f.name, ()):
+            for other, value in INEFFECTIVE_IF.get(f.name, ()):
                 place, _, name = other.rpartition(".")
                 (field,) = (o for o in fields(tables[place or table]) if o.name == name)
                 choices = choices_in(field.type) or field.metadata["choices"]

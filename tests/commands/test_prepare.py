@@ -58,7 +58,7 @@ speed   \S+ MB/s: 3\.42 kB in \d+\.\d s
     assert re.fullmatch(expected, result.out), result.out
     assert re.fullmatch(r"next    .*train b\n", result.err)
     again = run(*words, "b")
-    assert again.out.splitlines()[-1] == "speed   all of it was there"
+    assert again.out.splitlines()[-1] == "speed   all tokens existed already"
     assert facts_of(run(*words, "b", "--json"))["mb_per_s"] is None
 
 

@@ -201,7 +201,7 @@ def test_an_unexpected_error_is_one_line_and_debug_adds_the_traceback(
     monkeypatch.setattr(loading, "resolve_model", fail)
     plain = run("generate", "text")
     assert plain.code == 1
-    expected = "error: PanicError: line one line \\x1b[31m two. This is a bug of minigpt; --debug"
+    expected = "error: PanicError: line one line \\x1b[31m two. This is a bug in minigpt; --debug"
     assert plain.err.startswith(expected)
     assert plain.err.count("\n") == 1
     traced = run("generate", "text", "--debug")

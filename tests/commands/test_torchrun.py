@@ -190,7 +190,7 @@ def test_ranks_killed_at_random_moments_resume_with_the_same_bits(
                 n_killed += 1
         code, out, err = end_of(process)
         assert out == ""
-        assert "bug of minigpt" not in err, err
+        assert "bug in minigpt" not in err, err
         latest = RUN.latest()
         assert (latest.step if latest else 0) >= newest, "a checkpoint was lost"
         newest = latest.step if latest else 0

@@ -63,7 +63,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_same_bits(
             process.send_signal(number)
             n_kills += 1
         error = process.communicate(timeout=60)[1].decode()
-        assert "bug of minigpt" not in error
+        assert "bug in minigpt" not in error
         if number != signal.SIGKILL:
             assert "Traceback" not in error
             # While Python starts, the default signal action ends it.

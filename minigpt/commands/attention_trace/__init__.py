@@ -1,4 +1,4 @@
-"""minigpt attention-trace; --help is the command's docstring, and what help/texts.py adds."""
+"""minigpt attention-trace; --help is the command's docstring and its text in help/texts.py."""
 
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -92,7 +92,7 @@ def attention_trace(
     if described := find_ring("commands.attention_trace.described"):
         output, config = described.output_for(ready, sampling, config, targets)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
-    is_whole = True
+    is_complete = True
     with output:
         for seed in range(first_seed, first_seed + sampling.num_samples):
             events = trace(
@@ -111,9 +111,9 @@ def attention_trace(
             )
             if seed == first_seed and (shown := find_ring("commands.display.compiling")):
                 events = shown.showing_start(events, ready.model, source.compile)
-            is_whole = output.show(events)
+            is_complete = output.show(events)
             note(f"seed {seed}")
-            if not is_whole:
+            if not is_complete:
                 break
-    if not is_whole:
+    if not is_complete:
         raise typer.Exit(130)

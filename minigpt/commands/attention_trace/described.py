@@ -1,4 +1,4 @@
-"""Traces on stdout with what stands above and below the rows, and whole characters."""
+"""Traces on stdout with a header, a footer and complete characters."""
 
 import os
 import sys
@@ -28,21 +28,21 @@ from minigpt.tracing.summary import footer_lines, header_lines, legend
 
 
 class DescribedOutput(TraceOutput):
-    """Shows traces with a header and a footer, which Ctrl-C does not cut off."""
+    """Shows traces with a header and a footer, which is shown after Ctrl-C too."""
 
     def __init__(self, layout: TraceLayout, *, model: Path | None = None) -> None:
         super().__init__(model=model)
         self.console = make_console(is_stderr=False)
         self._layout = layout
-        self._is_named = False  # the model, on stderr
-        self._compared: int | None = None  # the alternative that was named on stderr
+        self._is_named = False  # whether stderr has shown the model
+        self._compared: int | None = None  # id of the alternative token last noted on stderr
         self._joined = JoinedTokens()
-        self._header: TraceHeader | None = None  # of the trace that is shown
-        self._n_rows = 0  # of it, so far
-        self._waiting: list[TraceStep] = []  # steps whose token may be part of a character
+        self._header: TraceHeader | None = None  # of the current trace
+        self._n_rows = 0  # rows shown of the current trace
+        self._waiting: list[TraceStep] = []  # steps whose last character is incomplete
 
     def show(self, events: Iterator[Any]) -> bool:
-        """Show a trace as its events come; return whether it ended without Ctrl-C.
+        """Show a trace as its events arrive; return whether it ended without Ctrl-C.
 
         Raises: KeyboardInterrupt for Ctrl-C before the header.
         """
@@ -55,7 +55,7 @@ class DescribedOutput(TraceOutput):
         while footer is None:
             try:
                 event, proceed = proceed(), partial(next, events)
-                with signals_later():  # a row is shown as a whole, and once
+                with signals_later():  # a row is shown completely and only once
                     match event:
                         case TraceHeader():
                             header = event
@@ -64,7 +64,7 @@ class DescribedOutput(TraceOutput):
                         case TraceFooter():
                             footer = event
                     self.show_event(event)
-            except EndTrace:  # thrown into a generator that had ended
+            except EndTrace:  # thrown into a generator that had already ended
                 footer = TraceFooter(len(texts), None, time.perf_counter() - started, None)
                 self.show_event(footer)
             except (KeyboardInterrupt, SystemExit) as error:
@@ -80,12 +80,12 @@ class DescribedOutput(TraceOutput):
         return footer.finish is not None
 
     def show_event(self, event: Any) -> None:
-        """Show an event of a trace, and name the token that it is compared with."""
+        """Show an event of a trace, and note the token that --against compares with."""
         self._is_named |= self._model is not None
         self.name_model()
         against = event.against if isinstance(event, TraceHeader) else None
         if against is not None and against.n_tokens > 1 and against.id != self._compared:
-            self._compared = against.id  # once for several samples
+            self._compared = against.id  # noted once for several samples
             first = f"{token_name(against.data)}, the first of {against.n_tokens} tokens"
             note(f"--against {cut(against.text)}: compared with {first}")
         self.show_lines(event)
@@ -96,12 +96,12 @@ class DescribedOutput(TraceOutput):
             self._joined = JoinedTokens(token.data for token in event.prompt)
             self._header, self._n_rows = event, 0
             lines = header_lines(event, width)
-            if self._is_named and _are_one(sys.stdout, sys.stderr):
-                del lines[0]  # the model
+            if self._is_named and _share_file(sys.stdout, sys.stderr):
+                del lines[0]  # the model, shown already
             lines += legend(self._layout, event)
             print_lines(self.console, [*lines, [], self._layout.heading()])
         elif isinstance(event, TraceStep):
-            if event.token.position == len(self._joined.names):  # generated, not of the prompt
+            if event.token.position == len(self._joined.names):  # generated, not in the prompt
                 self._joined.add(event.token.data)
             self._n_rows += 1
             self._waiting.append(event)
@@ -113,7 +113,7 @@ class DescribedOutput(TraceOutput):
             print_lines(self.console, lines)
 
     def end(self, text: str | None) -> None:
-        """End a trace. Args: text, what was generated; None if nothing was."""
+        """End a trace. Args: text, the generated text; None if there is none."""
         if text is not None:
             print_lines(self.console, [[], [(text, "token")]], is_cut=False)
 
@@ -123,7 +123,7 @@ class DescribedOutput(TraceOutput):
         self._waiting = []
 
     def show_step(self, step: TraceStep, names: Sequence[str]) -> None:
-        """Show a step. Args: names, of all tokens so far."""
+        """Show a step. Args: names, display names of all tokens up to it."""
         rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
         print_lines(self.console, self._layout.step(replace(step, rows=tuple(rows)), names))
 
@@ -131,7 +131,7 @@ class DescribedOutput(TraceOutput):
 def output_for(
     ready: Ready, sampling: SamplingConfig, config: TraceConfig, targets: Any
 ) -> tuple[DescribedOutput, TraceConfig]:
-    """Return the output of the traces of a prompt, and their config with what it shows."""
+    """Return the output for the traces of a prompt, and their config with what it needs."""
     shape = ready.model.config
     end = len(ready.prompt) + sampling.max_new_tokens
     layout = make_layout(
@@ -144,7 +144,7 @@ def output_for(
     if config.n_sources is None:
         config = replace(config, n_sources=max(N_SOURCES, layout.n_sources))
     if targets.has_heads:
-        config = replace(config, has_heads=True)  # type: ignore[call-arg]  # of the analysis
+        config = replace(config, has_heads=True)  # type: ignore[call-arg]  # the analysis's
     if targets.are_lines:
         return DescribedOutput(layout, model=ready.folder), config
     if targets.position is not None:  # before the first row is shown
@@ -156,7 +156,7 @@ def output_for(
     return files.FileOutput(targets, layout, model=ready.folder), config
 
 
-def _are_one(out: TextIO, err: TextIO) -> bool:
+def _share_file(out: TextIO, err: TextIO) -> bool:
     """Return whether two streams go to the same terminal, pipe or file, as with 2>&1."""
     with suppress(OSError, ValueError):  # a stream without a descriptor
         return os.path.sameopenfile(out.fileno(), err.fileno())

@@ -1,4 +1,4 @@
-"""Traces as JSON, in any view, and in files (--json, --view, --out, --html, --dense and so on)."""
+"""Traces as JSON, in other views, and in files (--json, --view, --out, --html, --dense etc.)."""
 
 import hashlib
 import os
@@ -37,21 +37,21 @@ def check_files(
     *,
     replayed: Path | None = None,
 ) -> None:
-    """Check the view and the files before anything long begins.
+    """Check the view and the files before any long work.
 
-    Args: config, of a trace to come; replayed, the file that is shown, which must not be replaced.
-    Raises: ConfigError for a view of heads by a measure that has none, one of a lens that is not
-        there, a file without a folder or of another format's name, a picture without matplotlib,
-        one file for several traces, or several options that name one file; ResourceError for a file
-        that cannot be written.
+    Args: config, of a trace to generate; replayed, the file to show, which must not be overwritten.
+    Raises: ConfigError for a view of heads with a measure that has none, a lens view without a
+        lens, a missing folder, a suffix of another format, a picture without matplotlib, one file
+        for several traces, or one file named by several options; ResourceError for a file that
+        cannot be written.
     """
     measures = config.measures if config else ()
     if targets.view == "lens" and config and not getattr(config, "lens", False):
         raise ConfigError("--view lens shows what --lens measures. Add --lens.")
     if targets.view == "heads" and measures and not facts_of(measures[0]).has_heads:
         raise ConfigError(
-            f"--view heads shows the rows of single heads, and --measure {measures[0]} goes "
-            "through the whole model. Use --measure logit, or another view."
+            f"--view heads shows the rows of single heads, but --measure {measures[0]} is of the "
+            "entire model. Use --measure logit, or another view."
         )
     options: dict[str, str] = {}
     if replayed is not None:
@@ -62,14 +62,14 @@ def check_files(
             continue
         if name != "out" and n_samples > 1:
             raise ConfigError(
-                f"--{name} shows one trace, and there are {n_samples}. Leave --num-samples out."
+                f"--{name} shows one trace, but there are {n_samples}. Leave --num-samples out."
             )
         if str(path) == "-":
             raise ConfigError(f"--{name} takes the name of a file. Standard output is /dev/stdout.")
         suffix = path.suffix[1:].lower()
         if name in _PICTURES and suffix in _PICTURES and suffix != name:
             raise ConfigError(
-                f"--{name} writes {name.upper()}, not what {str(path)!r} is named for. Give "
+                f"--{name} writes {name.upper()}, but {str(path)!r} has another suffix. Use "
                 f"--{suffix}, or another name."
             )
         if name == "dense" and replayed is not None:  # it is read
@@ -79,17 +79,19 @@ def check_files(
         if other != f"--{name}":
             raise ConfigError(f"{other} and --{name} name the same file {str(path)!r}.")
         if not path.parent.is_dir():
-            raise ConfigError(f"--{name}: there is no folder {str(path.parent)!r}. Make it first.")
+            raise ConfigError(
+                f"--{name}: there is no folder {str(path.parent)!r}. Create it first."
+            )
         if name == "out" and _is_stdout(targets):
             if targets.view is not None or targets.as_json:
                 other = "--json" if targets.as_json else "--view"
                 raise ConfigError(
-                    f"--out {str(path)!r} is standard output, which {other} takes too. Leave "
+                    f"--out {str(path)!r} is standard output, where {other} writes too. Leave "
                     "one of them out."
                 )
             continue
         if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
-            # These files are written aside and renamed, which would replace a device.
+            # These files are written under another name and renamed, which would replace a device.
             raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
         if name in _PICTURES:
             ring("figures").require_matplotlib(path)
@@ -97,7 +99,7 @@ def check_files(
 
 
 def _is_stdout(targets: Targets) -> bool:
-    """Return whether --out is standard output, as /dev/stdout."""
+    """Return whether --out is standard output, such as /dev/stdout."""
     try:
         return targets.out is not None and os.path.samestat(os.stat(targets.out), os.fstat(1))
     except OSError:
@@ -105,9 +107,9 @@ def _is_stdout(targets: Targets) -> bool:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the SHA-256 of a folder's weights, its files concatenated.
+    """Return the SHA-256 of a folder's concatenated weight files.
 
-    Raises: CheckpointError if there are none; ResourceError if they may not be read.
+    Raises: CheckpointError if there are none; ResourceError if one cannot be read.
     """
     digest = hashlib.sha256()
     for path in weight_files(folder):
@@ -127,15 +129,15 @@ class FileOutput(DescribedOutput):
         model: Path | None = None,
         is_quiet: bool = False,
     ) -> None:
-        """Args: model, named on stderr when the first trace begins; is_quiet, for no stdout.
+        """Args: model, named on stderr when the first trace begins; is_quiet, for empty stdout.
 
-        Raises: ConfigError for a file that would replace one of the model.
+        Raises: ConfigError for a file that would overwrite one of the model.
         """
         super().__init__(layout, model=model)
-        its_own = {os.path.realpath(path) for path in model.iterdir()} if model else {}
+        model_files = {os.path.realpath(path) for path in model.iterdir()} if model else {}
         for name in _FILES:
             path: Path | None = getattr(targets, name)
-            if path is not None and os.path.realpath(path) in its_own:
+            if path is not None and os.path.realpath(path) in model_files:
                 raise ConfigError(
                     f"--{name}: {str(path)!r} is a file of the model. Choose another."
                 )
@@ -145,7 +147,7 @@ class FileOutput(DescribedOutput):
         self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
         self._drawn_files = [p for p in (targets.html, targets.svg, targets.png) if p is not None]
         self._is_kept = bool(self._drawn_files) or self._view not in ("", "json", LINES)
-        self._events: list[TraceEvent] = []  # of the trace that is shown, if it is kept
+        self._events: list[TraceEvent] = []  # of the current trace, if a view or file needs them
         self._files = ExitStack()
         self._out: BinaryIO | None = None
         self._rows = ExitStack()
@@ -169,20 +171,20 @@ class FileOutput(DescribedOutput):
             note(f"wrote {path}")
 
     def show(self, events: Iterator[Any]) -> bool:
-        """Show a trace as its events come; return whether it ended without Ctrl-C.
+        """Show a trace as its events arrive; return whether it ended without Ctrl-C.
 
-        Raises: as the base class; ConfigError if the trace lacks what a view needs; ResourceError
+        Raises: as in the base class; ConfigError if the trace has no data for a view; ResourceError
             if a file cannot be written.
         """
         self._events = []
         with self._rows:
-            is_whole = super().show(events)
+            is_complete = super().show(events)
         if self.dense is not None:
             note(f"wrote {self._targets.dense}")
-        return is_whole
+        return is_complete
 
     def show_lines(self, event: Any) -> None:
-        """Show an event as lines or JSON, if stdout shows that, and write it to --out."""
+        """Show an event as lines or JSON, if stdout shows those, and write it to --out."""
         if isinstance(event, TraceHeader):
             if self._digest is not None:
                 event = replace(event, model_sha256=self._digest)
@@ -211,14 +213,14 @@ class FileOutput(DescribedOutput):
             self._show_views(Trace.of(self._events))
 
     def _write(self, line: str, path: Path) -> None:
-        """Write a line of --out: aside, to be renamed at the end; or to a device or a pipe."""
+        """Write a line of --out to a file that is renamed at the end, or to a device or pipe."""
         if _is_stdout(self._targets):
             write_result(line)
             return
         with resource_errors(path):
             if self._out is None:
                 is_new = not path.exists() or path.is_file()
-                # realpath, as a link stays one; but a link to a pipe leads nowhere.
+                # realpath keeps a symbolic link in place, but cannot resolve one to a pipe.
                 place = Path(os.path.realpath(path))
                 file = writing_aside(place) if is_new else path.open("wb")
                 self._out = self._files.enter_context(file)

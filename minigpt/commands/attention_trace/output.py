@@ -16,7 +16,7 @@ class TraceOutput:
     """Shows traces on stdout, one after another; a context manager."""
 
     dense: Callable[[Tensor], None] | None = None
-    """Function that takes the weights of all heads at each step. None if nothing needs them."""
+    """Function called with the weights of all heads at each step. None if nothing needs them."""
 
     def __init__(self, *, model: Path | None = None) -> None:
         """Args: model, named on stderr when the first trace begins."""
@@ -29,7 +29,7 @@ class TraceOutput:
         """Nothing is open."""
 
     def show(self, events: Iterator[TraceEvent]) -> bool:
-        """Show a trace as its events come; return whether it ended without Ctrl-C."""
+        """Show a trace as its events arrive; return whether it ended without Ctrl-C."""
         for event in events:
             self.name_model()
             if isinstance(event, TraceStep):  # the token and what it attended to

@@ -26,13 +26,13 @@ from minigpt.tracing.wrapping import fit_start, one_line, wrapped
 
 _TOKEN_WIDTH = 9
 _MOST_ON_PAGE = 4_000_000
-"""Most weights of heads in a page; as many take some 10 MB."""
+"""Maximum number of head weights in an HTML page, where they take about 10 MB."""
 
 
 def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
     """Show the traces of a file as when they were generated, or with rows of other heads.
 
-    Raises: DataError for a file that is not a trace, or rows that are not its own; ConfigError for
+    Raises: DataError for a file that is not a trace, or rows of another trace; ConfigError for
         heads that the model does not have.
     """
     traces = read_traces(path)
@@ -40,7 +40,7 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
     check_files(targets, len(traces), replayed=path)
     if targets.dense is not None:
         header, n_kept = traces[0].header, N_SOURCES
-        if targets.html is not None:  # whole rows of heads, if they fit
+        if targets.html is not None:  # full rows of heads, if they fit
             n_rows = max(1, len(traces[0].steps)) * header.n_layer * header.n_head
             n_kept = max(N_SOURCES, min(len(traces[0].tokens), _MOST_ON_PAGE // n_rows))
         traces = [with_rows_of(traces[0], targets.dense, config, n_kept=n_kept)]
@@ -61,9 +61,9 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
 
 
 def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
-    """Print the difference at each token, and the means.
+    """Print the differences of two traces at each token, and the means.
 
-    Raises: DataError for files that are not traces, or not of the same tokens.
+    Raises: DataError for files that are not traces, or have different tokens.
     """
     one, other = _read(first), _read(second)
     diffs = list(diff_traces(one, other))
@@ -91,7 +91,7 @@ def _read(path: Path) -> Trace:
     traces = read_traces(path)
     if len(traces) > 1:
         raise DataError(
-            f"{str(path)!r} has {len(traces)} traces, and only files of one trace can be compared. "
+            f"{str(path)!r} has {len(traces)} traces, but only files of one trace can be compared. "
             "Trace without --num-samples."
         )
     return traces[0]

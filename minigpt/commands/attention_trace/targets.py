@@ -1,4 +1,4 @@
-"""Where a trace goes, as options of attention-trace."""
+"""Options of attention-trace for stdout and the files to write."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,12 @@ _FILES = "Files"
 
 @dataclass(frozen=True, kw_only=True)
 class Targets(Checked):
-    """What stdout shows of a trace, and the files that it is written to."""
+    """What stdout shows of a trace, and the files to write."""
 
     view: str | None = option(None, choices=_VIEWS, group="Output", shown=LINES)
     """View. None for lines, or for nothing if a replay writes a file."""
     position: int | None = option(None, group="Output", shown="the last")
-    """Generated token whose sources the view text or the picture strip shows."""
+    """Position of the token to show in --view text or --picture strip."""
     as_json: bool = option(False, group="Output", name="json")
     """Print JSON, one object per line."""
     out: Path | None = option(None, group=_FILES)
@@ -37,7 +37,7 @@ class Targets(Checked):
 
     @property
     def are_lines(self) -> bool:
-        """Whether there is nothing but lines on stdout."""
+        """Whether stdout shows only the lines of the rows, and no file is written."""
         paths = (self.out, self.dense, self.html, self.svg, self.png)
         is_other = self.as_json or self.view not in (None, LINES)
         return not is_other and all(path is None for path in paths)

@@ -37,7 +37,7 @@ def list_(
     it was written. The newest comes first.
 
     --model NAME uses the step marked best; --resume continues from the one marked latest. A step
-    marked damaged lacks a file, or has one of another size; verify checks every byte.
+    marked damaged has a missing file, or one of the wrong size; verify checks every byte.
     """
     entries = take_inventory(ROOT) if folder is None else inventory_of(folder)
     if as_json:
@@ -118,7 +118,7 @@ checkpoints = typer.Typer(
     rich_markup_mode=None,
     add_completion=False,
 )
-"""The command, made of those below."""
+"""Command group, with the commands below."""
 add(checkpoints, "list", list_)
 for function in (show, verify, prune, average, export):
     add(checkpoints, function.__name__, function)

@@ -29,11 +29,11 @@ def export(
 ) -> None:
     """Write a model as a GGUF file for llama.cpp and Ollama.
 
-    The file has the model's weights, vocabulary, special tokens and chat template. llama.cpp gives
-    texts the same ids, and with --type f32 the same greedy text. Models and vocabularies that it
-    would compute otherwise are refused; docs/export.md lists them.
+    The file contains the model's weights, vocabulary, special tokens and chat template. llama.cpp
+    encodes texts to the same ids, and with --type f32 generates the same greedy text. Models and
+    vocabularies that it would handle differently are refused; docs/export.md lists them.
 
-    q8_0 has 8-bit weights with a scale for each 32; rows of another length stay f16. Vectors are
+    q8_0 stores 8-bit weights with one scale per 32; rows not divisible by 32 stay f16. Vectors are
     always f32.
     """
     from minigpt.checkpoint.tools.gguf import export_gguf  # imports torch; list does not
@@ -63,7 +63,7 @@ def import_(
     *,
     tokenizer: Annotated[
         str | None,
-        Option("Vocabulary of a ckpt.pt", "Vocabulary", "NAME", shown="gpt2, if it has its size"),
+        Option("Vocabulary of a ckpt.pt", "Vocabulary", "NAME", shown="gpt2, if the size matches"),
     ] = None,
     vocabulary: Annotated[
         Path | None,
@@ -75,15 +75,15 @@ def import_(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a model folder from a pickle.
+    """Create a model folder from a pickle.
 
-    Reads nanoGPT's ckpt.pt, and folders of Hugging Face whose weights are in pytorch_model.bin, in
-    one file or several. Of a pickle, only tensors and plain values are read: no code in it is run.
-    --model never opens one.
+    Reads nanoGPT's ckpt.pt, and Hugging Face folders with weights in pytorch_model.bin, one file or
+    several. Only tensors and plain values are read from a pickle; its code is never run. --model
+    never opens a pickle.
 
-    nanoGPT keeps the vocabulary of a character-level model in meta.pkl, which is never opened:
-    --vocabulary gives the text that prepare.py read, whose sorted characters it is. gelu_tanh is
-    the activation of nanoGPT before June 2023, which its checkpoints do not record.
+    nanoGPT stores the vocabulary of a character-level model in meta.pkl, which is never opened.
+    Instead, --vocabulary names the text that prepare.py read: the vocabulary is its sorted
+    characters. nanoGPT used gelu_tanh before June 2023; its checkpoints do not record this.
     """
     from minigpt.checkpoint.tools.pickled import import_pickled
 

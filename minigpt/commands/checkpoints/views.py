@@ -12,7 +12,7 @@ from minigpt.commands import tables
 from minigpt.console import one_line
 from minigpt.format import count, with_unit
 
-if TYPE_CHECKING:  # a list needs no torch, which these import
+if TYPE_CHECKING:  # these import torch, which a list does not need
     from minigpt.checkpoint.stored_tensors import StoredTensor
     from minigpt.checkpoint.tools.inspection import Check, ModelFacts
     from minigpt.checkpoint.tools.inventory import Checkpoint, Entry
@@ -52,7 +52,7 @@ def _row(checkpoint: "Checkpoint") -> list[Text]:
 
 
 def verdict_line(verdict: "Check") -> Text:
-    """Return the line of a check."""
+    """Return the line that reports a check."""
     word, style = ("bad", "red") if verdict.problem else ("ok ", "green")
     good = {True: "as written, by SHA-256", False: "no manifest; names and shapes fit config.json"}
     facts = verdict.problem or good[verdict.has_manifest]
@@ -142,7 +142,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
 
 
 def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]]:
-    """Yield the rows of each tensor, those of identical blocks once."""
+    """Yield the rows of each tensor, and of identical blocks only once."""
     # Name of a tensor, or of a stack of blocks -> number of the block -> its tensors.
     found: dict[str, dict[str, list[tuple[str, StoredTensor]]]] = {}
     for tensor in tensors:

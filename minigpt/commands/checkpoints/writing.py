@@ -37,12 +37,13 @@ def prune(
 ) -> None:
     """Remove all steps of a run except best and latest.
 
-    Lists what would be removed, and asks. Damaged steps stay, as parts of them may be recovered by
-    hand. Nothing is removed while the run is training, or if a step to keep is damaged.
+    Lists what would be removed, and asks. Damaged steps are kept, because parts of them may be
+    recoverable by hand. Nothing is removed while the run is training, or if a step to keep is
+    damaged.
     """
     if not (yes or dry_run or sys.stdin.isatty()):
         raise ConfigError(
-            "prune asks before it removes, and standard input is not a terminal. Pass --yes "
+            "prune asks before it removes, but standard input is not a terminal. Pass --yes "
             "to remove, or --dry-run to list."
         )
     folder = RunFolder(run_named(run).folder)
@@ -71,12 +72,12 @@ def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:
             return doomed
     except LockedError:
         raise LockedError(
-            f"the run {run.path.name!r} is training. Prune it after that has ended."
+            f"the run {run.path.name!r} is training. Prune it when training has ended."
         ) from None
 
 
 def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
-    """Return the checkpoints to remove, once every byte of best and latest is verified."""
+    """Return the checkpoints to remove, after verifying every byte of best and latest."""
     steps = prunable(run, keep)
     checkpoints = entry_of(run.path).checkpoints
     for checkpoint in checkpoints:
@@ -85,7 +86,7 @@ def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
                 verify(checkpoint.folder, hashes=True)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"nothing is removed, as a step to keep is damaged: {error}"
+                    f"nothing is removed, because a step to keep is damaged: {error}"
                 ) from None
     return [checkpoint for checkpoint in checkpoints if checkpoint.step in steps]
 

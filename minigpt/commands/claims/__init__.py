@@ -30,7 +30,7 @@ def claims(
     parallel: training speed of an LSTM and a Transformer against sequence length.
 
     Each ends with a verdict: whether the numbers support the claim, and where they do not. All
-    three take a quarter of an hour on two CPU cores.
+    three together take a quarter of an hour on two CPU cores.
 
     Pictures need matplotlib: pip install 'minigpt-attention[plot]'.
     """

@@ -1,4 +1,4 @@
-"""How minigpt claims shows and writes a finding: a table, a judgement, JSON and a picture."""
+"""Output of minigpt claims: tables, judgements, JSON and pictures."""
 
 import json
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def show_finding(finding: Finding, *, as_json: bool) -> None:
 
 
 def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
-    """Write all findings to claims.json, a line each, and the picture of the last one."""
+    """Write all findings to claims.json, one per line, and the picture of the last one."""
     lines = "".join(json.dumps(record(finding)) + "\n" for finding in findings)
     write_atomically(folder / "claims.json", lines.encode())
     last = findings[-1]

@@ -25,7 +25,7 @@ _VARIANTS = ", ".join([*ATTENTIONS, *list(ARCHS)[1:]])
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonConfig(Checked):
-    """The variants and seeds of a comparison, and what is shown of it."""
+    """Variants, seeds, budget and output of a comparison."""
 
     variants: str = option(
         "scaled_dot,additive,general,lstm", metavar="NAME,NAME", text=f"Variants: {_VARIANTS}"
@@ -70,15 +70,15 @@ def compare(
 
     Trains each variant with each seed, on the same text in the same order, and prints a table
     sorted by validation loss. All have as many parameters as the preset, within 3 %: the width of
-    the MLP, or of a whole LSTM, is chosen to match. All other settings are the same.
+    the MLP, or of the entire LSTM, is chosen to match. All other settings are the same.
 
     --budget is per run: optimizer steps, seconds of training, or floating-point operations as
-    minigpt counts them. Without :N, it is the steps of the preset (on a small text, those of its
-    limit of epochs if they are fewer), or 60 seconds. Dropout and averaged weights are those that
-    `train` chooses for a text of this size; no run stops early.
+    minigpt counts them. Without :N, it is the preset's steps (or those of the epoch limit for a
+    small text, if fewer), or 60 seconds. Dropout and weight averaging are those that `train`
+    chooses for a text of this size; no run stops early.
 
-    Each run is a training run in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves; the same command
-    resumes, and with more seeds or variants adds their runs.
+    Each run is a training run in checkpoints/NAME-VARIANT-sSEED. Ctrl-C saves a checkpoint; the
+    same command resumes, and more seeds or variants add runs.
 
     --out needs matplotlib: pip install 'minigpt-attention[plot]'.
     """

@@ -59,10 +59,10 @@ _MIN_EVALUATIONS = 10  # of a run with a known number of steps
 
 
 def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_json: bool) -> None:
-    """Train the runs that are not finished, and print the results.
+    """Train the unfinished runs, and print the results.
 
-    Raises: ConfigError for invalid settings, or if a run exists with other settings; otherwise as
-        ``train_job``.
+    Raises: ConfigError for invalid settings, or if a run exists with other settings; others as
+        in ``train_job``.
     """
     if config.out is not None:
         require_matplotlib(config.out, PICTURES, what="--out")
@@ -133,7 +133,7 @@ def _planned(
     runs = compared_runs(base, variants, config.seeds, budget, name)
     if given(overrides, "training", "eval_every") is None:
         runs = [replace(run, config=_evaluated_often(run.config)) for run in runs]
-    # As the trainer saves it, so that the same command finds the settings that it wrote.
+    # As the trainer saves them, so that the same command finds the same settings again.
     runs = [replace(run, config=with_text(run.config, data)[0]) for run in runs]
     for run in runs:
         checked_name(run.folder.path.name)
@@ -143,7 +143,7 @@ def _planned(
 
 
 def _evaluated_often(config: RunConfig) -> RunConfig:
-    """Return the config with enough evaluations for a curve, also for a short run."""
+    """Return the config with enough evaluations for a curve, even in a short run."""
     training = config.training
     every = max(1, training.max_steps // _MIN_EVALUATIONS)
     if not training.max_steps or 0 < (training.eval_every or 0) <= every:
@@ -182,7 +182,7 @@ def _is_finished(run: ComparedRun) -> bool:
 
 
 def _train(runs: Sequence[ComparedRun], data: PreparedData) -> int:
-    """Train the runs that are not finished; return the number of a signal, 0 if none came."""
+    """Train the unfinished runs; return the number of the signal that stopped them, or 0."""
     for number, run in enumerate(runs, start=1):
         with run.folder.lock():
             if _is_finished(run):

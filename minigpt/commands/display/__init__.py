@@ -1,1 +1,1 @@
-"""What a person sees while a command works: progress, a status line, the start of compiling."""
+"""Displays of a running command: progress, a status line, and the compilation of a model."""

@@ -1,4 +1,4 @@
-"""What is shown while a model is compiled."""
+"""Progress and notes while a model is compiled."""
 
 import atexit
 import sys
@@ -20,10 +20,10 @@ _EVERY_S = 10
 def showing(
     model: LanguageModel, compiles: bool | None, n_rows: int
 ) -> AbstractContextManager[Any]:
-    """Return the context of making a decoder, which shows that the model is being compiled.
+    """Return a context in which to create a decoder; it shows when the model is being compiled.
 
-    On a terminal, a model that could be compiled but is not is compiled in the background when the
-    command ends, for later starts, if it was decoded for long enough.
+    On a terminal, a model that was decoded uncompiled for long enough is compiled in the background
+    when the command ends, so that later commands start compiled.
 
     Args: as for ``fast.is_compiled``.
     """
@@ -32,14 +32,14 @@ def showing(
         return nullcontext()
     if not fast.is_compiled(model, compiles, n_rows):
         if compiles is None and n_rows == 1:
-            atexit.unregister(_compile_later)  # of an earlier decoder
+            atexit.unregister(_compile_later)  # registered for an earlier decoder
             atexit.register(_compile_later, model, time.monotonic())
         return nullcontext()
     if compiles is None and model.device.type == "cpu":
-        note("decoding through the compiled graph in the cache; --no-compile does without it")
+        note("decoding with the compiled graph in the cache; --no-compile turns this off")
         return nullcontext()
     if not sys.stderr.isatty():
-        return _saying("compiling the model, the first time for a minute or two")
+        return _noting("compiling the model, which takes a minute or two the first time")
     return ProgressLine("compiling the model")
 
 
@@ -63,17 +63,17 @@ def _compile_later(model: LanguageModel, began_at: float) -> None:
 
 
 @contextmanager
-def _saying(what: str) -> Iterator[None]:
-    """Write a line every ten seconds until the block ends."""
+def _noting(what: str) -> Iterator[None]:
+    """Print a note every ten seconds until the block ends."""
     is_done = threading.Event()
 
-    def say() -> None:
+    def repeat() -> None:
         n_seconds = 0
         while not is_done.wait(_EVERY_S):
             n_seconds += _EVERY_S
             note(f"{what}: {n_seconds} s")
 
-    thread = threading.Thread(target=say, daemon=True)
+    thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The progress of a long task on stderr: live on a terminal, now and then a line elsewhere."""
+"""The progress of a long task on stderr: live on a terminal, occasional lines elsewhere."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ from minigpt.streams import wrapped
 from minigpt.styles import spans_to_text
 from minigpt.text.escape import printable
 
-if TYPE_CHECKING:  # progress is shown without the ring of corpora too
+if TYPE_CHECKING:  # progress works without the ring of corpora too
     from minigpt.text.corpus import PrepareProgress
 
 FREE_CELLS = 3
@@ -37,12 +37,12 @@ _STAGES = {
 
 @dataclass
 class StatusLine:
-    """A line that rich can draw again and again: what is being done, a bar and facts."""
+    """A line that rich can redraw: the current task, a bar and facts."""
 
     label: str = ""
-    """Current work. An empty label is not shown."""
+    """Current task. Empty shows no line."""
     share: float = 0.0
-    """Share of it that is done, 0 to 1."""
+    """Completed share of the task, 0 to 1."""
     facts: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -55,7 +55,7 @@ class StatusLine:
     ) -> Text:
         """Return the line in at most ``width`` cells; bar and label shrink before the facts.
 
-        Args: facts, shown in place of the line's own.
+        Args: facts, shown instead of the line's own.
         """
         # From wide to narrow; the first layout that fits is used.
         layouts = ((self.label, "  ", _SHORTEST_BAR), (self.label, " ", _SHORTEST_BAR))
@@ -79,8 +79,8 @@ class StatusLine:
 class LiveLines(Live):
     """Lines that rich redraws in place, even if the terminal was narrowed in between.
 
-    A terminal wraps lines that no longer fit into more rows than were drawn, and rich alone would
-    erase too few. On a terminal that truncates them instead, as many rows above are lost from view.
+    A terminal wraps lines that no longer fit into additional rows, and rich alone would not erase
+    those. On a terminal that truncates lines instead, as many rows above them are erased.
     """
 
     def __init__(self, lines: RenderableType, console: Console) -> None:
@@ -118,10 +118,10 @@ class _Measured:
 
 
 class ProgressLine:
-    """The progress of one task after another, as a context manager."""
+    """Context manager that shows the progress of successive tasks."""
 
     def __init__(self, label: str = "", *, is_quiet: bool = False) -> None:
-        """Args: label, the first task. Nothing is shown before it has one, or if is_quiet."""
+        """Args: label, of the first task; nothing is shown while it is empty, or if is_quiet."""
         self.console = make_console(is_stderr=True)
         self.console.quiet = is_quiet
         self.line = StatusLine(label)
@@ -146,7 +146,7 @@ class ProgressLine:
         self.console.print(*wrapped(one_line(text)), sep="\n", style="dim")
 
     def print_fact(self, name: str, fact: str) -> None:
-        """Print a fact after its name, wrapped beside it."""
+        """Print a fact after its name, wrapped in a column of its own."""
         for line in wrapped(fact, indent=7):
             self.console.print(spans_to_text([(f"{name:<7}", "dim"), (line, "plain")]))
             name = ""
@@ -156,7 +156,7 @@ class ProgressLine:
     ) -> None:
         """Show the current task, the share of it that is done (0 to 1), and facts about it.
 
-        Without a terminal, a line is printed every few seconds, or if it is due.
+        Without a terminal, a line is printed every few seconds, or if is_due.
         """
         self.line.label, self.line.share, self.line.facts = label, share, facts
         is_due = is_due or time.monotonic() - self._last_line_at >= PLAIN_EVERY_S

@@ -11,28 +11,28 @@ from minigpt.run_config import Dtype
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig(Checked):
-    """The text to evaluate on, and how it is cut into windows."""
+    """The text to evaluate on, and how to split it into windows."""
 
     data: tuple[str, ...] = option((), group="Text", metavar="PATH")
     """Another DATA; repeat for several."""
     val_fraction: float | None = option(None, "(0, 1)", group="Text", shown="all")
     """Fraction of the text to evaluate on: the part that training on it would validate on."""
     eval_tokens: int | None = option(None, "[1, inf)", group="Text", shown="all")
-    """Most tokens to predict, in evenly spaced windows."""
+    """Maximum number of tokens to predict, in evenly spaced windows."""
     format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
         None, group="Text", shown="by suffix or content"
     )
     """Format of all files."""
     field: str | None = option(None, group="Text", metavar="NAME", shown="text")
-    """Field or column that has the text of a row."""
+    """Field or column with the text of a row."""
     encoding: str | None = option(None, group="Text", metavar="NAME", shown="utf-8")
     """Character encoding of the files, by its name in Python."""
     skip_bad: bool = option(False, group="Text")
-    """Leave out rows without text, broken or not in the encoding, and count them."""
+    """Skip and count rows that are broken, have no text, or are not in the encoding."""
     special: bool = option(False, group="Text")
     """Parse special tokens in the text, such as <|endoftext|>."""
     skip_unencodable: bool = option(False, group="Text")
-    """Skip and count characters that the vocabulary lacks."""
+    """Skip and count characters that are not in the vocabulary."""
     chat: bool = option(False, group="Text")
     """Read rows as conversations: messages, prompt and completion, or instruction and output."""
     loss_on: Literal["completion", "all"] | None = option(
@@ -46,7 +46,7 @@ class EvaluationConfig(Checked):
     )
     """Tokens per window."""
     stride: int | None = option(None, "[1, inf)", group="Windows", shown="no overlap")
-    """Tokens from the start of a window to that of the next."""
+    """Tokens between the starts of consecutive windows."""
     batch_size: int | None = option(None, "[1, inf)", group="Windows", shown="by their size")
     """Windows per forward pass."""
     dtype: Dtype = option("auto", group="Model", shown="auto, float32 on a CPU")
@@ -57,7 +57,7 @@ class EvaluationConfig(Checked):
 def evaluate(
     data: Annotated[
         list[str] | None,
-        argument("DATA", f"Files, folders, globs, -, or {CORPORA} [what the run validates on]"),
+        argument("DATA", f"Files, folders, globs, -, or {CORPORA} [the run's validation text]"),
     ] = None,
     *,
     source: Annotated[ModelSource, Fields(without=("compile", "dtype"))],
@@ -66,16 +66,16 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text.
 
-    Every token but the first is predicted once, from the tokens before it in its window. With
+    Every token except the first is predicted once, from the tokens before it in its window. With
     --stride N, windows overlap and only the last N tokens of each count, so that every token has a
     long context: slower, but more accurate. Documents are separated by the end-of-text token.
 
     Bits/byte counts the bytes of the text, so it can be compared between tokenizers.
 
-    Without DATA, the text is the one that the run itself validates on, which reproduces its
-    validation loss; give the eval_tokens and context_length of its config.toml too if they differ
-    from the defaults here, and --dtype bfloat16 if it computed in that. As in `generate`, a CPU
-    computes in float32 by default: the loss is then the same on every CPU.
+    Without DATA, the text is the run's own validation text, which reproduces its validation loss;
+    also give the eval_tokens and context_length of its config.toml if they differ from the defaults
+    here, and --dtype bfloat16 if the run used it. As in `generate`, a CPU computes in float32 by
+    default: the loss is then the same on every CPU.
     """
     from minigpt.commands import tables
     from minigpt.commands.evaluate.measuring import lines, measure

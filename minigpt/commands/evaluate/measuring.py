@@ -47,10 +47,10 @@ def measure(
     device = resolve_device(source.device)
     dtype = inference_dtype(config.dtype, device)
     folder = resolve_model(source.model)
-    if (folder / MANIFEST).is_file():  # a number is to be of the weights that were saved
+    if (folder / MANIFEST).is_file():  # the result must be of the weights that were saved
         verify(folder, hashes=True)
     text, val_fraction = _text(config, folder)
-    # As while training: weights in float32, and autocast to the dtype.
+    # As in training: weights in float32, and autocast to the dtype.
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
     model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
@@ -71,17 +71,17 @@ def measure(
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {shown_name(folder)}")
-        # A run with --val does not validate on what it trains on; without corpora, no run has it.
+        # A run with --val has a separate validation text; without the ring of corpora, none has it.
         paths = getattr(text, "val", ()) or text.paths
         if not config.data:
-            progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")
+            progress.note(f"text {', '.join(paths)}: the run's own, because no DATA is given")
         started = time.perf_counter()
         batches = validation_windows(span, max_tokens=n_predicted, **windows)
         batches = _shown(batches, n_predicted, progress)
         result = evaluate(model, batches, tokenizer.token_byte_lengths, dtype=dtype)
         seconds = time.perf_counter() - started
     if not result.n_tokens:
-        raise DataError("no answer of the assistant is in it. Give more text.")
+        raise DataError("the text has no answers of the assistant. Give more text.")
     if not math.isfinite(result.nats):
         raise CheckpointError(
             f"the loss of {str(folder)!r} is {result.nats_per_token}: its weights are damaged. Use "
@@ -114,8 +114,8 @@ def _own_text(
 ) -> PreparedData:
     """Read the text that a run was trained on.
 
-    Args: is_as_trained, whether it is read as for training, so that the tokens are the same.
-    Raises: DataError if it cannot be read, has changed, or a path names another one from here.
+    Args: is_as_trained, whether it is read as in training, so that the tokens must be the same.
+    Raises: DataError if it cannot be read, has changed, or is another text from this folder.
     """
     try:
         data = prepare(text, **reading)
@@ -128,24 +128,25 @@ def _own_text(
         if states.read_state(folder).corpus not in ("", data.tokens.fingerprint):
             raise DataError(
                 f"{', '.join(map(repr, text.paths))} is not the text that {str(folder)!r} was "
-                "trained on: it has changed, or this is another folder. Give DATA, and "
+                "trained on: it has changed, or its path is relative to another folder. Give "
+                "DATA, and "
                 "--val-fraction for its last part."
             )
     return data
 
 
 def _reading(config: EvaluationConfig) -> dict[str, Any]:
-    """Return the options that change how a text is read, those that are given."""
+    """Return those given options that change how a text is read."""
     words = "format field encoding skip_bad special skip_unencodable chat loss_on chat_template"
     return {name: getattr(config, name) for name in words.split() if getattr(config, name)}
 
 
 def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | None]:
-    """Return the text to evaluate on and its share; without DATA, what the run validates on."""
+    """Return the text to evaluate on and the share of it; without DATA, the validation text."""
     share = config.val_fraction
     reading = _reading(config)
     if config.data:
-        # A whole text is not split: its documents stay in their order.
+        # Without a share, the text is not split, so its documents stay in order.
         paths = {"paths": list(config.data), "val_fraction": share or 0.0}
         return build(DataConfig, paths | reading), share
     try:
@@ -165,7 +166,7 @@ def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | N
 def _windows(
     config: EvaluationConfig, model: ModelConfig, n_tokens: int, device_type: str
 ) -> dict[str, int]:
-    """Return how a text of n_tokens is cut into windows, with defaults for what is None.
+    """Return the length, stride and batch size of windows for n_tokens, with defaults for None.
 
     Raises: ConfigError for a window longer than the context, or a stride longer than a window.
     """
@@ -205,8 +206,8 @@ def _span(data: PreparedData, val_fraction: float | None) -> TokenSpan:
 def _text_bytes(data: PreparedData, span: TokenSpan) -> int:
     """Return the number of bytes of a text, without its first token if that is not predicted.
 
-    The byte lengths of its tokens may have another sum: some tokenizers add a space before a text,
-    or normalize characters.
+    The byte lengths of its tokens may sum to another number: some tokenizers add a space before a
+    text, or normalize characters.
     """
     if data.tokenizer.separator:
         return data.manifest.n_bytes
@@ -229,7 +230,7 @@ def _shown(
 
 
 def lines(result: dict[str, Any]) -> Iterator[Text]:
-    """Return what ``measure`` returned as lines of text."""
+    """Return the result of ``measure`` as lines of text."""
     share, seconds, quantize = result["val_fraction"], result["seconds"], result["quantize"]
     part = ""
     if share:

@@ -1,4 +1,4 @@
-"""minigpt generate; --help is the command's docstring, and what help/texts.py adds."""
+"""minigpt generate; --help is the command's docstring and its text in help/texts.py."""
 
 from typing import Annotated
 
@@ -30,16 +30,16 @@ def generate(
 ) -> None:
     r"""Continue a prompt with a trained model.
 
-    Standard output gets the generated text and a line break, nothing else; a terminal shows the
+    Standard output receives the generated text and a line break, nothing else; a terminal shows the
     prompt before it. Speed and seed go to standard error.
 
     Generation ends at --max-new-tokens, a --stop string, the model's end-of-text token or a full
-    context window; --json says which (finish_reason). With --overflow slide, a full window keeps
+    context window; --json reports which (finish_reason). With --overflow slide, a full window keeps
     its first 4 tokens and its newest half, drops the rest, and generation continues.
 
     Sampling applies these in order: ignore-eos, repetition penalty, presence and frequency
-    penalties, temperature, top-k, top-p, min-p. The logprobs are those of the model, before all
-    of them.
+    penalties, temperature, top-k, top-p, min-p. Logprobs are those of the model, before any
+    of these.
     """
     if interactive and prompt == "-":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""minigpt generate --interactive: text that continues from each typed line."""
+"""minigpt generate --interactive: continue the text from each typed line."""
 
 import os
 import sys
@@ -8,7 +8,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
-from minigpt.commands.loading import LONGEST_PROMPT_BYTES, Ready, compiling, decoded, note_special
+from minigpt.commands.loading import (
+    LONGEST_PROMPT_BYTES,
+    Ready,
+    compiling,
+    decode_prompt,
+    note_special,
+)
 from minigpt.commands.options import ModelSource
 from minigpt.config import SamplingConfig
 from minigpt.console import note
@@ -25,9 +31,9 @@ _HISTORY_LINES = 1000
 
 @contextmanager
 def editing_lines() -> Iterator[None]:
-    """Edit typed lines with readline, where there is one, and keep their history in the cache.
+    """Edit typed lines with readline, if available, and keep their history in the cache.
 
-    A paste of several lines is one line for readline, and so one text.
+    readline treats a paste of several lines as one line, so it becomes one text.
     """
     if not _has_editor():
         yield
@@ -68,11 +74,11 @@ def converse(
     """Continue from each text of standard input, until its end.
 
     The cache keeps the earlier turns, so only the new text is processed. In a chat, the texts are
-    messages, and empty ones are passed over. After an answer that fills the context window with
-    overflow stop, the next text starts again.
+    messages, and empty ones are skipped. With overflow stop, the text after an answer that fills
+    the context window starts a new context.
 
-    Args: seed, of the first answer; later ones have the next seeds. has_prompt, whether the first
-        text is the prompt of the command line. special, whether special tokens are parsed.
+    Args: seed, of the first answer; later ones have the following seeds. has_prompt, whether the
+        first text is the prompt of the command line. special, whether special tokens are parsed.
     """
     decoder: Conversation | None = None
     tokenizer, chat = ready.tokenizer, ready.chat
@@ -87,7 +93,7 @@ def converse(
         answer: list[str] = []
         try:
             if chat is not None:
-                ids = _asked(chat, text, ready.model.config.context_length, sampling)
+                ids = _chat_ids(chat, text, ready.model.config.context_length, sampling)
             elif decoder is None:
                 ids = encode_prompt(tokenizer, text, special=special)
             else:
@@ -107,7 +113,7 @@ def converse(
             continue
         steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
         display.show(
-            _kept(stream_text(steps, tokenizer, sampling.stop), answer),
+            _collected(stream_text(steps, tokenizer, sampling.stop), answer),
             seed=seed,
             prompt=text,
             n_prompt_tokens=len(decoder.prompt),
@@ -116,13 +122,13 @@ def converse(
         if chat is not None:
             chat.answered("".join(answer))
         if decoder.is_full and sampling.overflow == "stop":
-            note("the context window is full: the next text starts again, without --overflow slide")
+            note("the context window is full: the next text starts a new one; see --overflow slide")
             decoder = None
         seed, has_prompt = seed + 1, False
         text = _typed()
 
 
-def _asked(chat: Any, text: str, context_length: int, sampling: SamplingConfig) -> list[int]:
+def _chat_ids(chat: Any, text: str, context_length: int, sampling: SamplingConfig) -> list[int]:
     """Return the ids of a chat and a new message; a sliding window leaves out the oldest turns."""
     room = min(sampling.max_new_tokens, context_length // 2)
     slides = sampling.overflow == "slide"
@@ -133,7 +139,7 @@ def _asked(chat: Any, text: str, context_length: int, sampling: SamplingConfig) 
     return ids
 
 
-def _kept(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
+def _collected(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
     """Yield the items, and append their texts to a list."""
     for item in items:
         texts.append(item.text)
@@ -141,7 +147,7 @@ def _kept(items: Iterable[TextStep], texts: list[str]) -> Iterator[TextStep]:
 
 
 def _read_line() -> str | None:
-    """Return the next line, with a marker before it on a terminal; None at the end of input.
+    """Return the next line, prompting with a marker on a terminal; None at the end of input.
 
     Raises: DataError if it is not UTF-8, or is too long for any context.
     """
@@ -187,4 +193,4 @@ def _break_line() -> None:
 
 
 def _decoded_line(data: bytes) -> str:
-    return decoded(data, "a line on standard input").removesuffix("\n").removesuffix("\r")
+    return decode_prompt(data, "a line on standard input").removesuffix("\n").removesuffix("\r")

@@ -40,7 +40,7 @@ _WIDE = (
 _PIECES = re.compile(rf"[^\S\n]*(?:\n|[{_WIDE}]|[^\s{_WIDE}]+)|[^\S\n]+")
 _IS_WIDE = re.compile(rf"[{_WIDE}]$")
 _LONGEST_HELD = 40
-"""Most characters that wait for the end of their word: some scripts have no spaces."""
+"""Maximum number of characters held back until their word ends; some scripts have no spaces."""
 
 
 class Sample:
@@ -58,7 +58,7 @@ class Sample:
 
     @property
     def finish(self) -> str | None:
-        """Reason that it ended. None if it has not."""
+        """Reason that generation ended. None if it has not."""
         return self.steps[-1].step.finish if self.steps else None
 
     @property
@@ -67,7 +67,7 @@ class Sample:
         return len(self.steps) / (self.ended_at - self._began_at) if self.steps else 0.0
 
     def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """Return its part of the JSON."""
+        """Return the sample's fields of the JSON."""
         last = self.steps[-1].step if self.steps else None
         facts: dict[str, Any] = {
             "text": self.text,
@@ -98,7 +98,7 @@ class Sample:
         last = self.steps[-1].step if self.steps else None
         if last and last.n_slides:
             times = "once" if last.n_slides == 1 else f"{last.n_slides} times"
-            line += f"; the window slid {times}, {last.n_forgotten} tokens are forgotten"
+            line += f"; the window slid {times} and dropped {last.n_forgotten} tokens"
         return line + _ENDINGS.get(self.finish or "interrupted", "")
 
     def probable(self, tokenizer: Tokenizer) -> Iterator[str]:
@@ -125,7 +125,7 @@ def _logprobs(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 class WrappedText:
-    """Writes text in pieces, and begins a new line before a word that would cross the edge.
+    """Writes text in pieces, and starts a new line before a word that would cross the edge.
 
     The last word is held back until the next piece shows that it is complete. A terminal alone
     would break lines inside words.
@@ -134,10 +134,10 @@ class WrappedText:
     def __init__(self) -> None:
         self._held = ""
         self._column = 0
-        self._can_break = False  # before a word without a blank
+        self._can_break = False  # before a word that follows no space
 
     def write(self, text: str, sink: Callable[[str], object]) -> None:
-        """Write text, except for a word at its end that may go on. Args: sink, a terminal."""
+        """Write text, but hold back a last word that may continue. Args: sink, a terminal."""
         pieces = _PIECES.findall(self._held + printable(text))
         last = pieces[-1] if pieces else ""
         is_open = not (last.endswith("\n") or _IS_WIDE.search(last) or len(last) > _LONGEST_HELD)
@@ -146,7 +146,7 @@ class WrappedText:
             self._put(piece, sink)
 
     def flush(self, sink: Callable[[str], object]) -> None:
-        """Write what was held back."""
+        """Write the text held back."""
         held, self._held = self._held, ""
         if held:
             self._put(held, sink)
@@ -162,14 +162,14 @@ class WrappedText:
         elif self._column and self._column + n_cells > width >= cell_len(word) and can_break:
             piece, n_cells, self._column = f"\n{word}", cell_len(word), 0
         sink(piece)
-        # Of a word wider than the terminal, the last row counts.
+        # If a word is wider than the terminal, its last row counts.
         self._column += n_cells
         self._column = (self._column - 1) % width + 1 if self._column else 0
         self._can_break = is_wide
 
 
 class SampleDisplay:
-    """Shows samples in order: the current one as it is generated, each later one when it is due."""
+    """Shows samples in order: the current one as it is generated, each later one in its turn."""
 
     def __init__(
         self, ready: Ready, sampling: SamplingConfig, *, as_json: bool, streams: bool
@@ -185,7 +185,7 @@ class SampleDisplay:
         items = batches.stream_samples(
             decoder, ready.tokenizer, config, seed=seed, forced=ready.forced
         )
-        is_whole = self.show(
+        is_complete = self.show(
             items,
             seed=seed,
             prompt=ready.text,
@@ -193,7 +193,7 @@ class SampleDisplay:
             is_prompt_shown=ready.chat is None,
             n_samples=config.num_samples,
         )
-        if not is_whole:
+        if not is_complete:
             raise typer.Exit(130)
 
     def show(
@@ -246,7 +246,7 @@ class SampleDisplay:
             return
         if is_next:
             write_result(_SEPARATOR + "\n")
-        # A terminal shows the prompt before the text; a pipe gets the text alone.
+        # A terminal shows the prompt before the text; a pipe receives only the text.
         self._screen = WrappedText()
         if sys.stdout.isatty() and sys.stderr.isatty():
             self._screen.write(prompt, sys.stderr.write)
@@ -254,7 +254,7 @@ class SampleDisplay:
             sys.stderr.flush()
 
     def _write(self, text: str, *, is_end: bool = False) -> None:
-        """Write generated text: as it is to a pipe, in lines of whole words to a terminal."""
+        """Write generated text: unchanged to a pipe, wrapped between words on a terminal."""
         if not sys.stdout.isatty():
             write_result(text)
             return

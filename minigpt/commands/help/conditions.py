@@ -1,4 +1,4 @@
-"""Which options have an effect in each way to call a command; others are refused by name."""
+"""Which options have an effect in each mode of a command; others are refused by name."""
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
@@ -11,7 +11,7 @@ from minigpt.errors import ConfigError
 
 _PROMPT_NEEDS = {"--system": ("--chat",), "--chat-template": ("--chat",)}
 _PROMPT_REFUSES = {"--chat": ("--special",)}
-# These models decode by their own forward.
+# Models with these interventions decode with their own forward pass.
 _NOT_COMPILED = {"--ablate": ("--compile",), "--patch-from": ("--compile",)}
 
 
@@ -19,8 +19,8 @@ _NOT_COMPILED = {"--ablate": ("--compile",), "--patch-from": ("--compile",)}
 class Mode:
     """One way to call a command, and the options that have an effect in it.
 
-    A condition is an option, as in ``--out``, or an option and a value that it has or has not, as
-    in ``--view text`` and ``--view other than text``.
+    A condition is an option, as in ``--out``, or an option and a value that it must or must not
+    have, as in ``--view text`` and ``--view other than text``.
     """
 
     flag: str = ""
@@ -28,13 +28,13 @@ class Mode:
     takes: tuple[str, ...] | None = None
     """Options that may be given with ``flag``. None for all of the command."""
     why: str = ""
-    """Reason that there are no others, as a sentence."""
+    """Sentence that explains why other options are refused."""
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Options that have no effect unless one of these conditions holds."""
+    """Option -> conditions, at least one of which must hold for it to have an effect."""
     refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Conditions, and the options that have no effect where one holds."""
+    """Condition -> options that have no effect when it holds."""
     defaults: Mapping[str, str] = field(default_factory=dict)
-    """Values of options whose default is None."""
+    """Option -> value that its default of None means."""
 
 
 _PICTURE_NEEDS = {"--picture": ("--svg", "--png"), "--position": ("--view text", "--picture strip")}
@@ -134,7 +134,7 @@ def check_modes(
     typed: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> None:
-    """Check the options of a call by the first of the command's modes whose flag was given.
+    """Check the options of a call against the command's first mode whose flag was given.
 
     Args: function, the name of the command's function; options, as typer declares them; typed,
         those that were given; given, all arguments of the command.
@@ -154,7 +154,7 @@ def check_modes(
 def _flag(parameter: inspect.Parameter) -> str:
     """Return an option's name, or an argument's placeholder."""
     about = parameter.default
-    if get_origin(parameter.annotation) is Annotated:  # declared as typer does
+    if get_origin(parameter.annotation) is Annotated:  # a typer declaration
         about = get_args(parameter.annotation)[1]
         if isinstance(about.default, str):
             return about.default
@@ -162,7 +162,7 @@ def _flag(parameter: inspect.Parameter) -> str:
 
 
 def _value(given: Mapping[str, Any], name: str) -> Any:
-    """Return the value of an option, its default if it was not given."""
+    """Return the value of an option, or its default if it was not given."""
     value: Any = given
     for key in name.split("__"):
         value = value.get(key) if isinstance(value, Mapping) else getattr(value, key, None)
@@ -170,7 +170,7 @@ def _value(given: Mapping[str, Any], name: str) -> Any:
 
 
 def _check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -> None:
-    """Check the names of the options that were given, by the values of all options."""
+    """Check the given options' names against the mode and the values of all options."""
 
     def holds(condition: str) -> bool:
         name, _, word = condition.partition(" ")
@@ -186,8 +186,8 @@ def _check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -
         conditions = mode.needs.get(name)
         if conditions and not any(map(holds, conditions)):
             raise ConfigError(
-                f"{name} is for {listed(conditions, 'or')}, and has no effect otherwise. Add "
-                f"that, or leave {name} out."
+                f"{name} has no effect without {listed(conditions, 'or')}. Add that, or leave "
+                f"{name} out."
             )
         for condition, refused in mode.refuses.items():
             if name in refused and holds(condition):

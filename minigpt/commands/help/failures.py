@@ -1,4 +1,4 @@
-"""Signals, warnings, and exceptions of other packages, as the user reads them."""
+"""Handling of signals, warnings, and exceptions of other packages."""
 
 import os
 import signal
@@ -17,8 +17,8 @@ from minigpt.text.escape import printable
 
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # the CPU's allocator
-    "CUDA error: out of memory",  # what torch's allocator does not serve: contexts, graphs, kernels
-    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN allocate by themselves,
+    "CUDA error: out of memory",  # memory outside torch's allocator: contexts, graphs, kernels
+    "_STATUS_ALLOC_FAILED",  # cuBLAS and cuDNN have their own allocators,
     "CUBLAS_STATUS_NOT_INITIALIZED",  # and cannot start without memory
     "MPS backend out of memory",
 )
@@ -26,11 +26,11 @@ _ACCELERATOR_REMEDIES = {
     "no kernel image": "Install a torch that was built for this GPU, or use --device cpu.",
     "busy or unavailable": "Wait for the process that uses the GPU, or use --device cpu.",
     "driver version": "Update the GPU's driver or install an older torch, or use --device cpu.",
-    "NCCL error": "Check that all processes run and reach each other; NCCL_DEBUG=INFO says more.",
+    "NCCL error": "Check that all processes run and can connect; NCCL_DEBUG=INFO shows more.",
     "CUDA error": "Start again; if it recurs, CUDA_LAUNCH_BLOCKING=1 and --debug show where.",
     "cuDNN error": "Start again; if it recurs, --debug shows where.",
 }
-"""What to do about an error of a GPU that has one of these words; the first counts."""
+"""Words in the message of a GPU error -> its remedy; the first match counts."""
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def check_folder() -> None:
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """Raise an exception, so that unfinished work is cleaned up.
 
-    Exit at once while torch is imported: its C++ code swallows exceptions, or aborts.
+    Exits immediately while torch is being imported: its C++ code swallows exceptions, or aborts.
     """
     torch = sys.modules.get("torch")
     if torch is not None and getattr(torch.__spec__, "_initializing", False):
@@ -80,7 +80,7 @@ def _show_warning(
     file: Any = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning of ours as one line, and those of libraries with their place."""
+    """Print a warning as one line, one of a library with its category and location."""
     text = str(message)
     if not issubclass(category, MinigptWarning):
         text = f"{category.__name__}: {text} ({filename}:{lineno})"
@@ -88,11 +88,8 @@ def _show_warning(
 
 
 def describe(error: BaseException) -> tuple[str, int] | None:
-    """Return an error's message and exit code: usage, missing modules, memory and the disk.
-
-    None if it is another one.
-    """
-    if hasattr(error, "format_message"):  # a usage error of typer, or of click below it
+    """Return the message and exit code of a usage, import, memory or disk error, else None."""
+    if hasattr(error, "format_message"):  # a usage error of typer or click
         return usage.message(error), ConfigError.exit_code
     if isinstance(error, ModuleNotFoundError):
         if str(error.name).startswith("minigpt"):

@@ -1,6 +1,6 @@
 """Pages of --help: options under headings, in aligned columns that fit the terminal.
 
-Its classes of commands check the words of a call, too, before typer parses them.
+Its command classes also check the words of a call before typer parses them.
 """
 
 import shutil
@@ -21,7 +21,7 @@ class _Page:
     """A command whose --help is laid out here."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the page for a terminal of any width; click assumes 50 columns or more."""
+        """Write the page for a terminal of any width; click assumes at least 50 columns."""
         formatter.width = max(min(shutil.get_terminal_size().columns, 80), _NARROWEST)
         super().format_help(ctx, formatter)  # type: ignore[misc]
 
@@ -37,7 +37,7 @@ class Command(_Page, TyperCommand):
         self.help = f"{self.help}\n{TEXTS.get(name or '', '')}"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Check the words as ``usage.check_words``, and parse them."""
+        """Check the words with ``usage.check_words``, and parse them."""
         usage.check_words(ctx, args)
         return list(super().parse_args(ctx, args))
 
@@ -51,7 +51,7 @@ class Command(_Page, TyperCommand):
 
 
 class Group(_Page, TyperGroup):
-    """A command made of several, laid out like the program."""
+    """A group of commands, laid out like the program."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check and parse the arguments; ``help COMMAND`` is ``COMMAND --help``."""
@@ -80,7 +80,7 @@ class Group(_Page, TyperGroup):
 
 
 class Program(Commands, Group):
-    """The program, which imports no command for its page."""
+    """The program, whose page imports no command."""
 
     def lines(self, ctx: Any) -> dict[str, str]:
         """Return the commands of this installation, and the line of each in --help."""

@@ -1,4 +1,4 @@
-"""What is wrong with the words of a command line: options that are unknown or have no effect."""
+"""Checks of a command line: unknown options, missing values, and options without effect."""
 
 import itertools
 import os
@@ -19,13 +19,13 @@ _SYNONYMS = {
     "--n-embd": "--d-model",
     "--vocab-size": "--tokenizer bpe:N",
 }
-"""Common names of other programs for an option."""
+"""Option of other programs -> option here."""
 
 _RECURRENT = (("arch", "lstm"), ("arch", "lstm-attention"))
 _NO_ROPE = (("family", "gpt2"), *_RECURRENT)
 _NO_SCALING = (*_NO_ROPE, ("rope_scaling_factor", 1))
 _NO_VALIDATION = (("data.val_fraction", 0),)
-VOID_IF: dict[str, tuple[tuple[str, Any], ...]] = {
+INEFFECTIVE_IF: dict[str, tuple[tuple[str, Any], ...]] = {
     "activation": _RECURRENT,
     **dict.fromkeys(("rope_theta", "rope_scaling_factor"), _NO_ROPE),
     **dict.fromkeys(
@@ -49,8 +49,8 @@ VOID_IF: dict[str, tuple[tuple[str, Any], ...]] = {
     "top_k": (("temperature", 0),),
     **dict.fromkeys(("top_p", "min_p"), (("temperature", 0), ("top_k", 1))),
 }
-"""Field -> other fields, those of another table dotted as in ``--set``, and a value of each with
-which the field has no effect."""
+"""Field -> other fields, each with a value with which the field has no effect. Fields of another
+table are dotted as in ``--set``."""
 
 
 def check_group(ctx: Any, args: list[str]) -> None:
@@ -66,8 +66,8 @@ def check_group(ctx: Any, args: list[str]) -> None:
 def check_words(ctx: Any, args: list[str]) -> None:
     """Check the words of a command.
 
-    Raises: ConfigError for an unknown option, and for one that lacks its value and is followed by
-        another option, which would be taken as the value.
+    Raises: ConfigError for an unknown option, and for one whose value is missing, so that the next
+        option would be parsed as the value.
     """
     options = {
         name: p for p in ctx.command.get_params(ctx) for name in (*p.opts, *p.secondary_opts)
@@ -87,12 +87,12 @@ def check_words(ctx: Any, args: list[str]) -> None:
             if is_option or re.match(r"--[a-z]", value):
                 also = f", or write {word}={value}" if n_values == 1 else ""
                 raise ConfigError(
-                    f"{word} needs a value, and {value!r} is an option. Give a value{also}."
+                    f"{word} needs a value, but {value!r} is an option. Give a value{also}."
                 )
 
 
 def _require_texts(ctx: Any, after: list[str], options: Mapping[str, Any]) -> None:
-    """Raise ConfigError for an option behind the first text after ``--``."""
+    """Raise ConfigError for an option after the first text that follows ``--``."""
     rest, moved, late = iter(after[1:]), [], ""
     texts = after[:1]
     for word in rest:
@@ -106,7 +106,7 @@ def _require_texts(ctx: Any, after: list[str], options: Mapping[str, Any]) -> No
     if late:
         call = shlex.join([*moved, "--", *texts])
         raise ConfigError(
-            f"{late} is behind --, where all is text. Put options before it: "
+            f"{late} is after --, where everything is text. Put options before it: "
             f"{ctx.command_path} {call}"
         )
 
@@ -140,7 +140,7 @@ def _advice(ctx: Any, word: str) -> str:
 
 
 def _setting(name: str) -> str:
-    """Return the setting of a run that an option is named after, dotted; empty if there is none."""
+    """Return the dotted setting of a run that an option is named after; empty if there is none."""
     from minigpt.config import DataConfig, ModelConfig, TrainingConfig
 
     plain = name[2:].replace("-", "_")
@@ -154,11 +154,11 @@ def _is_flag(parameter: Any) -> bool:
 
 
 def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
-    """Return a line for each given setting that other values of the config make void.
+    """Return a line for each given setting that has no effect because of another.
 
-    A default of the field, such as a limit of 0, was not asked for.
+    A setting that equals its default, such as a limit of 0, is not reported.
 
-    Args: given, what the user set, nested as the config is.
+    Args: given, the user's settings, nested like the config.
     """
     from minigpt.settings import plain_key  # the page of the program needs no settings
 
@@ -174,14 +174,14 @@ def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
             if is_dataclass(own) and isinstance(value, Mapping):
                 walk(own, value, f"{f.name}.")
             elif value is not None and own != f.default:
-                for other, void in VOID_IF.get(f.name, ()):
+                for other, off in INEFFECTIVE_IF.get(f.name, ()):
                     place, _, name = other.rpartition(".")
                     holder = getattr(config, place, None) if place else part
                     # Another command may have a field of the same name, but not the other one.
-                    if is_dataclass(holder) and getattr(holder, name, None) == void:
+                    if is_dataclass(holder) and getattr(holder, name, None) == off:
                         with_ = spelled(holder, f"{place}." if place else table, name)
                         lines.append(
-                            f"{spelled(part, table, f.name)} has no effect with {with_} {void}"
+                            f"{spelled(part, table, f.name)} has no effect with {with_} {off}"
                         )
                         break
 
@@ -198,10 +198,10 @@ def note_without_effect(config: Any, given: Mapping[str, Any]) -> None:
 
 
 def with_options(message: str, ctx: Any) -> str:
-    """Return a message with options as they are typed: ``--loss-on`` where it says ``loss_on``.
+    """Return a message with options as they are typed: ``--loss-on`` instead of ``loss_on``.
 
-    Configs name their fields, as Python and TOML files do. Beside ``--set`` and ``--config``, only
-    the fields whose options were typed are renamed.
+    Configs name their fields, as Python and TOML files do. With ``--set`` or ``--config``, only
+    fields whose options were typed are renamed.
     """
     options = {p.name: p.opts[0] for p in ctx.command.get_params(ctx) if p.opts[0][:2] == "--"}
     sources = {option: ctx.get_parameter_source(name) for name, option in options.items()}
@@ -225,7 +225,7 @@ def with_options(message: str, ctx: Any) -> str:
 def message(error: Any) -> str:
     """Return the message of a usage error of typer, and its remedy."""
     command = next((word for word in sys.argv[1:] if word in COMMANDS), None)
-    # The parser of a command that lacks a value knows the program only.
+    # If a command's value is missing, the parser's error names only the program.
     paths = [f"minigpt {command}" if command else "minigpt"]
     paths += [error.ctx.command_path] if getattr(error, "ctx", None) else []
     page = f"See {max(paths, key=len)} --help."

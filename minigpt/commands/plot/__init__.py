@@ -22,7 +22,7 @@ def plot(
 
     A line shows the loss of each batch, marks show the validation loss, both in nats/token, against
     steps, tokens or seconds of training. The first twentieth of a curve may be cut off at the top.
-    A run that is still training is drawn up to now.
+    A run that is still training is drawn up to its last logged step.
 
     --out needs matplotlib: pip install 'minigpt-attention[plot]'. --json prints all points, one
     line per run.

@@ -14,7 +14,7 @@ from rich.text import Text
 
 Point = tuple[float, float]
 _DOTS_WIDE, _DOTS_HIGH = 2, 4
-# The bit of each dot in a braille character, by row (downwards) and column of its cell.
+# Bit of each dot in a braille character, by row (top to bottom) and column of its cell.
 _BITS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
 _BRAILLE = 0x2800
 _ROWS_PER_TICK, _CELLS_PER_TICK = 2, 12
@@ -48,7 +48,7 @@ class _Scale:
 def y_limits(curves: Iterable[Sequence[Point]]) -> tuple[float, float]:
     """Return the y range of a chart of these curves, with at least one point among them.
 
-    The first twentieth of each curve is left out: an initial loss is so high that the rest of the
+    The first twentieth of each curve is ignored: the initial loss is so high that the rest of the
     curve would look flat.
     """
     ys = [y for points in curves for _, y in points[len(points) // 20 :]]

@@ -15,7 +15,7 @@ from minigpt.errors import CheckpointError, ConfigError
 from minigpt.figures import write_figure
 from minigpt.training.reports.curves import LossCurves, LossPoint
 
-# Of medium luminance, so that each is legible on dark and on light backgrounds.
+# Medium luminance, so that each is legible on dark and light backgrounds.
 _COLOURS = ("#4c9bc6", "#e0561f", "#2aa198", "#b05cc6", "#cb8b16", "#6a9a3a", "#8a8f98")
 _MARKS, _ASCII_MARKS = "●■▲◆○□△◇", "*#+xo%@&"
 _CHART_LINES, _FEWEST_LINES = 20, 6

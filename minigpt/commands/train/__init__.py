@@ -1,4 +1,4 @@
-"""minigpt train; --help is the command's docstring, and what help/texts.py adds."""
+"""minigpt train; --help is the command's docstring and its text in help/texts.py."""
 
 import os
 from typing import Annotated, Any, Literal
@@ -49,22 +49,22 @@ def train(
     metrics.jsonl. Ctrl-C saves a checkpoint and prints the command that resumes the run.
 
     Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
-    seed, the batch size and the optimizer stay as they are; everything else may change.
+    seed, the batch size and the optimizer stay unchanged; everything else may change.
     """
     from minigpt.commands.loading import use_threads
 
     use_threads(threads)
     file = read_config_file(config)
     if "from" in layered(file, settings, assignments=set_):
-        settings = ring("commands.train.finetune").for_its_model(settings)
+        settings = ring("commands.train.finetune").with_sequence_length(settings)
     overrides = layered(file, settings, data, preset, set_)
     if given(overrides, "training", "shard") and not os.environ.get("WORLD_SIZE"):
         raise ConfigError(
-            "--shard shards the model over several processes, and this is one. Start them with "
-            "torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."
+            "--shard shards the model over several processes, but this is the only one. Start "
+            "them with torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."
         )
     if report_to == "tensorboard":
-        ring("training.metrics").summary_writer()  # before anything long begins
+        ring("training.metrics").summary_writer()  # before any long work
     if dry_run:
         ring("commands.train.plan").plan_training(name, overrides, resume=resume, is_json=as_json)
         return

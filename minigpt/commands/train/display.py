@@ -23,12 +23,12 @@ from minigpt.training.trainer import Trainer
 _SAMPLE = SamplingConfig(max_new_tokens=200, temperature=0.8)
 _GLIMPSE = replace(_SAMPLE, max_new_tokens=80)
 _WIDEST_GLIMPSE = 100
-_BAR = "  | "  # before each line, so that model text cannot pass for our own
+_BAR = "  | "  # before each line, so that model text cannot be mistaken for messages
 _LOSSES = {"val_loss": "nats/token", "bits_per_byte": "bits/byte"}
 
 
 class TrainingDisplay(ProgressLine, Display):
-    """Shows preparation and training; use it as a context."""
+    """Context manager that shows preparation and training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class TrainingDisplay(ProgressLine, Display):
                     self._print(f"step {event.step:>6}  {what}")
 
     def _glimpse(self) -> None:
-        """Print one line of sampled text, unless ``sample_every`` gives whole samples."""
+        """Print one line of sampled text, unless ``sample_every`` shows longer samples."""
         run = self._run
         # One rank cannot sample from sharded parameters. With sample_every, SampleEvents do it.
         if run.world.is_sharded or run.config.training.sample_every is not None:
@@ -128,7 +128,7 @@ class TrainingDisplay(ProgressLine, Display):
             self.live.stop()
         best = self._run.folder.best()
         assert best is not None, "a run ends with a checkpoint"
-        # Without the facts if best.json was damaged and the latest step replaces it.
+        # The facts are missing if best.json was damaged and the latest step replaces it.
         losses = [
             f"{best.facts[key]:.4f} {unit}" for key, unit in _LOSSES.items() if key in best.facts
         ]
@@ -140,7 +140,7 @@ class TrainingDisplay(ProgressLine, Display):
                 self.print_fact(name, fact)
 
     def propose(self, resume: str | None) -> None:
-        """Print the command that resumes a run that was stopped, else those to run next."""
+        """Print the command that resumes a stopped run, or else those to run next."""
         if resume is not None:
             self.print_fact("resume", resume)
             return
@@ -152,7 +152,7 @@ class TrainingDisplay(ProgressLine, Display):
 
 
 def _clock(seconds: float) -> str:
-    """Return a duration in few cells: 0:42, 3:05, 2:10:00."""
+    """Return a duration in compact form: 0:42, 3:05, 2:10:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
@@ -162,7 +162,7 @@ def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig =
     """Return text sampled from a run's current model, with the run's seed."""
     tokenizer = trainer.data.tokenizer
     model.eval()
-    # Without a token that begins a text, begin as the held-out text does, or that for training.
+    # If no token starts a text, start with the first one of the validation or training text.
     span = trainer.val_tokens or trainer.train_tokens
     first = span.windows(np.zeros(1, np.int64), 1)[0].tolist()
     prompt = tokenizer.encode_prompt("") or first

@@ -1,4 +1,4 @@
-"""What a training run is, what its numbers mean, and what to do with its model."""
+"""Facts printed about a training run: its settings, the meaning of its losses, next commands."""
 
 import math
 import re
@@ -23,7 +23,7 @@ from minigpt.training.trainer import Trainer
 _OVERFITTED = 0.6
 """Ratio of training to validation loss below which a model counts as overfitted."""
 _LEAST_GAP = 0.1
-"""Difference of these losses, in nats/token, from which it does."""
+"""Minimum difference of these losses, in nats/token, for a model to count as overfitted."""
 _CHAT_PROMPT, _PROMPT = "Hello", "Once upon a time"
 _N_OPENING_TOKENS = 64
 _N_PROMPT_WORDS, _LONGEST_PROMPT = 4, 40
@@ -67,7 +67,7 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 
 def _saved(trainer: Trainer) -> Iterator[tuple[str, str]]:
-    """Yield the dtype of saved weights, if it is another one than float32."""
+    """Yield the dtype of saved weights, unless it is float32 as usual."""
     chosen = trainer.config.training.save_dtype
     inherited = trainer.carried.dtype if trainer.carried else "float32"
     saved = inherited if chosen == "auto" else chosen
@@ -90,7 +90,7 @@ def _budget(trainer: Trainer) -> str:
 
 
 def _limits(trainer: Trainer) -> Iterator[str]:
-    """Yield what was chosen against overfitting."""
+    """Yield the settings that were chosen against overfitting."""
     model, training = trainer.config.model, trainer.config.training
     if model.dropout and training.dropout_start:
         yield (
@@ -105,7 +105,7 @@ def _limits(trainer: Trainer) -> Iterator[str]:
 
 
 def _ends_by_epochs(trainer: Trainer) -> bool:
-    """Return whether ``max_epochs`` is what limits the steps."""
+    """Return whether ``max_epochs`` sets the number of steps."""
     training = trainer.config.training
     unlimited = replace(trainer.config, training=replace(training, max_steps=0, max_minutes=1.0))
     limit = with_max_steps(unlimited, len(trainer.train_tokens)).training.max_steps
@@ -123,9 +123,9 @@ def meaning(
     evaluations: Sequence[EvalEvent],
     train_loss: float | None,
 ) -> Iterator[tuple[str, str]]:
-    """Yield what the loss of the best checkpoint means, and whether the model is overfitted.
+    """Yield the meaning of the best checkpoint's loss, and a note if the model overfitted.
 
-    Args: evaluations, all of this process; train_loss, the last one.
+    Args: evaluations, all that this process made; train_loss, the last one.
     """
     evaluation = evaluations[-1] if evaluations else None
     before, loss = "untrained", math.log(trainer.config.model.vocab_size)
@@ -158,7 +158,7 @@ def meaning(
 
 
 def _is_chat(trainer: Trainer) -> bool:
-    """Return whether the text is conversations, a setting that the ring of corpora has."""
+    """Return whether the text is conversations, a setting of the ring of corpora."""
     return getattr(trainer.config.data, "chat", False)
 
 
@@ -170,7 +170,7 @@ def next_commands(trainer: Trainer) -> list[str]:
     try:
         if len(trainer.data.tokenizer.encode_prompt(prompt)) <= config.context_length:
             words.append(prompt)
-    except DataError:  # the vocabulary lacks a character of the prompt
+    except DataError:  # a character of the prompt is not in the vocabulary
         pass
     commands = [command_line("generate", *words)]
     if config.n_attention_layer:
@@ -179,23 +179,23 @@ def next_commands(trainer: Trainer) -> list[str]:
 
 
 def _opening_words(trainer: Trainer) -> str:
-    """Return the first words of a sentence or line of the held-out text, as a prompt; "" for none.
+    """Return the first words of a sentence or line of the validation text, as a prompt, or "".
 
-    A model continues a text of its own kind best. Without a held-out text, they are the training
-    text's.
+    A model best continues text like that it was trained on. Without a validation text, the words
+    are from the training text.
     """
     tokenizer = trainer.data.tokenizer
     span = trainer.val_tokens if len(trainer.val_tokens) > 1 else trainer.train_tokens
     n_tokens = min(_N_OPENING_TOKENS, len(span) - 1)
     ids = span.windows(np.zeros(1, np.int64), n_tokens)[0].tolist()
-    text = tokenizer.decode(ids).strip("\ufffd")  # of characters that the window cuts
+    text = tokenizer.decode(ids).strip("\ufffd")  # of characters cut by the window
     for special in tokenizer.special_ids:
         text = text.replace(special, "\n")
     parts = re.split("\n|[.!?][\"'\u201d\u2019)]*\\s|[\u3002\uff01\uff1f]", text)
-    if not text.startswith("\n"):  # in the middle of a document
+    if not text.startswith("\n"):  # it starts inside a document
         parts = parts[1:] or parts
     prompts = filter(None, map(_first_words, parts))
-    # Words that need no quoting beside the shell's own, from the beginning of a sentence.
+    # Prefer words without apostrophes, which are easier to quote, from the start of a sentence.
     return min(prompts, key=lambda prompt: ("'" in prompt, prompt[0].islower()), default="")
 
 

@@ -33,7 +33,7 @@ class Base:
     """Model in float32."""
     tokenizer: Tokenizer
     folder: Path = Path()
-    """Folder of the model, on the disk."""
+    """Folder of the model on disk."""
 
     @property
     def name(self) -> str:
@@ -43,8 +43,8 @@ class Base:
         return name.partition("@")[0]
 
 
-def for_its_model(settings: dict[str, Any]) -> dict[str, Any]:
-    """Take --context-length as the length of the training sequences, because the model is given."""
+def with_sequence_length(settings: dict[str, Any]) -> dict[str, Any]:
+    """Use --context-length as the length of training sequences, because the model's is fixed."""
     model = dict(settings.get("model", {}))
     if "context_length" not in model:
         return settings
@@ -53,7 +53,7 @@ def for_its_model(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def one_lr(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Use the user's learning rate for embeddings too, unless they have one."""
+    """Use the user's learning rate for embeddings too, unless ``embedding_lr`` is given."""
     lr = given(overrides, "training", "lr")
     return merge({} if lr is None else {"training": {"embedding_lr": lr}}, overrides)
 
@@ -132,7 +132,7 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
 
 
 def notes(config: RunConfig, overrides: Mapping[str, Any], data: PreparedData) -> list[str]:
-    """Return a line about the length of a run whose budget is the default for fine-tuning."""
+    """Return a line about the length of a run with the default budget of fine-tuning."""
     training = config.training
     is_limited = any(given(overrides, "training", name) is not None for name in LIMITS)
     n_tokens = [len(part) for part in data.tokens.split(config.data.val_fraction)]

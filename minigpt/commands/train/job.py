@@ -1,4 +1,4 @@
-"""Which run a call of minigpt train is about, and its settings: a new run, or a resumed one."""
+"""Open the run of a minigpt train call, new or resumed, and resolve its settings."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for."""
+    """The user's request for a training run."""
 
     name: str | None
     """Name of the run. None for a derived name, or with --resume for the newest run."""
@@ -39,9 +39,9 @@ class Request:
     n_ranks: int
     """Number of processes."""
     on_progress: Callable[[Any], None]
-    """Called with each ``text.corpus.PrepareProgress`` while the text is read."""
+    """Function called with each ``text.corpus.PrepareProgress`` while the text is read."""
     lock: Callable[[RunFolder], AbstractContextManager[Any]] = RunFolder.lock
-    """Returns the lock to hold while a run is trained."""
+    """Function that returns the lock to hold while a run is trained."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Job:
     resume_from: Path | None = None
     carried: Any = None
     notes: Sequence[str] = ()
-    """What the user should know of the settings, in lines."""
+    """Notes for the user about the settings, one per line."""
 
     def trainer(self, world: World) -> Trainer:
         """Return this process's trainer of the run."""
@@ -74,7 +74,7 @@ class Job:
 
 
 def open_job(request: Request, *, resume: bool) -> AbstractContextManager[Job]:
-    """Return the context of a new, fine-tuning or resumed run, which holds its lock."""
+    """Return the context of a new, fine-tuned or resumed run, which holds the run's lock."""
     if not resume:
         return _new_job(request)
     return ring("commands.train.resume").resumed_job(request)
@@ -130,7 +130,7 @@ def _new_job(request: Request) -> Iterator[Job]:
 
 
 def notes_on(config: RunConfig, overrides: dict[str, Any]) -> list[str]:
-    """Return a line for each of the user's settings that others make void."""
+    """Return a line for each user setting that has no effect because of another."""
     usage = find_ring("commands.help.usage")
     return list(usage.without_effect(config, overrides)) if usage else []
 

@@ -67,14 +67,14 @@ class TrainingPanel:
         self._chart: tuple[object, list[Text]] | None = None
 
     def resume(self, run: Path) -> None:
-        """Add the curves of a run so far."""
+        """Add the existing curves of a run."""
         curves = read_curves(run)
         for thinned, points in ((self.train, curves.train), (self.val, curves.val)):
             for point in points:
                 thinned.add(point.steps, point.loss)
 
     def show_step(self, event: StepEvent, bar_facts: Sequence[str]) -> None:
-        """Add a step. Args: bar_facts, texts beside the progress bar."""
+        """Add a step. Args: bar_facts, texts next to the progress bar."""
         self.train.add(event.step, event.train_loss)
         self._bar_facts = bar_facts
         self._numbers = {
@@ -91,7 +91,7 @@ class TrainingPanel:
         """Add a validation loss."""
         self._validation[VAL_LOSS] = f"{event.val_loss:.3f}"
         self._validation["bits/byte"] = f"{event.bits_per_byte:.3f}"
-        if self._numbers:  # the table says what the chart and the line above say
+        if self._numbers:  # the table agrees with the chart and the line above
             self._numbers |= self._validation
         self.val.add(event.step, event.val_loss)
 

@@ -34,7 +34,7 @@ def plan_training(
         if is_json:
             write_json(plan)
         else:
-            # With the size that bpe got, as the run names it.
+            # With the actual vocabulary size of bpe, as the run names it.
             data = replace(job.config.data, tokenizer=job.data.manifest.tokenizer)
             lines = _rows(plan, replace(job.config, data=data))
             rows = [[Text(cell) for cell in line] for line in lines]
@@ -54,12 +54,12 @@ def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, s
     shape = f"{training.batch_size} x {config.sequence_length}"
     n_micro = plan["n_micro_batches"]
     shape += f", in {n_micro} micro-batch{'es' if n_micro > 1 else ''}{ranks}"
-    yield "tokens a step", f"{plan['step_tokens']:,}", shape
+    yield "tokens per step", f"{plan['step_tokens']:,}", shape
     is_clock = ", fewer if time runs out" if training.max_minutes else ""
     yield "steps", f"{plan['max_steps']:,}", f"{plan['n_steps_left']:,} left{is_clock}"
     n_tokens = plan["max_steps"] * plan["step_tokens"]
     yield "epochs", f"{plan['epochs']:.3g}", f"{short(n_tokens)} tokens"
-    yield "arithmetic", with_unit(plan["training_flops"], "FLOP"), "forward and backward passes"
+    yield "compute", with_unit(plan["training_flops"], "FLOP"), "forward and backward passes"
     there = with_unit(plan["machine_bytes"], "B") if plan["machine_bytes"] else "an unknown amount"
     note = f"estimate; {plan['device']} has {there}"
     yield "memory", with_unit(plan["memory"]["total"], "B"), note
@@ -67,14 +67,14 @@ def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, s
         if part != "total":
             yield f"  {part}", with_unit(n_bytes, "B"), ""
     note = f"at most {training.keep + _POINTERS} are kept"
-    yield "a checkpoint", with_unit(plan["checkpoint_bytes"], "B"), note
+    yield "checkpoint", with_unit(plan["checkpoint_bytes"], "B"), note
     note = "estimated from a few steps, without evaluation"
     yield "time", duration(plan["training_s"]), note
     step_s = plan["step_s"]
     step_time = f"{1000 * step_s:.3g} ms" if step_s < 0.9995 else f"{step_s:,.4g} s"
     by_default = " (--no-compile)" if training.compile is None else ""
     note = f"uncompiled, unlike the run{by_default}" if plan["is_compiled"] else ""
-    yield "  a step", step_time, note
+    yield "  per step", step_time, note
     speed = f"{short(plan['step_tokens'] / plan['step_s'])} tok/s"
     peak = f"{plan['mfu']:.0%} of its peak" if plan["mfu"] is not None else "peak and MFU unknown"
     yield "device", plan["device"], f"{plan['dtype']}, {speed}, {peak}"

@@ -1,4 +1,4 @@
-"""minigpt train under torchrun: the plan that rank 0 sends, and what to do if a rank is lost."""
+"""minigpt train under torchrun: the plan that rank 0 sends, and the error if a rank is lost."""
 
 import shlex
 import signal
@@ -25,7 +25,7 @@ from minigpt.training.distributed import DistributedWorld, is_lost_process, join
 
 @contextmanager
 def joined() -> Iterator[DistributedWorld]:
-    """Join the processes of a run, and yield on rank 0; another rank follows it, and exits."""
+    """Join the processes of a run, and yield on rank 0; another rank follows it and exits."""
     world = join()
     if world.rank:
         follow(world)
@@ -38,13 +38,13 @@ def joined() -> Iterator[DistributedWorld]:
 
 
 def release(world: DistributedWorld) -> None:
-    """Tell the other ranks to exit, if they wait for a plan."""
+    """Make the other ranks exit if they are waiting for a plan."""
     world.send_plan({})
 
 
 @contextmanager
 def leading(job: Job, world: DistributedWorld, resume: str, display: Display) -> Iterator[None]:
-    """Send a job's plan to the other ranks; if one of them is lost, say how to resume."""
+    """Send a job's plan to the other ranks; if one of them is lost, print how to resume."""
     training = job.config.training
     # Refuse an invalid batch size before the other ranks begin.
     world.micro_batch_size(training.batch_size, training.micro_batch_size)
@@ -58,7 +58,7 @@ def leading(job: Job, world: DistributedWorld, resume: str, display: Display) ->
 
 
 def follow(world: DistributedWorld) -> None:
-    """Take part in the run that rank 0 plans. Only rank 0 writes files and messages.
+    """Train as another rank than 0, with its plan. Only rank 0 writes files and messages.
 
     Raises: MinigptError for an error of this rank alone.
     """
@@ -99,7 +99,7 @@ def _explaining_lost_process(
         if not is_lost_process(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it next
-        # Two ranks of each machine say it, because one of them may be the one that died.
+        # Two ranks of each machine print this, because one of them may be the one that died.
         if world.local_rank < 2:
             latest = run.latest()
             remedy = "There is no checkpoint yet: start again."

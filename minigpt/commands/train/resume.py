@@ -46,7 +46,7 @@ _FIXED = (
 
 @contextmanager
 def resumed_job(request: Request) -> Iterator[Job]:
-    """Resume a run of checkpoints/ from its latest checkpoint.
+    """Resume a run in checkpoints/ from its latest checkpoint.
 
     Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
     """
@@ -58,17 +58,17 @@ def resumed_job(request: Request) -> Iterator[Job]:
     _require_checkpoint(run, hashes=False)
     with request.lock(run):
         settings = read_toml(run.path / CONFIG_FILE)
-        if "val" not in settings.get("data", {}):  # saved before there were other splits
+        if "val" not in settings.get("data", {}):  # saved before other splits existed
             settings = merge(settings, {"data": {"val_split": "tail"}})
         saved = build(RunConfig, settings)
-        _require_same(saved, request.overrides)  # before settings that depend on each other
+        _require_same(saved, request.overrides)  # checked before settings that depend on each other
         is_tuned, overrides = saved.from_ is not None, request.overrides
         if is_tuned:
             overrides = ring("commands.train.finetune").one_lr(overrides)
         config = build(RunConfig, merge(to_dict(saved), one_budget(overrides)))
         notes = notes_on(config, overrides)
         require_memory(config, request)
-        # A changed byte would be trained on, and the run would not end with the same bits.
+        # With a changed byte, training would continue but not end with the same bits.
         latest = _require_checkpoint(run, hashes=True)
         # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
         tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
@@ -84,7 +84,7 @@ def resumed_job(request: Request) -> Iterator[Job]:
             )
         except DataError as error:
             names = (fixed.rpartition(".")[2].replace("_", "-") for fixed in _FIXED)
-            if any(f"--{name}" in str(error) for name in names):  # a remedy that is refused
+            if any(f"--{name}" in str(error) for name in names):  # its remedy would be refused
                 raise _other_text(run, saved, request.overrides) from error
             if given(request.overrides, "data", "paths"):
                 raise
@@ -132,7 +132,7 @@ def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
     for key, value in flat(overrides).items():
         is_fixed = any(key == fixed or key.startswith(f"{fixed}.") for fixed in _FIXED)
         is_fixed |= key == "data.val" and not saved.data.val
-        is_known = key in before or key in _FIXED  # the others are refused with the nearest one
+        is_known = key in before or key in _FIXED  # unknown ones are refused with the nearest one
         if is_fixed and is_known and before.get(key) != value:
             raise ConfigError(
                 f"--resume cannot change {key}: it is {cut(before.get(key))} in this run, not "
@@ -141,7 +141,7 @@ def _require_same(saved: RunConfig, overrides: Mapping[str, Any]) -> None:
 
 
 def _other_text(run: RunFolder, saved: RunConfig, overrides: Mapping[str, Any]) -> DataError:
-    """Return the error for a text that is not the run's, with what reads it differently."""
+    """Return the error for a text that is not the run's, naming a setting that changes it."""
     before = flat({"data": to_dict(saved.data)})
     other = f"the corpus is not the one that the run {run.path.name!r} started with:"
     for key, value in flat({"data": overrides.get("data", {})}).items():
@@ -159,7 +159,7 @@ def _other_text(run: RunFolder, saved: RunConfig, overrides: Mapping[str, Any]) 
 
 
 def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> list[str]:
-    """Return a line if a resumed run will read its text more often than its limit allowed."""
+    """Return a line if a resumed run will train for more epochs than its limit allowed."""
     epochs, budget = saved.training.max_epochs, config.training
     if not epochs or budget.max_epochs:
         return []
@@ -174,17 +174,17 @@ def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> li
 
 
 def resumed_notes(trainer: Trainer) -> Iterator[str]:
-    """Yield what a resumed run computes differently than one that was not stopped."""
+    """Yield how a resumed run differs from an uninterrupted one."""
     training, seam = trainer.config.training, trainer.seam
     if trainer.moved_from is not None:
         now = computed_on(trainer.world, trainer.dtype, is_compiled=trainer.is_compiled)
         yield (
             f"saved on {trainer.moved_from}, and resumed on {now}: the run continues, but rounds "
-            "differently than it would have"
+            "differently from here on"
         )
     is_limited = lr_scale(training, trainer.progress) > trainer.lr_scale
     if seam and seam.step == trainer.step and is_limited:
         yield (
             f"the learning rate continues from {training.lr * seam.lr_scale:.1e} and rises by "
-            f"at most {MAX_LR_RISE - 1:.0%} a step until it meets the new budget's schedule"
+            f"at most {MAX_LR_RISE - 1:.0%} per step until it reaches the new budget's schedule"
         )

@@ -1,4 +1,4 @@
-"""Training as the user sees it: metrics, the display, and the next commands."""
+"""Run training from the command line: metrics, display, and suggested next commands."""
 
 import os
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -20,7 +20,7 @@ _STOPPING = "commands.train.stopping"
 
 
 class Display:
-    """What a training run tells about itself: a line for each event, and more with the ring."""
+    """Plain display of a training run, with a line for each event; the ring's shows more."""
 
     def __enter__(self) -> Self:
         return self
@@ -29,34 +29,34 @@ class Display:
         """End the display."""
 
     def preparing(self, progress: Any) -> None:
-        """Take a ``text.corpus.PrepareProgress`` while the text is prepared."""
+        """Handle a ``text.corpus.PrepareProgress`` while the text is prepared."""
 
     def note(self, text: str) -> None:
         """Print a note."""
         note(text)
 
     def start(self, trainer: Trainer) -> None:
-        """Take the run, before its first step."""
+        """Handle the start of the run, before its first step."""
 
     def show(self, event: Event) -> None:
-        """Take an event."""
+        """Handle an event."""
         facts = {name: value for name, value in vars(event).items() if name != "model"}
         note("  ".join(f"{name} {value}" for name, value in facts.items()))
 
     def stopping(self) -> None:
-        """Take note that a stop was requested; safe in a signal handler."""
+        """Handle a request to stop; safe in a signal handler."""
 
     def finish(self) -> None:
-        """Take the end of the run."""
+        """Handle the end of the run."""
 
     def propose(self, resume: str | None) -> None:
-        """Print what to run next. Args: resume, the command that resumes a run that was stopped."""
+        """Print what to run next. Args: resume, the command that resumes a stopped run."""
         if resume is not None:
             note(f"resume {resume}")
 
 
 def make_display() -> Display:
-    """Return the display of the ring if it is there, else the plain one."""
+    """Return the display of the ring if it is installed, else the plain one."""
     displays = find_ring("commands.train.display")
     return displays.TrainingDisplay() if displays else Display()
 

@@ -1,4 +1,4 @@
-"""A training run that is stopped by a signal, and the shell commands that start and resume it."""
+"""Stop a training run on a signal, and build the shell commands that start and resume it."""
 
 import signal
 import sys
@@ -18,9 +18,9 @@ from minigpt.training.world import World
 def stopping_on_signals(stop: Callable[[], None], world: World) -> Iterator[list[int]]:
     """Call ``stop``, which must be quick, on the first signal; a Ctrl-C after it exits.
 
-    Other signals are sent more than once for one wish: SIGHUP by the shell and by the terminal,
-    SIGTERM by timeout, and by Linux for each thread of a parent that was killed. torchrun passes
-    on a Ctrl-C that its ranks get from the terminal too, so that they do not exit on the second.
+    Other signals may arrive more than once for one request: SIGHUP from the shell and the terminal,
+    SIGTERM from timeout, and from Linux for each thread of a killed parent. torchrun forwards a
+    Ctrl-C that its ranks also receive from the terminal, so they do not exit on the second.
 
     Yields: the list of received signal numbers.
     """
@@ -44,7 +44,7 @@ def stopping_on_signals(stop: Callable[[], None], world: World) -> Iterator[list
 
 
 def _stop_signals() -> list[int]:
-    """Return the signals that stop a run, without those that are ignored, as SIGHUP under nohup.
+    """Return the signals that stop a run, except ignored ones, such as SIGHUP under nohup.
 
     Batch systems send SIGUSR1 to a job before they preempt it.
     """
@@ -67,7 +67,7 @@ def resume_command(job: Job, world: World) -> str:
 
 
 def with_commands(job: Job, world: World) -> tuple[Job, str]:
-    """Return a job that keeps the command that started it, and the command that resumes it."""
+    """Return a job that records the command that started it, and the command that resumes it."""
     if job.resume_from is None:
         command = launch_command(world, *sys.argv[1:])
         job = replace(job, config=replace(job.config, command=command))
