@@ -320,7 +320,7 @@ def test_prune_refuses_other_folders_and_bad_options(
 def test_prune_removes_nothing_if_a_kept_step_is_damaged(run: Run, runs: Path, step: int) -> None:
     flip_a_byte(runs / "checkpoints" / "tiny" / f"step-00000{step}")
     result = run("checkpoints", "prune", "tiny", "--yes")
-    assert "nothing is removed, because a step to keep is damaged" in error_line(result)
+    assert "nothing is removed, as a step to keep is damaged" in error_line(result)
     assert f"step-00000{step}" in result.err
     assert (result.code, steps(runs)) == (4, [1, 2, 3, 4])
 

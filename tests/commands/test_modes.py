@@ -214,7 +214,7 @@ def test_an_option_is_never_read_as_the_value_of_another(
 ) -> None:
     result = run(*words)
     assert result.code == 2
-    assert error_line(result).startswith(f"{name} needs a value, but {value!r} is an option.")
+    assert error_line(result).startswith(f"{name} needs a value, and {value!r} is an option.")
     assert not list(workplace.iterdir())
 
 

@@ -86,7 +86,7 @@ def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
                 verify(checkpoint.folder, hashes=True)
             except CheckpointError as error:
                 raise CheckpointError(
-                    f"nothing is removed, because a step to keep is damaged: {error}"
+                    f"nothing is removed, as a step to keep is damaged: {error}"
                 ) from None
     return [checkpoint for checkpoint in checkpoints if checkpoint.step in steps]
 

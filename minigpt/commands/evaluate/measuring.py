@@ -74,7 +74,7 @@ def measure(
         # A run with --val has a separate validation text; without the ring of corpora, none has it.
         paths = getattr(text, "val", ()) or text.paths
         if not config.data:
-            progress.note(f"text {', '.join(paths)}: the run's own, because no DATA is given")
+            progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")
         started = time.perf_counter()
         batches = validation_windows(span, max_tokens=n_predicted, **windows)
         batches = _shown(batches, n_predicted, progress)

@@ -87,7 +87,7 @@ def check_words(ctx: Any, args: list[str]) -> None:
             if is_option or re.match(r"--[a-z]", value):
                 also = f", or write {word}={value}" if n_values == 1 else ""
                 raise ConfigError(
-                    f"{word} needs a value, but {value!r} is an option. Give a value{also}."
+                    f"{word} needs a value, and {value!r} is an option. Give a value{also}."
                 )
 
 
