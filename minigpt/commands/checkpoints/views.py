@@ -129,7 +129,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         f"{with_unit(cache_bytes * config.context_length, 'B')} for a full context (float32; "
         "bfloat16: half)",
     }
-    if fields := getattr(config, "hf_fields", ()):  # what only the family's class computes
+    if fields := getattr(config, "hf_fields", ()):  # computed only by the family's own class
         own = (field if len(field) < 40 else f"{field[:36]}..." for field in fields)
         shown["its fields"] = one_line(", ".join(own))
     if config.arch != "gpt":

@@ -26,9 +26,9 @@ token. Special tokens in a message are plain text. With --overflow slide, a full
 drops the oldest turns.
 """,
     "attention-trace": r"""
---measure norm measures a source by the norm of the vector that the heads added from it. logit,
-gradient and integrated attribute the logit of the token, in signed logits: the heads' direct
-contributions from each position, gradient x input, and integrated gradients.
+--measure norm weights each source by the norm of the heads' contribution from it. logit, gradient
+and integrated attribute the logit of the token, in signed logits: the heads' direct contributions
+from each position, gradient x input, and integrated gradients.
 
 The attention of a token is the row of the query that produced it, at the position before it,
 so a token is not among its own sources. Attention weight is not influence: it shows where a
@@ -44,7 +44,7 @@ first, as if it had been sampled, and counts toward --max-new-tokens. The probab
 
 --ablate sets the output of heads, before W_O, to 0, or with --ablate-mean to its mean over the
 prompt; --patch replaces it, at --patch-position, with the output in a run on the prompt of
---patch-from, which must have as many tokens. --diff compares two such traces.
+--patch-from, which must have the same number of tokens. --diff compares two such traces.
 
 With --chat, the prompt is a user message, formatted with the model's chat template, whose
 special tokens are sources like all others.

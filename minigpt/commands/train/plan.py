@@ -55,13 +55,14 @@ def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, s
     n_micro = plan["n_micro_batches"]
     shape += f", in {n_micro} micro-batch{'es' if n_micro > 1 else ''}{ranks}"
     yield "tokens per step", f"{plan['step_tokens']:,}", shape
-    is_clock = ", fewer if time runs out" if training.max_minutes else ""
-    yield "steps", f"{plan['max_steps']:,}", f"{plan['n_steps_left']:,} left{is_clock}"
+    time_limit = ", fewer if time runs out" if training.max_minutes else ""
+    yield "steps", f"{plan['max_steps']:,}", f"{plan['n_steps_left']:,} left{time_limit}"
     n_tokens = plan["max_steps"] * plan["step_tokens"]
     yield "epochs", f"{plan['epochs']:.3g}", f"{short(n_tokens)} tokens"
     yield "compute", with_unit(plan["training_flops"], "FLOP"), "forward and backward passes"
-    there = with_unit(plan["machine_bytes"], "B") if plan["machine_bytes"] else "an unknown amount"
-    note = f"estimate; {plan['device']} has {there}"
+    machine_bytes = plan["machine_bytes"]
+    available = with_unit(machine_bytes, "B") if machine_bytes else "an unknown amount"
+    note = f"estimate; {plan['device']} has {available}"
     yield "memory", with_unit(plan["memory"]["total"], "B"), note
     for part, n_bytes in plan["memory"].items():
         if part != "total":
