@@ -290,7 +290,7 @@ class PromptForm:
     system: str | None = option(None, group="Prompt", shown="none")
     """System message at the start of the chat."""
     chat_template: str | None = option(None, group="Prompt", metavar="FILE", shown="the model's")
-    """Jinja file of a chat template, or the name of one of several in the model folder."""
+    """Chat template: a Jinja file, or the name of one of several in the model folder."""
 
 
 Prompt = Annotated[

@@ -24,11 +24,11 @@ class EvaluationConfig(Checked):
     )
     """Format of all files."""
     field: str | None = option(None, group="Text", metavar="NAME", shown="text")
-    """Field or column with the text of a row."""
+    """Field or column with the text of each row."""
     encoding: str | None = option(None, group="Text", metavar="NAME", shown="utf-8")
-    """Character encoding of the files, by its name in Python."""
+    """Character encoding of the files, as named in Python."""
     skip_bad: bool = option(False, group="Text")
-    """Skip and count rows that are broken, have no text, or are not in the encoding."""
+    """Skip and count rows that have no text, are malformed or cannot be decoded."""
     special: bool = option(False, group="Text")
     """Parse special tokens in the text, such as <|endoftext|>."""
     skip_unencodable: bool = option(False, group="Text")
@@ -40,7 +40,7 @@ class EvaluationConfig(Checked):
     )
     """Tokens of conversations to evaluate on. completion: the assistant's."""
     chat_template: str | None = option(None, group="Text", metavar="FILE", shown="the model's")
-    """Jinja file of the chat template, or the name of one of several in the model folder."""
+    """Chat template: a Jinja file, or the name of one of several in the model folder."""
     context_length: int | None = option(
         None, "[1, inf)", group="Windows", shown="the model's, at most 1024"
     )
