@@ -64,7 +64,7 @@ def test_a_dry_run_reports_whether_the_run_is_compiled(run: Run) -> None:
         result = run(*call)
         assert (result.code, result.err) == (0, "")
         assert all(len(line) <= 80 for line in result.out.splitlines())
-        assert plan_lines(result.out)["a step"].partition("ms")[2].strip() == expected
+        assert plan_lines(result.out)["per step"].partition("ms")[2].strip() == expected
         assert json.loads(run(*call, "--json").out)["is_compiled"] is bool(expected)
 
 

@@ -69,7 +69,7 @@ def check_files(
         suffix = path.suffix[1:].lower()
         if name in _PICTURES and suffix in _PICTURES and suffix != name:
             raise ConfigError(
-                f"--{name} writes {name.upper()}, but {str(path)!r} has another suffix. Use "
+                f"--{name} writes {name.upper()}, but {str(path)!r} has another suffix. Give "
                 f"--{suffix}, or another name."
             )
         if name == "dense" and replayed is not None:  # it is read
