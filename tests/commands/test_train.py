@@ -302,7 +302,7 @@ def test_every_score_can_be_trained_and_traced_from_the_command_line(
     error = error_line(run("generate", "The king", "--compile"))
     assert "this model is of class GPT, with additive on cpu. Use --no-compile" in error
     card = Path("checkpoints/other/step-000003/README.md").read_text()
-    assert "only minigpt reads this folder" in card
+    assert "only minigpt can read this folder" in card
     assert "library_name: minigpt" in card
     assert "AutoModelForCausalLM" not in card
     shown = run("checkpoints", "show", "other").out
