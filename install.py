@@ -49,7 +49,7 @@ def uv_environment(pip_config: str) -> dict[str, str]:
 
 def main() -> None:
     extras = f"[{','.join(sys.argv[1:])}]" if sys.argv[1:] else ""
-    what = ["--constraint", "constraints.txt", "--editable", f".{extras}"]
+    requirements = ["--constraint", "constraints.txt", "--editable", f".{extras}"]
     say("Installing minigpt and PyTorch into .venv, once.")
     if not PYTHON.with_suffix(".exe" if os.name == "nt" else "").exists():
         run(sys.executable, "-m", "venv", VENV, check=True)
@@ -60,7 +60,7 @@ def main() -> None:
     environment = uv_environment(listed.stdout) | os.environ
     say("  choosing the build of PyTorch for this machine")
     for backend in (["--torch-backend=auto"], []):
-        install = [UV, "pip", "install", "--python", VENV, *backend, *what]
+        install = [UV, "pip", "install", "--python", VENV, *backend, *requirements]
         try:
             # A dry run without output first: the errors of an unreachable index are long.
             tried = run(
@@ -77,7 +77,7 @@ def main() -> None:
         if backend:
             say("  PyTorch's own index cannot be used; using PyTorch from your package index")
     say("uv failed; installing with pip.")
-    sys.exit(run(*pip, "install", *what).returncode)
+    sys.exit(run(*pip, "install", *requirements).returncode)
 
 
 def install_with_progress(*words, env: dict[str, str]) -> bool:

@@ -121,9 +121,9 @@ def described(error: BaseException) -> str:
     return f"{kind}{words[0]}"
 
 
-def require(condition: bool, what: str) -> None:
+def require(condition: bool, message: str) -> None:
     if not condition:
-        raise FailedError(what)
+        raise FailedError(message)
 
 
 SHAPE = {"vocab_size": 257, "context_length": 64, "n_layer": 2, "d_model": 64}

@@ -102,8 +102,8 @@ def nanogpts(setup: Setup) -> Facts:
     theirs = "nanoGPT" if setup.nanogpt_checkout else "stand-in for nanoGPT"
     for compiled in (False, True):
         for name in ("minigpt", theirs):
-            what = f"{name}, {'compiled' if compiled else 'eager'}, tokens/s"
-            with setup.attempt(what):
+            label = f"{name}, {'compiled' if compiled else 'eager'}, tokens/s"
+            with setup.attempt(label):
                 setup.require_time()
                 arguments = (shape, setup.device, dtype, compiled)
                 if name == "minigpt":
@@ -111,7 +111,7 @@ def nanogpts(setup: Setup) -> Facts:
                 else:
                     step = throughput.theirs(*arguments, setup.nanogpt_checkout)
                 seconds = setup.seconds(lambda step=step: step(tokens[0], tokens[1]), n_steps)
-                setup.facts[what] = round(tokens[0].numel() / seconds)
+                setup.facts[label] = round(tokens[0].numel() / seconds)
             free(setup)
     return {}
 

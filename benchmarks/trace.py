@@ -124,12 +124,12 @@ def transformers_decoding(
         yield
 
 
-def timed(begins: dict[str, Callable[[], Iterator[None]]], n_rounds: int) -> dict[str, list[float]]:
+def timed(starts: dict[str, Callable[[], Iterator[None]]], n_rounds: int) -> dict[str, list[float]]:
     """Return the seconds per token of each variant in each round; the variants alternate."""
-    seconds: dict[str, list[float]] = {way: [] for way in begins}
+    seconds: dict[str, list[float]] = {way: [] for way in starts}
     for number in range(n_rounds + 1):
-        for way in random.sample(list(begins), len(begins)):
-            tokens = begins[way]()
+        for way in random.sample(list(starts), len(starts)):
+            tokens = starts[way]()
             next(tokens)
             started = time.perf_counter()
             n_tokens = sum(1 for _ in tokens)
@@ -226,10 +226,10 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         attentions = way != TRANSFORMERS[0]
         return lambda: transformers_decoding(folder, prompt, n_new, attentions=attentions)
 
-    begins = {way: ours(way) for way in (OFF, *WAYS, *SLOW_WAYS)}
-    begins |= {way: theirs(way) for way in TRANSFORMERS}
+    starts = {way: ours(way) for way in (OFF, *WAYS, *SLOW_WAYS)}
+    starts |= {way: theirs(way) for way in TRANSFORMERS}
     if arguments.one is not None:
-        for _ in begins[arguments.one]():
+        for _ in starts[arguments.one]():
             pass
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return []
@@ -238,7 +238,7 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     if arguments.only:
         names = [way for way in names if way in (OFF, *arguments.only)]
     bases = {way: TRANSFORMERS[0] if way in TRANSFORMERS else OFF for way in names}
-    return table(timed({way: begins[way] for way in names}, arguments.rounds), bases)
+    return table(timed({way: starts[way] for way in names}, arguments.rounds), bases)
 
 
 if __name__ == "__main__":

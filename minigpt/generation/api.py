@@ -93,7 +93,7 @@ def generate(
 
     The same settings give the same text as ``minigpt generate``.
 
-    Args: model, as for ``--model``; or what ``minigpt.load`` returned; or a LanguageModel in
+    Args: model, as for ``--model``; or the result of ``minigpt.load``; or a LanguageModel in
         evaluation mode, with its tokenizer.
         prompt, text or token ids; empty text starts a new document; or the messages of a chat, as
         in ``[{"role": "user", "content": "Hi"}]``, unless model is a LanguageModel; or a list of

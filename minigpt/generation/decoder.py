@@ -101,7 +101,7 @@ class Decoder:
 
     @property
     def cache(self) -> KVCache:
-        """The keys and values of every position so far."""
+        """The keys and values of all positions that were fed."""
         return self.forward.cache
 
     def logits(self, tokens: Sequence[int]) -> Tensor:

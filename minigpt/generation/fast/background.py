@@ -1,8 +1,8 @@
 """Compile the decode step in a background process of low priority, for later runs.
 
-The process outlives the command that starts it. It holds a lock, so that no other compiles the same
-step, and writes a package to the cache, or if compilation fails a file with the error, which keeps
-later commands from trying again.
+The process outlives the command that starts it. It holds a lock, so that no other process compiles
+the same step. It writes a package to the cache or, if compilation fails, a file with the error, so
+that later commands do not try again.
 """
 
 import json

@@ -21,7 +21,7 @@ from minigpt.model.layers import MLP, GatedMLP
 
 Function = Callable[[Tensor], Tensor]
 Shown = Literal["nothing", "attention", "residual"]
-"""What a step returns besides the logits; residual: attention and the residual stream."""
+"""Outputs of a step in addition to the logits; residual: attention and the residual stream."""
 Add = Callable[[Tensor, Tensor], Tensor]
 """Residual stream and branch -> the stream plus a linear layer of the branch, perhaps in-place."""
 Attend = Callable[[Tensor, Any, Any, Any], tuple[Tensor, Tensor]]
@@ -54,7 +54,7 @@ class Kernels(Protocol):
 
 
 def shown_to(recorder: Recorder | None) -> Shown:
-    """Return what a step must return for a recorder."""
+    """Return the outputs that a recorder needs from a step."""
     if recorder is None:
         return "nothing"
     return "residual" if recorder.needs_residual else "attention"
@@ -126,9 +126,7 @@ class DecodeStep:
 
 
 class StepForward(PlainForward):
-    """Runs ``_decode`` for one new token per row, ``_prompt`` for several of one row, and
-    GPT.forward for several of more rows, on the same cache.
-    """
+    """Runs ``_decode`` for one new token per row, else ``_prompt`` for one row or GPT.forward."""
 
     min_rows = 1
     """Minimum number of rows of a step; the last row is repeated to reach it."""

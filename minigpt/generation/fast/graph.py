@@ -32,7 +32,7 @@ class GraphStep(nn.Module):
     """The decode step as a function of tensors, which can be exported."""
 
     def __init__(self, model: GPT, shown: Shown = "residual") -> None:
-        """Args: shown, what forward returns besides the logits: by default everything."""
+        """Args: shown, the outputs of forward in addition to the logits: by default all."""
         super().__init__()
         self.model, self.shown = model, shown
         self._step = DecodeStep(model, GraphKernels(model), shown)

@@ -85,7 +85,7 @@ class WeightReader:
             if self._is_apart:
                 self._layers[layer] = WeightOnlyLinear(weight, dtype=self._activations)
             else:
-                self._layers[layer] = nn.Embedding.from_pretrained(weight)  # holds it
+                self._layers[layer] = nn.Embedding.from_pretrained(weight)  # only stores it
         self._last = layer
         placeholder = torch.empty(1, device=self._device, dtype=self._activations)
         return placeholder.expand(tensor.shape)

@@ -110,7 +110,7 @@ def _best_isa(probe: Any) -> list[Any]:
 def _deferring_wrapper(
     run: Callable[[str, str], None], pool: ThreadPoolExecutor
 ) -> Callable[[str, str], None]:
-    """Return ``run`` without waiting for the first file, the wrapper, until files are linked."""
+    """Return ``run``, changed to compile the first file, the wrapper, in parallel until linking."""
     running: list[Future[None]] = []
 
     def start(command: str, folder: str) -> None:
