@@ -1,12 +1,10 @@
 """Causal attention in bfloat16 on a CPU, with a faster backward pass than torch's.
 
-torch's fused kernel is fast forward, but in bfloat16 its backward pass takes 6 to 23 times as long
-(measured with torch 2.13 on an Intel Xeon with AMX). Here, the forward pass is torch's and the
-backward pass consists of batched matrix products. Without bfloat16 instructions of the CPU, these
-are slower than torch's. The weights are recomputed for one block of queries at a time, so memory
-does not grow with the square of the sequence length.
-
-Shapes: B batch, H query heads, G key/value heads, R = H / G, T positions, D head dim.
+torch's fused kernel is fast forward, but its backward pass is slow in bfloat16 (docs/training.md
+compares both). Here, the forward pass is torch's and the backward pass consists of batched matrix
+products. Without bfloat16 instructions of the CPU, these are slower than torch's. The weights are
+recomputed for one block of queries at a time, so memory does not grow with the square of the
+sequence length.
 """
 
 from typing import Any
