@@ -77,7 +77,7 @@ RUNS = [
     run_of("dropout, 2 ranks", WITH_DROPOUT, 2),
     *interrupted("dropout, 2 ranks to 2", WITH_DROPOUT, 2, 2),
     run_of("dropout, 2 sharded ranks", WITH_DROPOUT, 2, SHARDED),
-    *interrupted("dropout, 2 ranks to 2 sharded", WITH_DROPOUT, 2, 2, **SHARDED),
+    *interrupted("dropout, 2 sharded ranks to 2", WITH_DROPOUT, 2, 2, **SHARDED),
     *interrupted("qwen3, 2 ranks to 1", QWEN3, 2, 1),
     *interrupted("qwen3, 2 sharded ranks to 1", QWEN3, 2, 1, **SHARDED),
     *interrupted("qwen3, 1 rank to 2", QWEN3, 1, 2),
@@ -182,7 +182,7 @@ def test_every_rank_reports_the_same_losses_and_only_rank_0_saves(seen: RankResu
 def test_each_rank_stores_a_shard_of_the_optimizer_state(seen: RankResults) -> None:
     whole = seen.by("qwen3, 2 ranks")["n_held"]
     for n_ranks in (2, 3):
-        name = f"qwen3, {n_ranks} ranks in shards"
+        name = f"qwen3, {n_ranks} sharded ranks"
         held = [seen.by(name, rank)["n_held"] for rank in range(n_ranks)]
         n_counters = 40  # AdamW's step counters, which every rank stores
         assert whole <= sum(held) <= whole + n_ranks * n_counters
