@@ -290,7 +290,7 @@ def test_longrope_logits_with_a_cache_equal_a_full_forward(
         cache.select([1, 0])
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def test_traced_rows_equal_the_attention_of_transformers(pair: Pair) -> None:
     tokens = TOKENS[:1, :20]
     layers = pair.theirs(tokens, output_attentions=True).attentions
