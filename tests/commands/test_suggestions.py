@@ -284,7 +284,7 @@ def test_the_plan_shows_slow_steps_in_seconds() -> None:
                 return {} if key == "parameters" else {"total": 1} if key == "memory" else 1
 
         rows = plan._rows(Facts(step_s=step_s, mfu=None, device="cpu", dtype="float32"), config)
-        return next(row[1] for row in rows if row[0] == "  a step")
+        return next(row[1] for row in rows if row[0] == "  per step")
 
     assert [shown(s) for s in (0.0123, 0.9994, 0.9999, 1.07, 1234.5)] == [
         "12.3 ms",
