@@ -234,7 +234,7 @@ def test_llama_cpp_runs_a_model_without_vocabulary(
 def test_llama_cpp_uses_the_chat_template_and_the_end_tokens(
     tmp_path: Path, exported: Callable[..., Any]
 ) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
     ranks = {bytes([b]): b for b in range(256)}
     specials = {"<|im_start|>": 256, "<|im_end|>": 257, "<|endoftext|>": 258, "[gone]": 259}
     encoding = make_encoding("chat", BYTES_PATTERN, ranks, specials)

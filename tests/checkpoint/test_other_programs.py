@@ -22,7 +22,7 @@ from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 def transformers() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # raised by its imports
-        module = pytest.importorskip("transformers", reason="compares with its AutoTokenizer")
+        module = pytest.importorskip("transformers", reason="needs its AutoTokenizer as the oracle")
     module.logging.set_verbosity_error()
     return module
 

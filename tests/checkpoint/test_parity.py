@@ -194,7 +194,7 @@ def open_both() -> Iterator[Callable[[str], Pair]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # raised by its imports
         transformers = pytest.importorskip(
-            "transformers", reason="compares with Hugging Face transformers"
+            "transformers", reason="needs transformers as the oracle"
         )
     transformers.logging.set_verbosity_error()
 

@@ -117,7 +117,7 @@ def test_an_imported_nanogpt_checkpoint_has_the_logits_of_nanogpt(
 
 @pytest.mark.integration
 def test_transformers_opens_an_imported_nanogpt_model(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
     state = save_nanogpt(tmp_path / "ckpt.pt", bias=False)
     import_pickled(tmp_path / "ckpt.pt", tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -231,7 +231,7 @@ def save_bins(folder: Path, layout: str, n_files: int, prefix: str = "") -> Tens
 def test_a_folder_of_pickles_is_converted_to_safetensors(
     layout: str, n_files: int, tmp_path: Path
 ) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
     expected = save_bins(tmp_path / "old", layout, n_files)
     imported = import_pickled(tmp_path / "old", tmp_path / "new")
     assert imported.has_tokenizer
@@ -256,7 +256,7 @@ def test_a_folder_of_pickles_keeps_its_templates_and_licenses(tmp_path: Path) ->
 
 
 def test_an_imported_pytorch_model_bin_has_the_logits_of_transformers(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers", reason="compares with transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
     shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 50}
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
     theirs.config.save_pretrained(tmp_path / "old")

@@ -45,7 +45,7 @@ from minigpt.text.imported import ImportedTokenizer
 from minigpt.text.shard_files import tokenizer_from_dict
 from minigpt.text.tokenizer import BytesTokenizer
 
-tokenizers = pytest.importorskip("tokenizers", reason="compares with the tokenizers library")
+tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers as the oracle")
 
 FAMILIES = [gpt2, smollm, llama3, qwen3, nemo, gpt4, unordered, llama2, mistral]
 KINDS = [*FAMILIES, bert, unigram, prefixed]

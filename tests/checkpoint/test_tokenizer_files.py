@@ -63,9 +63,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def test_vocab_json_and_merges_txt_are_read_as_in_transformers(
     name: str, bpe: Tokenizer, tmp_path: Path
 ) -> None:
-    transformers = pytest.importorskip(
-        "transformers", reason="compares with Hugging Face transformers"
-    )
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
     write_files(tmp_path, bpe, CONFIGS[name])
     kind = getattr(transformers, CONFIGS[name]["tokenizer_class"])
     theirs = kind.from_pretrained(tmp_path, local_files_only=True)

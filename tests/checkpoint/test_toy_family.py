@@ -52,9 +52,7 @@ CONTEXT = 24
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, LoadedModel]]:
     """Return a model saved by transformers, opened by transformers and by minigpt."""
-    transformers = pytest.importorskip(
-        "transformers", reason="compares with Hugging Face transformers"
-    )
+    transformers = pytest.importorskip("transformers", reason="needs transformers as the oracle")
 
     class ToyConfig(transformers.LlamaConfig):  # type: ignore[misc,name-defined]
         model_type = "toy"

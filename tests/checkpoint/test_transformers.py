@@ -22,7 +22,7 @@ def transformers() -> Any:
         warnings.simplefilter(
             "ignore"
         )  # raised by its imports; warnings about our files are errors
-        return pytest.importorskip("transformers", reason="compares with Hugging Face transformers")
+        return pytest.importorskip("transformers", reason="needs transformers as the oracle")
 
 
 @pytest.fixture(scope="module")

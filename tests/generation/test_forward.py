@@ -290,7 +290,7 @@ def test_200_greedy_tokens_equal_transformers(settings: dict[str, Any], tmp_path
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # raised by its imports
         transformers = pytest.importorskip(
-            "transformers", reason="compares with Hugging Face transformers"
+            "transformers", reason="needs transformers as the oracle"
         )
         config = transformers.AutoConfig.for_model(
             **settings, vocab_size=61, bos_token_id=None, eos_token_id=None

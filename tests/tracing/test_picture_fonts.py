@@ -22,8 +22,12 @@ JAPANESE, ARABIC, EMOJI, RARE = "今日は", "مرحبا", "🧿", "\U00012000"
 
 def make_font(path: Path, text: str) -> None:
     """Write a font that draws each character of a text as a square."""
-    builder = pytest.importorskip("fontTools.fontBuilder", reason="comes with matplotlib")
-    pens = pytest.importorskip("fontTools.pens.ttGlyphPen", reason="comes with matplotlib")
+    builder = pytest.importorskip(
+        "fontTools.fontBuilder", reason="needs fontTools, which matplotlib installs"
+    )
+    pens = pytest.importorskip(
+        "fontTools.pens.ttGlyphPen", reason="needs fontTools, which matplotlib installs"
+    )
     pen = pens.TTGlyphPen(None)
     for move, x, y in (("moveTo", 0, 0), ("lineTo", 0, 700), ("lineTo", 700, 700)):
         getattr(pen, move)((x, y))
