@@ -10,10 +10,8 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import pytest
+import tokenizers
 from fuzzed_texts import SAMPLE
-
-tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers as the oracle")
 
 CORPUS = [SAMPLE, "aaaa aaa aaaaaaa bababab 1234567 漢字 🙂🙂 déjà  vu  2024   e\u0301te\u0301"]
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"

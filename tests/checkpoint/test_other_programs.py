@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from layout_models import LAYOUTS, make_model
 from published_vocabularies import bert, unigram
 
@@ -130,7 +131,6 @@ def _byte_level_vocabulary(**changes: Any) -> dict[str, Any]:
 
 def _sentencepiece_vocabulary(**changes: Any) -> dict[str, Any]:
     """Return a character BPE with byte fallback, as in Llama 2 and Gemma."""
-    tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
     library = tokenizers.Tokenizer(model)
     library.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
@@ -255,9 +255,7 @@ def test_a_class_with_another_split_is_reported_and_not_used_if_it_loses_charact
         write("own", "PreTrainedTokenizerFast", "qwen2")
     with pytest.warns(MinigptWarning, match="loses characters.*uses tokenizer.json as it is"):
         tokenizer = write("llama2", "LlamaTokenizer", "qwen2")
-    library = pytest.importorskip("tokenizers").Tokenizer.from_file(
-        str(tmp_path / "tokenizer.json")
-    )
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode("In 1984 we") == library.encode("In 1984 we").ids
     text = json.dumps(FILES["own"]()).replace("<unk>", "<x>")
     monkeypatch.setitem(FILES, "no-unk", lambda: json.loads(text))

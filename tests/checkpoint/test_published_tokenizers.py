@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from fuzzed_texts import SAMPLE, fuzzed_texts
 from published_vocabularies import (
     WORDS,
@@ -44,8 +45,6 @@ from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.imported import ImportedTokenizer
 from minigpt.text.shard_files import tokenizer_from_dict
 from minigpt.text.tokenizer import BytesTokenizer
-
-tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers as the oracle")
 
 FAMILIES = [gpt2, smollm, llama3, qwen3, nemo, gpt4, unordered, llama2, mistral]
 KINDS = [*FAMILIES, bert, unigram, prefixed]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from fuzzed_texts import SAMPLE, fuzzed_texts
 
 from minigpt.checkpoint.byte_pair_json import merges_of
@@ -88,7 +89,6 @@ def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wri
 
 
 def test_the_tokenizers_library_gives_the_same_ids_and_text(pair: Written) -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers as the oracle")
     tokenizer, data = pair
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
     theirs.encode_special_tokens = True  # as in our encode: special tokens in a text are plain text
@@ -135,7 +135,6 @@ def test_only_byte_level_bpe_files_in_our_layout_are_read_with_tiktoken() -> Non
 
 
 def test_files_with_changed_merges_encode_as_in_the_tokenizers_library() -> None:
-    tokenizers = pytest.importorskip("tokenizers", reason="needs tokenizers as the oracle")
     draw = random.Random(7)
     kinds = []
     for _ in range(150):

@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 
 from minigpt.checkpoint.tokenizer_json import tokenizer_to_json
 from minigpt.text.bpe import train_bpe
@@ -54,7 +55,6 @@ def test_every_token_of_a_character_vocabulary_can_be_produced() -> None:
 
 
 def test_the_tokenizer_json_of_a_character_vocabulary_gives_the_same_ids() -> None:
-    tokenizers = pytest.importorskip("tokenizers")
     text = text_in("Chinese")[:3000] + " and café 12 " + text_in("emoji")[:500]
     tokenizer = make_tokenizer("bpe", [text_in("Chinese"), text_in("emoji")])
     assert isinstance(tokenizer, TiktokenTokenizer)
