@@ -1,5 +1,8 @@
 """Matrix-vector products over weight tables equal plain matrix products."""
 
+import threading
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +54,32 @@ def test_a_table_product_equals_the_matmul(shape: tuple[int, int], n_rows: int) 
     expected = x.bfloat16().float() @ weight.float().T
     # Exact inputs, float32 sums, one rounding to bfloat16 at the end.
     torch.testing.assert_close(rounded, expected.bfloat16(), rtol=2**-7, atol=1e-3)
+
+
+def test_products_in_two_threads_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = matrix((61, 10), torch.bfloat16).float(), factors(1, 10)
+    table = MatvecTable(weight)
+    table.product(x)
+    bag, others = torch.embedding_bag, [threading.Thread(target=lambda: table.product(-x))]
+
+    def interrupted(*args: Any) -> Any:
+        while others:  # the other thread multiplies while this one is about to
+            other = others.pop()
+            other.start()
+            other.join()
+        return bag(*args)
+
+    monkeypatch.setattr(torch, "embedding_bag", interrupted)
+    torch.testing.assert_close(table.product(x), x @ weight.T, rtol=1e-5, atol=1e-3)
+    assert not others
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float32])
+def test_a_table_used_in_inference_mode_can_be_used_outside(dtype: torch.dtype) -> None:
+    table, x = MatvecTable(matrix((61, 10), dtype)), factors(1, 10)
+    with torch.inference_mode():
+        expected = table.product(x)
+    assert torch.equal(table.product(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16])

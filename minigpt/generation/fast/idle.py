@@ -40,7 +40,10 @@ def borrow(user: object, model: LanguageModel, kind: Hashable, make: Callable[[]
     if model not in _idle:
         return make()
     steps = _idle[model].of(kind)
-    step: Step = steps.pop() if steps else make()
+    try:
+        step: Step = steps.pop()  # not after a check: another thread may take the last one
+    except IndexError:
+        step = make()
     weakref.finalize(user, steps.append, step).atexit = False
     return step
 

@@ -7,6 +7,8 @@ memory bandwidth, while a matmul of one row reaches half of it.
 Shapes: B rows, I inputs, O outputs; N blocks of W outputs each.
 """
 
+from threading import get_ident
+
 import torch
 from torch import Tensor
 
@@ -68,7 +70,7 @@ class MatvecTable:
                 block, place = divmod(start, self._width)
                 blocks_NIW[block, :, place : place + len(part)] = stored.t()
                 start += len(part)
-        self._bags: dict[int, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        self._bags: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def weight(self, start: int = 0, end: int | None = None) -> Tensor:
         """Return a copy of the matrix, or of its rows from start to end: (O, I)."""
@@ -118,9 +120,11 @@ class MatvecTable:
     def product(self, x_BI: Tensor) -> Tensor:
         """Return x W^T, (B, O), for few rows, in the dtype of the table; float32 for int8."""
         n_rows = len(x_BI)
-        if n_rows not in self._bags:
-            self._bags[n_rows] = self._make_bags(n_rows)
-        places, starts, factors_NBI, factors = self._bags[n_rows]
+        key = n_rows, get_ident()  # the buffer of one thread is not for another
+        if key not in self._bags:
+            with torch.inference_mode(False):  # tensors of inference mode cannot change outside it
+                self._bags[key] = self._make_bags(n_rows)
+        places, starts, factors_NBI, factors = self._bags[key]
         factors_NBI.copy_(x_BI)
         if self.dtype == torch.int8:
             sums = torch.ops.quantized.embedding_bag_byte_rowwise_offsets.default(
