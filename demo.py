@@ -61,7 +61,11 @@ def minigpt(*words: str) -> None:
     """Show a command and run it."""
     print("\n$ " + " \\\n    ".join(shell_lines("minigpt", *words)), flush=True)
     program = Path(sys.executable).with_name("minigpt")  # Windows adds .exe itself
-    ended = subprocess.run([program, *words]).returncode
+    try:
+        ended = subprocess.run([program, *words]).returncode
+    except FileNotFoundError:
+        remedy = "Activate minigpt's environment; python install.py creates one in .venv."
+        sys.exit(f"error: minigpt is not installed for {sys.executable}. {remedy}")
     if ended:
         sys.exit(ended)
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from types import FrameType
 from typing import NoReturn
 
@@ -10,8 +11,11 @@ def run() -> NoReturn:
     """Run the command line; Ctrl-C exits with one line, even while modules are being imported."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)  # main replaces it while a command runs
-    from minigpt.commands import main
-
+    try:
+        from minigpt.commands import main
+    except ModuleNotFoundError as error:
+        remedy = "Activate minigpt's environment; python install.py creates one in .venv."
+        sys.exit(f"error: {error.name} is not installed for {sys.executable}. {remedy}")
     try:
         main()
     except SystemExit as ended:

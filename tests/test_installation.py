@@ -178,6 +178,24 @@ def test_install_and_demo_need_the_standard_library_only() -> None:
         assert set(imported) <= sys.stdlib_module_names, name
 
 
+def test_cli_in_another_environment_says_which_package_is_missing_and_the_remedy() -> None:
+    command = [sys.executable, "-S", "cli.py", "--version"]  # -S: without installed packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: typer is not installed for {sys.executable}. ")
+    assert "install.py" in line
+
+
+def test_demo_in_another_environment_names_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main = runpy.run_path(str(ROOT / "demo.py"))["main"]
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(SystemExit, match=r"^error: minigpt is not installed for .* install\.py"):
+        main()
+
+
 def test_a_checkout_on_windows_keeps_line_endings() -> None:
     assert "* text=auto eol=lf" in (ROOT / ".gitattributes").read_text().splitlines()
     assert not [name for name, text in our_texts().items() if "\r\n" in text]
