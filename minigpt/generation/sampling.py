@@ -111,8 +111,7 @@ class Sampler:
         """Apply options 1 to 3."""
         if len(self._never):
             logits = logits.index_fill(1, self._never, -torch.inf)
-        penalties: Any = self._penalties
-        return penalties.penalized(logits) if penalties else logits
+        return self._penalties.penalized(logits) if self._penalties else logits
 
     def _sample(self, probability: Tensor) -> Tensor:
         """Sample by inversion: return the index (B, 1) where the cumulative sum passes a uniform.

@@ -1,5 +1,7 @@
 """Causal multi-head self-attention with grouped heads, QK-norm, rotary positions and a cache.
 
+``Attention`` is the layer; the classes above it pass its weights to a recorder, if there is one.
+
 Shapes: L layers, N = 2 L + 1 states of the residual stream, B batch, T queries, S keys, H query
 heads, G key/value heads, D head dim, C model dim.
 """
@@ -191,7 +193,7 @@ class Attention(nn.Module):
         """Attend to the cached and the new positions, and add the new ones to the cache.
 
         Args: x (B, T, C), normed; rotary, cos and sin of these positions, each (T, D / 2);
-            visible_BS, false for keys that are masked in a sequence.
+            visible_BS, false for keys that no query of a sequence may attend to.
         """
         q_BHTD = self.query_norm(self._split_heads(self.query(x)))
         k_BGSD = self.key_norm(self._split_heads(self.key(x)))

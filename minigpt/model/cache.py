@@ -29,8 +29,8 @@ class KVCache:
         """Allocate for ``capacity`` positions (default: the model's context_length)."""
         self.capacity = capacity or config.context_length
         self.length = 0  # a Python int: slicing by it never waits for the device
-        self.tokens_BS: Tensor | None = None  # kept for models with LongRoPE
-        self.is_long = False
+        self.tokens_BS: Tensor | None = None  # the cached tokens, for models with LongRoPE,
+        self.is_long = False  # and whether their long frequencies are in use
         shape = (config.n_layer, batch_size, config.n_kv_head, self.capacity, config.d_head)
         self.keys_LBGSD = torch.empty(shape, device=device, dtype=dtype)
         self.values_LBGSD = torch.empty(shape, device=device, dtype=dtype)
@@ -85,6 +85,6 @@ class KVCache:
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 4) -> int:
     """Return the cache bytes of one position of one sequence.
 
-    An LSTM stores both states of each layer at every position, so that the cache can be truncated.
+    An LSTM stores its hidden and cell states as keys and values.
     """
     return 2 * config.n_layer * config.n_kv_head * config.d_head * bytes_per_value

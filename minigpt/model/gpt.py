@@ -1,6 +1,6 @@
 """The decoder-only Transformer, in GPT-2's block layout and in Llama's.
 
-Shapes: B batch, T new tokens, C model dim, V vocabulary.
+Shapes: B batch, T new tokens, S positions in view (cached and new), C model dim, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,8 +21,8 @@ from minigpt.model.scores import Score
 class Block(nn.Module):
     """Pre-norm attention and MLP with residual connections: (B, T, C) -> (B, T, C).
 
-    A family's subclass may have other norms, or its own forward, which must add the residual stream
-    after each branch to the collector.
+    A subclass in checkpoint/families/ may have other norms, or its own forward, which must call
+    ``PassCollector.add_residual`` with the residual stream after each branch.
     """
 
     is_parallel = False
@@ -60,7 +60,7 @@ class Block(nn.Module):
 class GPT(LanguageModel):
     """A causal language model: token ids in, logits of each next token out.
 
-    A family with another computation is a subclass, which may override ``block_class``,
+    Subclasses, such as those in checkpoint/families/, may override ``block_class``,
     ``attention_class``, ``embed``, ``rotary_table`` and ``logits``.
 
     Source: Radford et al. 2019 (GPT-2); Touvron et al. 2023, arXiv:2302.13971 (Llama).
@@ -129,8 +129,8 @@ class GPT(LanguageModel):
         """Return the logits of the token after each position.
 
         Args: tokens (B, T), ids below V, which follow the positions in the cache and are added to
-            it; recorder receives the attention of all layers; visible_BS, false for positions in
-            view that no query may attend to; logits_to_keep, number of last positions to return
+            it; recorder receives the attention of all layers; visible_BS, false for positions that
+            no query may attend to; logits_to_keep, number of last positions to return
             logits for, 0 for all; recompute, whether to use activation checkpointing for each block
             (Chen et al. 2016, arXiv:1604.06174).
         Returns: (B, T, V), or (B, logits_to_keep, V).

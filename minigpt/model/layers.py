@@ -76,7 +76,7 @@ class GatedMLP(nn.Module):
 def rotary_table(config: ModelConfig, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
     """Return cos and sin of position x frequency, each (context_length, D / 2), float32.
 
-    Args: divisor, that of each frequency (D / 2,); scale, factor of cos and sin.
+    Args: divisor, one for each frequency (D / 2,); scale, factor of cos and sin.
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.2.
     """
     # Always computed on the CPU, so that all devices use the same angles.

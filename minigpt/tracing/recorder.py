@@ -17,10 +17,8 @@ class RowRecorder:
     kernel, they are recomputed as the softmax of the model's score, in float32.
     """
 
-    needs_queries = False
-    """Whether the model passes the queries and keys of all new positions."""
-    needs_residual = False
-    """Whether the model passes the residual stream."""
+    needs_queries = needs_residual = False
+    """Whether to receive more than the last query's weights, as in ``Recorder``."""
 
     def __init__(self, model: LanguageModel) -> None:
         """Raises: ConfigError if the model has no attention."""

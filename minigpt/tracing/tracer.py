@@ -65,6 +65,7 @@ def trace(
             "context window, or generate without a trace."
         )
     make_observer: Callable[..., AttentionObserver] = AttentionObserver
+    # Only that ring can trace the prompt's own tokens or pass dense weights on.
     find = find_ring if sampling.max_new_tokens and dense is None else ring
     if observers := find("tracing.observers"):
         make_observer = partial(observers.make_observer, special=special, dense=dense)

@@ -1,4 +1,4 @@
-"""The optimizers: Muon on the matrices, AdamW on everything else."""
+"""The optimizers: Muon (Jordan et al. 2024) on matrices of blocks, AdamW on everything else."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -13,7 +13,7 @@ from minigpt.training.world import ALONE, World
 
 
 def is_muon_parameter(name: str, parameter: Tensor) -> bool:
-    """Return whether Muon updates a parameter: a matrix of a block, not an embedding or norm."""
+    """Return whether Muon updates a parameter: a matrix of a block or of an LSTM's attention."""
     return parameter.ndim == 2 and name.startswith(("blocks.", "attention."))
 
 

@@ -22,7 +22,7 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:
-    """Return the fraction of the budget used, in [0, 1]: of steps or of minutes, if that is larger.
+    """Return the fraction of the budget used, in [0, 1]: the larger one of steps and of minutes.
 
     Without ``max_minutes`` it depends only on the step. With it, the schedule ends when the time is
     up, on any machine.
@@ -52,7 +52,7 @@ def lr_scale(config: TrainingConfig, progress: float) -> float:
             shape = 1 - after_warmup
         case "cosine":
             shape = 0.5 * (1 + math.cos(math.pi * after_warmup))
-        case _:
+        case _:  # wsd (warm-up, stable, decay): linear decay at the end
             shape = min(1.0, (1 - progress) / max(config.decay_fraction, 1e-12))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape
 

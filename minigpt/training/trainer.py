@@ -58,8 +58,9 @@ class Trainer(Run):
         self.skipping: Any = None
         if self.config.training.on_nan == "skip":
             self.skipping = ring("training.skipping").Skipping(self, self.metrics)
-        kept = find_ring("training.overfitting")
-        self.checkpoints = (kept.KeptCheckpoints if kept else Checkpoints)(self, self.metrics)
+        overfitting = find_ring("training.overfitting")
+        checkpoints = overfitting.KeptCheckpoints if overfitting else Checkpoints
+        self.checkpoints = checkpoints(self, self.metrics)
         self.metrics.before_divergence = self.checkpoints.rescue
 
     def run(self) -> Iterator[Event]:
@@ -147,23 +148,19 @@ class Trainer(Run):
         if self.data.manifest.loss_on == "completion":
             # The mean is over the counted tokens of all micro-batches and ranks.
             n_counted = self.world.mean((targets != NO_TARGET).sum().float()).clamp(min=1)
+        options = {"recompute": config.recompute, "is_sum": n_counted is not None}
         total = torch.zeros((), device=self.device)
         size = self.micro_batch_size * n_times
         micro_batches = list(zip(inputs.split(size), targets.split(size), strict=True))
         for number, (micro_inputs, micro_targets) in enumerate(micro_batches, start=1):
             is_last = number == len(micro_batches)
             with nullcontext() if is_last else self.world.no_sync(self._replica):
-                loss = self._loss(micro_inputs, micro_targets, n_counted is not None)
+                with autocast(self.device, self.dtype):
+                    loss = self._loss_of(micro_inputs, micro_targets, **options)
                 loss = loss / (len(micro_batches) if n_counted is None else n_counted)
                 loss.backward()
             total += loss.detach()
         return total
-
-    def _loss(self, inputs: Tensor, targets: Tensor, is_sum: bool) -> Tensor:
-        recompute = self.config.training.recompute
-        with autocast(self.device, self.dtype):
-            loss: Tensor = self._loss_of(inputs, targets, recompute=recompute, is_sum=is_sum)
-        return loss
 
     def request_stop(self) -> None:
         """Ask ``run`` to save after the current step and return; safe in a signal handler."""

@@ -52,10 +52,10 @@ def live(run: dict[str, Any], rank: int, data: PreparedData, folder: Path) -> di
         )
     )
     if run.get("nan_at", [None])[0] == rank:
-        loss_of = trainer._loss
+        loss_of = trainer._loss_of
         nan_steps = run["nan_at"][1:]
-        trainer._loss = lambda *batch: (  # type: ignore[method-assign]
-            loss_of(*batch) * (math.nan if trainer.step + 1 in nan_steps else 1)
+        trainer._loss_of = lambda *batch, **options: (
+            loss_of(*batch, **options) * (math.nan if trainer.step + 1 in nan_steps else 1)
         )
     for event in trainer.run():
         match event:
