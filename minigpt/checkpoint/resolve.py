@@ -1,4 +1,4 @@
-"""Find the model or run that a user names: by path, by name, or on the Hugging Face hub."""
+"""Find the model or run that a user names: by path, by name, or on the Hugging Face Hub."""
 
 import os
 from collections.abc import Iterable

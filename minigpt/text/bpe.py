@@ -44,7 +44,7 @@ def parse_spec(spec: str) -> tuple[str, int]:
         if not re.fullmatch("[0-9]{1,9}", size):
             wrong = "is above 999,999,999" if size.isdecimal() else "is not a number"
             raise ConfigError(
-                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give it in digits, as in "
+                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give a number such as "
                 "bpe:1024."
             )
         return kind, int(size)

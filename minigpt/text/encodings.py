@@ -1,4 +1,4 @@
-"""Decode text files, and find a remedy for bytes that are not UTF-8 which preserves the text."""
+"""Decode text files; for bytes that are not UTF-8, find a remedy that preserves the text."""
 
 import codecs
 import re

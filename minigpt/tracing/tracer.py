@@ -46,10 +46,10 @@ def trace(
 ) -> Iterator[TraceEvent]:
     """Generate as ``Decoder`` does, and yield a header, a step per token, and a footer.
 
-    The tokens are the same as without tracing. If ``max_new_tokens`` is 0, there is a step for each
-    token of the prompt instead. A KeyboardInterrupt or SystemExit after the header, raised here or
-    thrown into this generator, ends the trace with a footer; SystemExit is then raised again.
-    EndTrace, thrown into it, ends the trace after the steps that have already been observed.
+    The tokens are the same as without tracing. If ``max_new_tokens`` is 0, the steps are those
+    of the prompt's tokens, from the second on. A KeyboardInterrupt or SystemExit after the header,
+    raised here or thrown into this generator, ends the trace with a footer; SystemExit is then
+    raised again. EndTrace, thrown into it, ends the trace after the steps already observed.
 
     Args: forced, the token ids of ``sampling.force``; intervention, the one applied to ``model``,
         for the header; special, whether special tokens in ``config.against`` are parsed; dense,

@@ -5,6 +5,8 @@ compares both). Here, the forward pass is torch's and the backward pass consists
 products. Without bfloat16 instructions of the CPU, these are slower than torch's. The weights are
 recomputed for one block of queries at a time, so memory does not grow with the square of the
 sequence length.
+
+Shapes: B batch, H query heads, G key/value heads, T positions, D head dim.
 """
 
 from typing import Any

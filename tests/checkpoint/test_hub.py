@@ -264,9 +264,9 @@ def test_offline_uses_the_cache_and_a_missing_file_is_a_one_line_error(
     assert [Path(answer["folder"]) for answer in cached] == list(downloads.folders.values())
     assert absent["code"] == 4
     says = (
-        "HF_HUB_OFFLINE allows only the hub's cache, where some of its files are missing."
+        "HF_HUB_OFFLINE allows only the Hub's cache, where some of its files are missing."
         if is_offline
-        else f"the Hugging Face hub ({nowhere}) cannot be reached ("
+        else f"the Hugging Face Hub ({nowhere}) cannot be reached ("
     )
     assert absent["error"].startswith(f"'tiny/pickled' is not a folder here, and {says}")
     assert hub.asked == []

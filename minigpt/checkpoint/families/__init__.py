@@ -77,7 +77,7 @@ class TensorName:
     shares: tuple[int, ...] = ()
     """Relative sizes of ours in theirs. Empty for equal sizes."""
     n_groups: int = 1
-    """Number of groups of outputs, such as heads, that each contain a part of every tensor."""
+    """Number of groups of outputs, such as heads, each with a part of all of ours."""
 
 
 def same(theirs: str, ours: str, *suffixes: str) -> Iterator[TensorName]:

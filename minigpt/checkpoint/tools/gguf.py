@@ -34,7 +34,7 @@ from minigpt.files import resource_errors, writing_aside
 from minigpt.text.tokenizer import well_formed
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Types of matrices in the file; vectors are always float32."""
+"""Types of matrices in the file; vectors and learned positions are always float32."""
 
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127}
 _VALUES_AT_ONCE = 2**22

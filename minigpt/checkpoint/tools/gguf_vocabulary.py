@@ -123,7 +123,7 @@ def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]
         if text == unknown:
             types[id_] = UNKNOWN
         if not token["special"] and any(token.get(s) for s in ("lstrip", "rstrip", "single_word")):
-            raise _refusal(f"its added token {text[:40]!r} strips spaces or matches only words")
+            raise _refusal(f"the added token {text[:40]!r} strips spaces or matches whole words")
     known = set(texts.values())
     # No text has these: byte-level tokens contain no space, and others have U+2581 instead.
     free = (name for i in count() if (name := f"<unused {i}>") not in known)

@@ -1,4 +1,4 @@
-"""Download models from the Hugging Face hub: only the files that read_model reads, no pickles."""
+"""Download models from the Hugging Face Hub: only the files that read_model reads, no pickles."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ HUB_NAME = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
     re.ASCII,
 )
-"""Repository on the Hugging Face hub: org/name or org/name@revision."""
+"""Repository on the Hugging Face Hub: org/name or org/name@revision."""
 
 _WEIGHTS = "model.safetensors"
 # Third-party code is not downloaded; from a local folder it is copied, but never run.
@@ -27,7 +27,7 @@ def is_hub_name(spec: str) -> bool:
 
 
 def download_model(spec: str) -> Path:
-    """Download a repository's model, unless it is in the hub's cache, and return its folder.
+    """Download a repository's model, unless it is in the Hub's cache, and return its folder.
 
     Without a network, or with HF_HUB_OFFLINE, the cached files are used. huggingface_hub shows its
     progress on stderr if that is a terminal.
@@ -37,13 +37,13 @@ def download_model(spec: str) -> Path:
         downloaded, or it has no safetensors; ResourceError if the cache cannot be written.
     """
     match = HUB_NAME.fullmatch(spec)
-    assert match is not None, f"{spec!r} is not a name of the hub"
+    assert match is not None, f"{spec!r} is not a name of the Hub"
     try:
         from huggingface_hub import constants, hf_hub_download, snapshot_download
         from huggingface_hub.utils import logging
     except ImportError:
         raise CheckpointError(
-            f"{spec!r} is not a folder here. If it is a model of the Hugging Face hub, install "
+            f"{spec!r} is not a folder here. If it is a model on the Hugging Face Hub, install "
             f"huggingface_hub: {install_extra('hub')}."
         ) from None
     # Its warnings include the server's reply unescaped.
@@ -93,7 +93,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
     """Return why a download failed, and the remedy."""
     from huggingface_hub import constants, errors
 
-    hub = f"the Hugging Face hub ({constants.ENDPOINT})"
+    hub = f"the Hugging Face Hub ({constants.ENDPOINT})"
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     if isinstance(error, errors.GatedRepoError):
@@ -115,7 +115,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
         )
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return (
-            "HF_HUB_OFFLINE allows only the hub's cache, where some of its files are missing. "
+            "HF_HUB_OFFLINE allows only the Hub's cache, where some of its files are missing. "
             "Unset it to download them."
         )
     if response is not None:

@@ -1,4 +1,4 @@
-"""The model card: README.md of a checkpoint, in the format of the Hugging Face hub."""
+"""The model card: README.md of a checkpoint, in the format of the Hugging Face Hub."""
 
 import json
 import re
@@ -68,7 +68,7 @@ def model_card(
     bits_per_byte: float | None = None,
     val_split: str | None = None,
 ) -> str:
-    """Return the README.md of a checkpoint: the hub's metadata, then a description in Markdown.
+    """Return the README.md of a checkpoint: the Hub's metadata, then a description in Markdown.
 
     Names and the command are escaped in both.
 
@@ -130,7 +130,7 @@ def _validation(config: RunConfig, val_split: str | None) -> str:
 def _metadata(
     config: RunConfig, name: str, val_loss: float | None, bits_per_byte: float | None
 ) -> str:
-    """Return the YAML block of a model card, as the hub specifies it."""
+    """Return the YAML block of a model card, as the Hub specifies it."""
     repository = _base_repository(config)
     library = "minigpt" if config.model.model_type == OWN_TYPE else "transformers"
     base = f"base_model: {_quoted(repository)}\n" if repository else ""
@@ -200,7 +200,7 @@ def _start(config: RunConfig) -> str:
 
 
 def _base_repository(config: RunConfig) -> str | None:
-    """Return the hub repository of the run's base model; None without one."""
+    """Return the Hub repository of the run's base model; None without one."""
     repository, _, commit = (config.from_ or "").partition("@")
     return repository if is_hub_name(repository) and _COMMIT.fullmatch(commit) else None
 

@@ -39,7 +39,7 @@ class DescribedOutput(TraceOutput):
         self._joined = JoinedTokens()
         self._header: TraceHeader | None = None  # of the current trace
         self._n_rows = 0  # rows shown of the current trace
-        self._waiting: list[TraceStep] = []  # steps whose last character is incomplete
+        self._waiting: list[TraceStep] = []  # steps since a character began that is not complete
 
     def show(self, events: Iterator[Any]) -> bool:
         """Show a trace as its events arrive; return whether it ended without Ctrl-C.

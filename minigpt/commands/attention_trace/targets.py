@@ -19,7 +19,7 @@ class Targets(Checked):
     view: str | None = option(None, choices=_VIEWS, group="Output", shown=LINES)
     """View. None for lines, or for nothing if a replay writes a file."""
     position: int | None = option(None, group="Output", shown="the last")
-    """Position of the token to show in --view text or --picture strip."""
+    """Position of the token whose row --view text or --picture strip shows."""
     as_json: bool = option(False, group="Output", name="json")
     """Print JSON, one object per line."""
     out: Path | None = option(None, group=_FILES)

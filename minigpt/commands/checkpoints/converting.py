@@ -33,8 +33,8 @@ def export(
     encodes texts to the same ids, and with --type f32 generates the same greedy text. Models and
     vocabularies that it would handle differently are refused; docs/export.md lists them.
 
-    q8_0 stores 8-bit weights with one scale per 32; tensors whose rows are not a multiple of 32
-    stay f16. Vectors are always f32.
+    q8_0 stores 8-bit weights with one scale per 32; matrices whose row length is not a multiple of
+    32 become f16. Vectors and learned positions are always f32.
     """
     from minigpt.checkpoint.tools.gguf import export_gguf  # imports torch; list does not
 

@@ -71,7 +71,7 @@ def measure(
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {shown_name(folder)}")
-        # A run with --val has a separate validation text; without the ring of corpora, none has it.
+        # A run with --val has a separate validation text; without the ring of corpora, no run does.
         paths = getattr(text, "val", ()) or text.paths
         if not config.data:
             progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")

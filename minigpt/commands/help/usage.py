@@ -75,7 +75,8 @@ def check_words(ctx: Any, args: list[str]) -> None:
     words = iter(args)
     for word in words:
         if word == "--":
-            _require_texts(ctx, list(words), options)
+            after = list(words)
+            _require_texts(ctx, args[: -1 - len(after)], after, options)
             break
         name, equals, _ = word.partition("=")
         option = options.get(name)
@@ -91,7 +92,9 @@ def check_words(ctx: Any, args: list[str]) -> None:
                 )
 
 
-def _require_texts(ctx: Any, after: list[str], options: Mapping[str, Any]) -> None:
+def _require_texts(
+    ctx: Any, before: list[str], after: list[str], options: Mapping[str, Any]
+) -> None:
     """Raise ConfigError for an option after the first text that follows ``--``."""
     rest, moved, late = iter(after[1:]), [], ""
     texts = after[:1]
@@ -104,7 +107,7 @@ def _require_texts(ctx: Any, after: list[str], options: Mapping[str, Any]) -> No
         n_values = 0 if "=" in word or _is_flag(option) else option.nargs
         moved += [word, *itertools.islice(rest, n_values)]
     if late:
-        call = shlex.join([*moved, "--", *texts])
+        call = shlex.join([*before, *moved, "--", *texts])
         raise ConfigError(
             f"{late} is after --, where everything is text. Put options before it: "
             f"{ctx.command_path} {call}"

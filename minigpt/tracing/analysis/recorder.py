@@ -30,9 +30,10 @@ def require_measures(config: AnalysisConfig) -> None:
                 f"depend on the token. Use --measure {', '.join(able)}."
             )
         if facts.is_signed and config.reduce != "mean":
+            why = "sums over heads" if facts.has_heads else "has no rows of single heads"
             raise ConfigError(
-                f"--reduce {config.reduce} does not apply to --measure {measure}, which sums over "
-                "heads. Leave --reduce out."
+                f"--reduce {config.reduce} does not apply to --measure {measure}, which {why}. "
+                "Leave --reduce out."
             )
         if not facts.has_heads and (config.layers is not None or config.heads is not None):
             name = "--heads" if config.layers is None else "--layers"
