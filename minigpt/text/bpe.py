@@ -42,10 +42,10 @@ def parse_spec(spec: str) -> tuple[str, int]:
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and colon:
         if not re.fullmatch("[0-9]{1,9}", size):
-            wrong = "is above 999,999,999" if size.isdecimal() else "is not a number"
+            is_large = size.isdecimal()
+            wrong = "above 999,999,999. Give less" if is_large else "not a number. Give it in digits"
             raise ConfigError(
-                f"the vocabulary size of the tokenizer {spec!r} {wrong}. Give a number such as "
-                "bpe:1024."
+                f"the vocabulary size of the tokenizer {spec!r} is {wrong}, as in bpe:1024."
             )
         return kind, int(size)
     if spec not in ("bytes", "bpe", *NAMED_ENCODINGS):

@@ -25,7 +25,7 @@ def explained_heads(model: LanguageModel, heads: str) -> HeadSelection:
     score = model.attentions[0].score
     if not score.is_dot_product:
         raise ConfigError(
-            "--explain requires a scaled dot-product score: this model has a "
+            "--explain requires a scaled dot-product score: this model's is "
             f"{type(score).__name__}. Leave it out."
         )
     shape = model.config
