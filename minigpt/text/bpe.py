@@ -42,8 +42,9 @@ def parse_spec(spec: str) -> tuple[str, int]:
     kind, colon, size = spec.partition(":")
     if kind == "bpe" and colon:
         if not re.fullmatch("[0-9]{1,9}", size):
-            is_large = size.isdecimal()
-            wrong = "above 999,999,999. Give less" if is_large else "not a number. Give it in digits"
+            wrong = "not a number. Give it in digits"
+            if size.isdecimal():
+                wrong = "above 999,999,999. Give less"
             raise ConfigError(
                 f"the vocabulary size of the tokenizer {spec!r} is {wrong}, as in bpe:1024."
             )

@@ -87,5 +87,5 @@ def test_explaining_a_nonexistent_head_is_refused(heads: str, message: str) -> N
 
 
 def test_explaining_a_softcapped_score_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="this model has a SoftcappedScore"):
+    with pytest.raises(ConfigError, match="this model's is SoftcappedScore"):
         explained_heads(any_model(SOFTCAP, attn_logit_softcapping=5.0), "0.0")
