@@ -68,7 +68,10 @@ def trace(
     config = build(config_type, {"has_heads": True} | chosen)
     sampling = build(SamplingConfig, vars(SAMPLING) | options)
     if sampling.num_samples != 1:
-        raise ConfigError(f"a trace is of one sample: num_samples is {sampling.num_samples}.")
+        raise ConfigError(
+            f"num_samples must be 1 in a trace: it is {sampling.num_samples}. "
+            "Call trace once for each seed."
+        )
     network, tokenizer, name = api.model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )

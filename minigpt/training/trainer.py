@@ -66,7 +66,7 @@ class Trainer(Run):
     def run(self) -> Iterator[Event]:
         """Train until the budget is used or a stop is requested, then save.
 
-        On an error, the best weights since the last checkpoint are saved, but no checkpoint.
+        On an error, the best weights since the last checkpoint are saved, for inference only.
 
         Raises: DivergedError on NaN or inf, or on a loss above the divergence threshold.
         """

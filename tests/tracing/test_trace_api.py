@@ -127,7 +127,7 @@ def test_a_trace_can_be_saved_and_read_again(tmp_path: Path) -> None:
     [
         ({"measure": "score"}, ConfigError, "unknown measure 'score'"),
         ({"heads": "9.9"}, ConfigError, "--heads 9.9 is out of range"),
-        ({"num_samples": 2}, ConfigError, "a trace is of one sample"),
+        ({"num_samples": 2}, ConfigError, "num_samples must be 1 in a trace: it is 2"),
         ({"colour": 1}, ConfigError, "colour"),
         ({"n_sources": -1}, ConfigError, "n_sources must be at least 0"),
         ({"n_sources": 1.5}, ConfigError, "n_sources must be of type int"),
