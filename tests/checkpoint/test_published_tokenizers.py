@@ -268,7 +268,7 @@ def test_an_unknown_word_without_an_unknown_token_is_a_one_line_error() -> None:
     data["added_tokens"] = []
     ours = tokenizer_from_json(data, "words")
     assert ours.encode("the cat") == [0, 1]
-    with pytest.raises(DataError, match=r"cannot encode this text .*Leave out the characters"):
+    with pytest.raises(DataError, match=r"cannot encode this text .*Leave out characters"):
         ours.encode("the dog")
 
 
