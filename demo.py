@@ -16,7 +16,7 @@ NAME = "There was once a fox named Zilpo. One morning"
 HOW_TO_READ = """
 How to read this:
   Each line is a new token; prob is the probability that the model gave it.
-  The rest of the line shows where its attention heads looked, 100 % in total.
+  The rest of the line shows where its attention heads looked, 100% in total.
   sink is the first position, where heads look when nothing else matches.
   Then come the tokens with the most attention, with their position and share.
   Few bits: the attention is on few tokens. Many bits: it is spread out.

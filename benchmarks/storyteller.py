@@ -33,7 +33,7 @@ N_NOVELS = 48
 PIECE = 120
 """Paragraphs of a novel in one document, so that tales and novels alternate."""
 N_COPIED = 2_700_000
-"""Number of letters in repetitive texts, 5 % of the mixture."""
+"""Number of letters in repetitive texts, 5% of the mixture."""
 N_TOLD = 20_000
 """Number of tales of the grammar in the texts of the last three runs."""
 N_NAMES = 100

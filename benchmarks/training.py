@@ -3,8 +3,8 @@
     python benchmarks/training.py ../shared/data/tinyshakespeare.txt --seconds 15 25 --nanogpt
     python benchmarks/training.py ... --nanogpt-checkout DIR --plot docs/training.svg
 
-For both, the validation text is the last 10 % of the bytes, in one full pass, and losses are in
-nats per byte, for any tokenizer. A BPE is trained on the first 90 % only, and its training time
+For both, the validation text is the last 10% of the bytes, in one full pass, and losses are in
+nats per byte, for any tokenizer. A BPE is trained on the first 90% only, and its training time
 counts; otherwise only training steps are timed, without reading the text, evaluation or saving. The
 schedule ends with the budget, so each number of --seconds is a separate run. --nanogpt then runs
 nanoGPT's recipe with a stand-in of its shape in the same process; --nanogpt-checkout uses nanoGPT's

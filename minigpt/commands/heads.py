@@ -34,8 +34,8 @@ def heads(
     that occurrence, which is the one to predict (induction head). sink: position 0. local: the
     token itself and the few before it.
 
-    The role is the largest of the first three scores if it is at least 40 %, otherwise the larger
-    of the last two if it is at least 50 %, otherwise none.
+    The role is the largest of the first three scores if it is at least 40%, otherwise the larger
+    of the last two if it is at least 50%, otherwise none.
 
     The signed number is the head's mean direct effect on the logit of the correct next token in the
     copy (direct logit attribution), for models whose logits are a sum of such effects.

@@ -46,10 +46,10 @@ def measures(
 
     rank corr.: Spearman correlation with the exact effects, within a token. top 1, 3, 5: share of
     the total effect at the measure's top 1, 3 and 5 positions. deletion: drop in the token's
-    probability when the top 1, 5, 10, 20 or 50 % of the positions are knocked out, averaged over
+    probability when the top 1, 5, 10, 20 or 50% of the positions are knocked out, averaged over
     these shares (comprehensiveness, DeYoung et al. 2020); larger is better.
 
-    Numbers are means over tokens, with 95 % bootstrap intervals. Controls: distance ranks the
+    Numbers are means over tokens, with 95% bootstrap intervals. Controls: distance ranks the
     nearest position first, random in a random order, exact by the exact effects themselves.
 
     --picture needs matplotlib: pip install 'minigpt-attention[plot]'.
@@ -117,7 +117,7 @@ def _table(comparison: "Comparison", width: int) -> "list[Line]":
             lines.append([(result.name.ljust(name_width) + cells.rstrip(), style)])
     about = (
         f"{comparison.n_tokens} tokens, {comparison.mean_positions:.0f} positions each on average, "
-        f"{comparison.n_knockouts} knockouts; means, with 95 % intervals in brackets."
+        f"{comparison.n_knockouts} knockouts; means, with 95% intervals in brackets."
     )
     return [*lines, [], *wrapped(about, width)]
 

@@ -61,7 +61,7 @@ def test_training_flops_agree_with_torchs_flop_counter(layout: str) -> None:
     products = sum(n for op, n in counts.items() if "attention" not in str(op))
     n_pairs = 64 * 64 // 2
     attention = config.n_layer * config.n_head * n_pairs * config.d_head * 2 * 2 * 3
-    # Ours also counts six FLOPs per weight and bias of a norm, which add under 4 % here.
+    # Ours also counts six FLOPs per weight and bias of a norm, which add under 4% here.
     assert training_flops_per_token(config) * 64 == pytest.approx(products + attention, rel=0.04)
     assert training_flops_per_token(config) * 64 >= products + attention
 

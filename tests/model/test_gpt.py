@@ -56,7 +56,7 @@ def test_initial_weights_have_the_documented_standard_deviations() -> None:
         "unembedding.weight": 0.02,
     }
     for name, std in expected.items():
-        # With at least 3,072 draws, the standard deviation is known to 1 / sqrt(2 n), 1.3 %.
+        # With at least 3,072 draws, the standard deviation is known to 1 / sqrt(2 n), 1.3%.
         assert gpt2[name].std().item() == pytest.approx(std, rel=0.06), name
     for name in ("blocks.0.attention.query.weight", "blocks.1.mlp.gate.weight"):
         assert llama[name].std().item() == pytest.approx(128**-0.5, rel=0.06), name

@@ -47,7 +47,7 @@ def test_muon_equals_the_optimizer_of_torch_step_by_step(options: dict[str, Any]
             optimizer.step()
         for their, our in zip(theirs, ours, strict=True):
             # Entries of an update are about 0.2 lr = 0.01. bfloat16 sums in another order change
-            # them by about 1 %; the momentum is float32.
+            # them by about 1%; the momentum is float32.
             torch.testing.assert_close(our, their, rtol=0, atol=5e-4)
             torch.testing.assert_close(
                 muon.state[our]["momentum_buffer"],

@@ -66,8 +66,8 @@ def attention_trace(
 
     One line per generated token: its probability, the attention on position 0 (the sink, which
     heads use when nothing else matches), the earlier tokens with the most attention, and the rest.
-    A row sums to 100 %. It is the mean over --heads and --layers; --reduce max takes the maximum
-    at each position, which does not sum to 100 %, and rollout multiplies the mean attention of the
+    A row sums to 100%. It is the mean over --heads and --layers; --reduce max takes the maximum
+    at each position, which does not sum to 100%, and rollout multiplies the mean attention of the
     layers, over at most 1024 positions.
     """
     if diff is not None:

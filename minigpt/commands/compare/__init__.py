@@ -69,7 +69,7 @@ def compare(
     """Compare attention scores and recurrent models.
 
     Trains each variant with each seed, on the same text in the same order, and prints a table
-    sorted by validation loss. All have as many parameters as the preset, within 3 %: the width of
+    sorted by validation loss. All have as many parameters as the preset, within 3%: the width of
     the MLP, or of the entire LSTM, is chosen to match. All other settings are the same.
 
     --budget is per run: optimizer steps, seconds of training, or floating-point operations as

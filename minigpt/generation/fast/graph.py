@@ -21,8 +21,8 @@ from minigpt.model.gpt import GPT
 from minigpt.model.layers import MLP, GatedMLP, rotate
 
 _CPU_PARTS = 4
-"""Parts of a weight that a CPU reads alternately. The fastest of 1, 2, 4 and 8: 20 % faster than 1
-for float32 and bfloat16, 50 % for int8."""
+"""Parts of a weight that a CPU reads alternately. The fastest of 1, 2, 4 and 8: 20% faster than 1
+for float32 and bfloat16, 50% for int8."""
 _MAX_CUDA_PARTS = 8
 """Maximum number of parts of a weight on CUDA. Products with the same number of outputs become one
 kernel, so queries are split into parts with as many outputs as the keys and values have."""

@@ -30,7 +30,7 @@ def has_slow_matvec(device: torch.device) -> bool:
     """Return whether float32 products of few rows are slow: those of MKL on CPUs not from Intel.
 
     Measured with GPT-2's matrices: one row reaches a third of the memory bandwidth on an AMD CPU
-    with AVX512, 90 % on Intel.
+    with AVX512, 90% on Intel.
     """
     if device.type != "cpu" or not torch.backends.mkl.is_available():
         return False

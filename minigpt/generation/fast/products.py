@@ -142,7 +142,7 @@ def _transposed_view(weights: Sequence[Tensor]) -> Tensor | None:
 class MatrixProduct(Product):
     """A matmul with a weight stored as (I, O).
 
-    For one row, MKL reads it 10 % (GPT-2) to 25 % (384 x 384) faster than the (O, I) weight of
+    For one row, MKL reads it 10% (GPT-2) to 25% (384 x 384) faster than the (O, I) weight of
     nn.Linear.
     """
 

@@ -58,8 +58,8 @@ def _point_to_part(
 ) -> None:
     """Declare a part of torch.cat's result as a pointer, which is all that kernels need.
 
-    torch creates a tensor for each part, four in a product, at each token: 4 to 9 % of mini's time
-    in int8, and 10 % of the compilation time of GPT-2's wrapper.
+    torch creates a tensor for each part, four in a product, at each token: 4 to 9% of mini's time
+    in int8, and 10% of the compilation time of GPT-2's wrapper.
     """
     from torch._inductor.codegen.common import DeferredLine
 

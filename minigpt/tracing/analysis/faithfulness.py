@@ -52,7 +52,7 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over tokens, with its 95 % bootstrap interval."""
+    """A mean over tokens, with its 95% bootstrap interval."""
 
     mean: float
     low: float

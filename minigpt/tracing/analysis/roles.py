@@ -29,7 +29,7 @@ from minigpt.tracing.analysis.frozen import (
 from minigpt.tracing.findings import ROLE_SCORES, Roles
 from minigpt.tracing.recorder import RowRecorder
 
-_MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1 %
+_MAX_REPEATED = 64  # T: uniform attention would give the induction position about 1%
 _MIN_REPEATED = 3  # with T = 2, the induction position is the previous token
 _N_TOKENS = 256  # about B T
 _N_LOCAL = 4  # positions, including the query's own
