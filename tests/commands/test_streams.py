@@ -1,6 +1,7 @@
 """Output on terminals, in pipes and to closed streams, without control characters."""
 
 import io
+import math
 import os
 import re
 import subprocess
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from calls import TINY, Result, Run
 from screens import HOSTILE, OURS, Screen, control_characters
 
-from minigpt.checkpoint.model_folder import read_model
+from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.commands.train import display
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
@@ -39,6 +41,21 @@ def on_terminal(
         return shown
 
     return call
+
+
+def test_an_error_while_text_is_generated_begins_a_line_of_its_own(
+    trained: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = read_model(trained / "checkpoints/tiny/step-000004")
+    with torch.no_grad():
+        next(loaded.model.parameters()).fill_(math.nan)
+    write_model(tmp_path, loaded.model, loaded.tokenizer)
+    with monkeypatch.context() as patch:
+        screen = Screen(patch)
+        result = run("generate", "--model", str(tmp_path), "ab")
+    shown = screen.text()
+    assert result.code == 4, shown
+    assert "ab\r\nerror: the model's logits are NaN or inf" in shown
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class StatusLine:
     """A line that rich can redraw: the current task, a bar and facts."""
 
     label: str = ""
-    """Current task. Empty shows no line."""
+    """Current task. If empty, the line is not shown."""
     share: float = 0.0
     """Completed share of the task, 0 to 1."""
     facts: Sequence[str] = ()

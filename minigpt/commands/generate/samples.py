@@ -16,6 +16,7 @@ from rich.cells import cell_len
 from minigpt.commands.loading import Ready, show_model
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, note, write_result
+from minigpt.errors import MinigptError
 from minigpt.format import count
 from minigpt.generation import samples as batches
 from minigpt.generation.decoder import Decoder, Step
@@ -236,6 +237,10 @@ class SampleDisplay:
         except KeyboardInterrupt:
             self._end(samples.get(current) or Sample(seed + current, began_at), about)
             return False
+        except MinigptError:
+            if sys.stdout.isatty() and not self._as_json:
+                write_result("\n")  # ends the line of the text that the error cut short
+            raise
         if n_samples > 1:
             speed = n_tokens / (time.perf_counter() - began_at)
             note(f"{n_samples} samples, {count(n_tokens, 'token')}, {speed:.4g} tok/s together")
