@@ -29,7 +29,8 @@ def prepare(
         str | None, Option("Model whose tokenizer to use: a folder or a run", "Run", "MODEL")
     ] = None,
     workers: Annotated[
-        int | None, Option("Number of threads", "Run", shown="all cores", bounds="[1, 1024]")
+        int | None,
+        Option("Number of threads", "Run", shown="by the number of cores", bounds="[1, 1024]"),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -47,7 +47,7 @@ def prepare(
     A folder that the user prepared is opened as it is.
 
     Args: chat_model, model folder with the chat template for conversations, None for the plain
-        template; n_workers, number of threads, 0 for one per core; others as in ``tokens.prepare``.
+        template; n_workers, as for ``build_resumable``; others as in ``tokens.prepare``.
     Raises: ConfigError for an unknown tokenizer, or one that differs from a prepared folder's;
         DataError for an unusable corpus; ResourceError if permission to read a file is denied or
         the cache cannot be written.

@@ -62,7 +62,7 @@ def check_files(
             continue
         if name != "out" and n_samples > 1:
             raise ConfigError(
-                f"--{name} shows one trace, but there are {n_samples}. Leave --num-samples out."
+                f"--{name} writes one trace, but there are {n_samples}. Leave --num-samples out."
             )
         if str(path) == "-":
             raise ConfigError(f"--{name} takes the name of a file. Standard output is /dev/stdout.")
