@@ -3,6 +3,7 @@
 import copy
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -245,6 +246,45 @@ def test_only_gpt_itself_is_supported() -> None:
     assert type(make_forward(other, capacity=8)) is PlainForward
     with pytest.raises(ConfigError, match="--no-compile"):
         make_forward(other, capacity=8, compiles=True)
+
+
+class HalfLinear(nn.Linear):
+    """A stand-in for an adapter that has a weight, but does not only multiply with it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def _replace_mlp(model: GPT) -> None:
+    model.blocks[0].mlp = nn.Tanh()
+
+
+def _replace_linear(model: GPT) -> None:
+    old = model.blocks[1].mlp.down
+    model.blocks[1].mlp.down = HalfLinear(old.in_features, old.out_features, old.bias is not None)
+
+
+def _assign_forward(model: GPT) -> None:
+    block = model.blocks[0]
+    block.forward = lambda *args, own=block.forward: own(*args) * 1.5
+
+
+def _swap_blocks(model: GPT) -> None:
+    model.blocks[0], model.blocks[1] = model.blocks[1], model.blocks[0]
+
+
+@pytest.mark.parametrize("layout", ["gpt2", "llama"])
+@pytest.mark.parametrize("change", [_replace_mlp, _replace_linear, _assign_forward, _swap_blocks])
+def test_a_model_with_replaced_modules_decodes_with_its_own_forward(
+    layout: str, change: Callable[[GPT], None]
+) -> None:
+    model = small_model(layout)
+    change(model)
+    forward, tokens = make_forward(model, capacity=9), random_tokens(1, 9)
+    assert type(forward) is PlainForward
+    expected = model(tokens)
+    logits = [forward.feed(part) for part in tokens.split([4, 1, 1, 1, 1, 1], dim=1)]
+    torch.testing.assert_close(torch.stack(logits, dim=1), expected[:, 3:], rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_in_training_mode_uses_its_own_forward() -> None:

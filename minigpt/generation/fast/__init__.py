@@ -12,24 +12,37 @@ from minigpt.generation.fast.compiled import CompiledForward, is_cached
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.idle import allow_idle_steps
 from minigpt.generation.fast.products import join_weights, max_table_rows
-from minigpt.generation.fast.prompts import use_prompt_linears
-from minigpt.generation.fast.quantize import WeightOnlyEmbedding, use_weight_only_layers
+from minigpt.generation.fast.prompts import PromptLinear, use_prompt_linears
+from minigpt.generation.fast.quantize import (
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+    use_weight_only_layers,
+)
 from minigpt.generation.forward import PlainForward
-from minigpt.model.attention import Recorder
+from minigpt.model.attention import Attention, Recorder
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel
-from minigpt.model.layers import GatedMLP
+from minigpt.model.layers import MLP, GatedMLP, RMSNorm
+
+_LINEAR = nn.Linear, PromptLinear, WeightOnlyLinear
+_TYPES: dict[str, tuple[type[nn.Module], ...]] = {
+    "attention": (Attention,),
+    "mlp": (MLP, GatedMLP),
+    **dict.fromkeys(("query", "key", "value", "output", "gate", "up", "down"), _LINEAR),
+    **dict.fromkeys(("attention_norm", "mlp_norm", "final_norm"), (nn.LayerNorm, RMSNorm)),
+    **dict.fromkeys(("query_norm", "key_norm"), (nn.Identity, RMSNorm)),
+    **dict.fromkeys(("attention_post_norm", "mlp_post_norm"), (nn.Identity,)),
+}
+"""Types of the modules that the decode step computes itself, by the last part of their names."""
 
 
 def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
     """Return whether the decode step computes the same as this model's own forward.
 
     Subclasses of GPT may compute something else, so only GPT itself is supported, and without
-    module hooks, which the step does not run.
+    module hooks and replaced modules, which the step does not run.
     """
-    if type(model) is not GPT or model.training:
-        return False
-    if any(module._forward_pre_hooks or module._forward_hooks for module in model.modules()):
+    if type(model) is not GPT or model.training or not _has_own_modules(model):
         return False
     if compiles:
         return model.config.attention == "scaled_dot" and model.device.type in (
@@ -38,6 +51,22 @@ def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
             "meta",
         )
     return model.device.type == "cpu"
+
+
+def _has_own_modules(model: GPT) -> bool:
+    """Return whether a model still has the modules of ``GPT.__init__``, without hooks.
+
+    Of the others, such as an adapter in place of a linear layer, the step would only read weights.
+    """
+    for name, module in model.named_modules():
+        types = _TYPES.get(name.rpartition(".")[2])
+        if types is not None and type(module) not in types:
+            return False
+        # A function may also be assigned to ``forward`` of a module.
+        if module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module):
+            return False
+    layers = [attention.layer for attention in model.attentions]
+    return layers == list(range(model.config.n_layer))
 
 
 def compiles_by_default(model: LanguageModel, n_rows: int) -> bool:
@@ -129,9 +158,10 @@ def make_forward(
     """
     if compiles and not supports(model, compiles=True):
         raise ConfigError(
-            "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda: this "
-            f"model is of class {type(model).__name__}, with {model.config.attention} on "
-            f"{model.device.type}. Use --no-compile."
+            "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda, "
+            "without hooks or replaced modules: this model is of class "
+            f"{type(model).__name__}, with {model.config.attention} on {model.device.type}. Use "
+            "--no-compile."
         )
     if is_compiled(model, compiles, n_rows):
         assert isinstance(model, GPT)
