@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -258,3 +259,46 @@ def test_a_head_whose_output_weights_are_zeroed_equals_an_ablated_head() -> None
     before, ablated = text(), text(ablate="4.1")
     output.weight[:, d_head : 2 * d_head] = 0
     assert text() == ablated != before
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"measure": "gradient"},
+        {"n_verified": "all", "verify_heads": "1.0"},
+        {"ablate": "0.1"},
+        {"patch_from": "the"},
+    ],
+    ids=str,
+)
+def test_a_trace_adds_no_hook_to_a_model_that_other_threads_may_use(
+    options: dict[str, Any],
+) -> None:
+    model = small_model("gpt2", vocab_size=257)
+    counts: list[int] = []
+
+    def count(*_: object) -> None:
+        hooks = [(m._forward_pre_hooks, m._forward_hooks) for m in model.modules()]
+        counts.append(sum(len(kind) for pair in hooks for kind in pair))
+
+    changes = {"patch": "1.0"} if "patch_from" in options else {}
+    with model.final_norm.register_forward_hook(count):
+        minigpt.trace(
+            model, "abc", tokenizer=BytesTokenizer(), max_new_tokens=2, **options, **changes
+        )
+    assert set(counts) == {1}
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}], ids=str)
+def test_threads_that_share_a_model_laid_out_for_decoding_get_their_own_text(
+    options: dict[str, Any],
+) -> None:
+    loaded = minigpt.load("storyteller", for_decoding=True, **options)
+    prompts = ["The king was", "Once upon a time there was a", "A fox"]
+
+    def text(prompt: str) -> str:
+        return minigpt.trace(loaded, prompt, temperature=0, max_new_tokens=12).text
+
+    expected = [text(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(text, prompts)) == expected

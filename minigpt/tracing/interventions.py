@@ -16,11 +16,9 @@ Sources: Vig et al. 2020, arXiv:2004.12265; Meng et al. 2022, arXiv:2202.05262 (
 Shapes: B rows, T new tokens, H query heads, D head dim, P positions of the prompt.
 """
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +29,7 @@ from minigpt.model.attention import PassCollector
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.head_lists import HeadSelection, select_heads
-
-M = TypeVar("M", bound=nn.Module)
+from minigpt.tracing.shallow_copies import shallow_copy
 
 
 def intervene(
@@ -91,18 +88,6 @@ def intervene(
 def _selected(model: GPT, heads: str, option: str, layers: str | None = None) -> HeadSelection:
     n_layer, n_head = model.config.n_attention_layer, model.config.n_head
     return select_heads(n_layer, n_head, layers=layers, heads=heads, options=(option, option))
-
-
-def shallow_copy(module: M) -> M:
-    """Copy a tree of modules, sharing its weights, so that hooks do not change the original."""
-    new = copy.copy(module)
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
-        setattr(new, name, OrderedDict(getattr(module, name)))
-    new._modules = {
-        name: None if child is None else shallow_copy(child)
-        for name, child in module._modules.items()
-    }
-    return new
 
 
 @torch.inference_mode()

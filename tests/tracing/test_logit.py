@@ -33,6 +33,16 @@ def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None
     return recorder.measured("logit", tokens[0].tolist(), target, against)
 
 
+@torch.inference_mode()
+def test_hooks_of_a_tied_embedding_do_not_change_the_output_projection() -> None:
+    model = small_model("llama", tie_embeddings=True)
+    tokens = random_tokens(1, 7, vocab_size=model.config.vocab_size)
+    with model.embedding.register_forward_hook(lambda *call: call[2] * 1.5 + 0.2):
+        logit = model(tokens)[0, -1, 5].item()
+        found = logit_of(model, tokens, 5)
+    assert found.whole == pytest.approx(logit, abs=1e-4)
+
+
 def plain_loop(model: GPT, tokens: Tensor, w_C: Tensor) -> Tensor:
     """Return the attribution (L, H, S), one head, position and product at a time (the oracle).
 

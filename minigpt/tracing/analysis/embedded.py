@@ -10,6 +10,7 @@ from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.measures import Prediction
+from minigpt.tracing.shallow_copies import shallow_copy
 
 
 def embeddings(model: LanguageModel, tokens: Sequence[int]) -> Tensor:
@@ -25,8 +26,9 @@ def logit_at(model: LanguageModel, x_BSC: Tensor, prediction: Prediction) -> Ten
     The logit of the alternative, if any, is subtracted.
     """
     tokens_BS = torch.zeros(x_BSC.shape[:2], dtype=torch.long, device=model.device)  # replaced
-    with model.embedding.register_forward_hook(lambda *call: x_BSC):
-        logits_BV = model(tokens_BS, logits_to_keep=1)[:, -1].float()
+    changed = shallow_copy(model)
+    changed.embedding.register_forward_hook(lambda *call: x_BSC)
+    logits_BV = changed(tokens_BS, logits_to_keep=1)[:, -1].float()
     logit_B: Tensor = logits_BV[:, prediction.target]
     if prediction.against is not None:
         logit_B = logit_B - logits_BV[:, prediction.against]

@@ -58,12 +58,12 @@ def dense_weight(linear: nn.Module) -> Tensor:
 
 def logit_weights(model: LanguageModel, tokens: Tensor) -> Tensor:
     """Return the rows of the output projection for tokens (...): (..., C), float32."""
-    if isinstance(model.unembedding, nn.Linear):
-        # Not weight[tokens]: for one token, that synchronizes with the GPU.
-        return F.embedding(tokens, model.unembedding.weight).float()
-    # A quantized output projection has a method ``rows``.
-    rows: Any = model.embedding if model.unembedding is None else model.unembedding.rows
-    found: Tensor = rows(tokens)
+    layer: Any = model.embedding if model.unembedding is None else model.unembedding
+    if isinstance(layer, nn.Linear | nn.Embedding):
+        # Not weight[tokens]: for one token, that synchronizes with the GPU. Not layer(tokens): an
+        # embedding's hooks change only inputs.
+        return F.embedding(tokens, layer.weight).float()
+    found: Tensor = layer.rows(tokens)  # quantized
     return found.float()
 
 

@@ -6,7 +6,6 @@ D head dim.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from minigpt.tracing.config import N_SOURCES
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import Effect, Kept, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, select_heads
+from minigpt.tracing.shallow_copies import shallow_copy
 from minigpt.tracing.signals import signals_later
 
 _MAX_CACHE_BYTES = 2**28  # of a batch, if each row needs a copy of the cache
@@ -197,8 +197,7 @@ class Knockouts:
         elif self._heads_LH is None:
             logits = model(tokens, prefix, visible_BS=~hidden_BS)
         else:
-            with _hiding(model, hidden_BS, self._heads_LH):
-                logits = model(tokens, prefix)
+            logits = _hiding(model, hidden_BS, self._heads_LH)(tokens, prefix)
         targets_B = torch.full((n_rows,), query.target, device=model.device)
         return _scores(logits[:, -1].float(), targets_B)
 
@@ -218,19 +217,18 @@ def _scores(logits: Tensor, targets_B: Tensor) -> Tensor:
     return torch.stack((logit_B - logits.logsumexp(dim=1), logit_B), dim=1)
 
 
-@contextmanager
-def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> Iterator[None]:
-    """Hide keys from some heads of each layer in forward passes inside the block."""
+def _hiding(model: LanguageModel, hidden_BS: Tensor, heads_LH: Tensor) -> LanguageModel:
+    """Return a copy of a model in which keys are hidden from some heads of each layer."""
 
     def hide(heads_H: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         visible_BH1S = ~(hidden_BS[:, None, None] & heads_H[None, :, None, None])
         return lambda _, inputs: (*inputs[:-1], visible_BH1S)
 
-    with ExitStack() as stack:
-        for layer, heads_H in zip(model.attentions, heads_LH, strict=True):
-            assert isinstance(layer, nn.Module)
-            stack.enter_context(layer.register_forward_pre_hook(hide(heads_H)))
-        yield
+    changed = shallow_copy(model)
+    for layer, heads_H in zip(changed.attentions, heads_LH, strict=True):
+        assert isinstance(layer, nn.Module)
+        layer.register_forward_pre_hook(hide(heads_H))
+    return changed
 
 
 class _SharedPrefix(KVCache):
