@@ -74,7 +74,7 @@ def test_the_map_has_a_line_for_each_generated_token(opened: Opened) -> None:
         assert readout.startswith(
             f"token {6 + step} “␣t{6 + step}” to token {column} “␣t{column}”:"
         )
-        shown = float(readout.split(": ")[1].strip(" %<"))
+        shown = float(readout.split(": ")[1].strip("%<"))
         assert shown == pytest.approx(share, abs=0.06 if share < 9.9 else 0.51)
     page.page.mouse.move(0, 0)
     # Stronger attention has more colour, and its blue differs from the background's.
@@ -101,7 +101,7 @@ def test_the_map_shows_the_selected_head(opened: Opened) -> None:
     heads = trace.steps[7].row.heads
     assert heads is not None
     column, weight = int(heads.positions[2, 1, 0]), float(heads.weights[2, 1, 0])
-    shown = point(page, 7, column).split(": ")[1].strip(" %<")
+    shown = point(page, 7, column).split(": ")[1].strip("%<")
     assert float(shown) == pytest.approx(100 * weight, abs=1.5)
     assert "head 2.1" in page.text("#map-note")
     assert "5 strongest" in page.text("#map-note")

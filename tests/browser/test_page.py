@@ -72,7 +72,7 @@ def test_choosing_a_head_shades_by_its_row(control: str, opened: Opened) -> None
         page.choose("head", "1")
     assert_shaded(page, head_row(trace, 13, 2, 1))
     listed = sum(head_row(trace, 13, 2, 1))
-    match = re.search(r"head 2\.1: .*Listed: ([\d.]+) % of the row", page.text("#listed"))
+    match = re.search(r"head 2\.1: .*Listed: ([\d.]+)% of the row", page.text("#listed"))
     assert match
     assert float(match[1]) == pytest.approx(100 * listed, abs=1.2)
     assert page.page.locator("#layer").input_value() == "2"
@@ -251,10 +251,10 @@ def test_the_table_has_weights_norms_and_knockout_effects(opened: Opened) -> Non
     sources = [effect for effect in step.effects if effect.control_of is None]
     assert {effect.source.token.position for effect in sources} <= set(positions)
     for position, (_, weight, norm, *_) in cells.items():
-        assert float(weight.removesuffix(" %")) == pytest.approx(
+        assert float(weight.removesuffix("%")) == pytest.approx(
             100 * weights[position], abs=0.06 if weights[position] < 0.09 else 0.6
         )
-        assert float(norm.strip("<").removesuffix(" %")) == pytest.approx(
+        assert float(norm.strip("<").removesuffix("%")) == pytest.approx(
             100 * norms[position], abs=0.1 if norms[position] < 0.09 else 0.6
         )
     for i, effect in enumerate(sources):
@@ -271,7 +271,7 @@ def test_the_table_has_weights_norms_and_knockout_effects(opened: Opened) -> Non
         else:
             assert control == "none"
     facts = page.text("#token-facts")
-    assert f"{100 * step.probability:.0f} %" in facts
+    assert f"{100 * step.probability:.0f}%" in facts
 
 
 def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
@@ -291,7 +291,7 @@ def test_the_grid_has_the_entropy_and_role_of_each_head(opened: Opened) -> None:
         # 1/255 of the root of log2 13, and rounding of the last digit.
         assert float(shown) == pytest.approx(bits, abs=0.08)
         assert tag == role.tag
-        assert f"induction {100 * role.induction:.0f} %" in cell.get_attribute("title")
+        assert f"induction {100 * role.induction:.0f}%" in cell.get_attribute("title")
 
 
 def test_the_grid_of_a_prompt_token_has_means_over_all_generated_tokens(

@@ -109,12 +109,12 @@ def test_a_token_shows_its_candidates_and_the_predictions_after_each_layer(opene
     page.click(8)
     rows = page.page.locator("#candidates tr").all()
     assert [row.locator("td").all_inner_texts() for row in rows] == [
-        ["␣king", "50 %", ""],
-        ["␣queen", "25 %", "this token"],
-        ["\\n", "17 %", ""],
+        ["␣king", "50%", ""],
+        ["␣queen", "25%", "this token"],
+        ["\\n", "17%", ""],
     ]
     lens = [row.locator("th, td").all_inner_texts() for row in page.page.locator("#lens tr").all()]
-    assert [row[:2] for row in lens] == [["2", "50 %"], ["1", "30 %"], ["0", "1.0 %"]]
+    assert [row[:2] for row in lens] == [["2", "50%"], ["1", "30%"], ["0", "1.0%"]]
     assert "from layer 1 on" in page.text("#lens-note")
     page.click(9)
     for name in ("candidates", "lens"):

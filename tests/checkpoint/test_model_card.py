@@ -107,7 +107,7 @@ def test_the_card_describes_the_model_and_its_training() -> None:
         "Context: 256 tokens\n",
         "Vocabulary: 257 tokens, `bytes`\n",
         "\n- `tales.txt`\n- `*.jsonl`\n- `standard input`\n",
-        "204,800 tokens for training, the last 5 % of the text for validation.",
+        "204,800 tokens for training, the last 5% of the text for validation.",
         "Start: random weights with seed 1337\n",
         "Steps: 400, with muon\n",
         "Tokens seen: 819,200 (4 times the training text)\n",  # 400 x 8 x 256
@@ -201,8 +201,8 @@ def test_the_commands_on_the_card_work(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("split", "kept"),
     [
-        ("documents", "whole documents with about 5 % of the text for validation."),
-        ("tail", "the last 5 % of the text for validation."),
+        ("documents", "whole documents with about 5% of the text for validation."),
+        ("tail", "the last 5% of the text for validation."),
         ("own", "a separate text for validation."),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_split_by_document_is_reported_resumed_and_evaluated(run: Run) -> None
     best = RunFolder(Path("checkpoints/split")).best()
     assert best is not None
     assert (
-        "for training, whole documents with about 10 %" in (best.folder / "README.md").read_text()
+        "for training, whole documents with about 10%" in (best.folder / "README.md").read_text()
     )
     facts = evaluated(run, "--model", "split", "--dtype", "bfloat16")
     assert facts["val_split"] == "documents"

@@ -30,10 +30,10 @@ def curves(**ends: tuple[float, float]) -> list[AccuracyCurve]:
 @pytest.mark.parametrize(
     ("lstm", "gpt", "outcome", "reason"),
     [
-        ((0.99, 0.30), (1.0, 0.99), "borne out", "lstm: 99 % right at distance 8, 30 % at 512"),
+        ((0.99, 0.30), (1.0, 0.99), "borne out", "lstm: 99% right at distance 8, 30% at 512"),
         ((0.30, 0.28), (1.0, 0.99), "borne out in part", "range is not its problem"),
         ((0.84, 0.81), (1.0, 1.0), "not borne out", "learned in part, equally well near and far"),
-        ((1.0, 0.99), (1.0, 1.0), "not borne out", "recall, lstm: 100 % right at distance 8, 99 %"),
+        ((1.0, 0.99), (1.0, 1.0), "not borne out", "recall, lstm: 100% right at distance 8, 99%"),
         ((0.99, 0.30), (1.0, 0.4), "not borne out", "it loses what is far away"),
     ],
 )
@@ -50,7 +50,7 @@ def test_long_range_averages_over_seeds() -> None:
     second = curves(lstm=(1.0, 1.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 0.9))
     judgement = long_range.judge(first + second)
     assert judgement.outcome == "borne out"
-    assert "recall, lstm: 100 % right at distance 8, 50 % at 512" in judgement.reasons[0]
+    assert "recall, lstm: 100% right at distance 8, 50% at 512" in judgement.reasons[0]
 
 
 EXPLAINED = Explanation(
@@ -78,7 +78,7 @@ EXPLAINED = Explanation(
         ({"mean_share": 0.3}, "borne out in part", "which head to look at had to be known first"),
         ({"source_change": -0.5}, "not borne out", "weight is not the cause"),
         ({"control_change": -4.5}, "not borne out", "weight is not the cause"),
-        ({"mean_share": 0.1, "best_head_share": 0.5}, "not borne out", "best head for 50 %"),
+        ({"mean_share": 0.1, "best_head_share": 0.5}, "not borne out", "best head for 50%"),
         ({"accuracy": 0.5}, "borne out", "has not learned the task"),
     ],
 )

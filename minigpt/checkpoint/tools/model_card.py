@@ -116,7 +116,7 @@ def model_card(
 
 
 def _validation(config: RunConfig, val_split: str | None) -> str:
-    percent = f"{100 * config.data.val_fraction:.3g} %"
+    percent = f"{100 * config.data.val_fraction:.3g}%"
     split = val_split or ("own" if config.data.val else config.data.val_split)
     if split == "own":
         return "a separate text"

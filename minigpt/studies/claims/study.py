@@ -96,5 +96,5 @@ class Study:
 
 
 def percent(share: float) -> str:
-    """Return a share in whole percent, as in ``12 %``."""
-    return f"{100 * share:.0f} %"
+    """Return a share in whole percent, as in ``12%``."""
+    return f"{100 * share:.0f}%"

@@ -10,9 +10,9 @@ function element(name, attributes = {}, text = "") {
 
 function percent(share) {
   const value = 100 * share;
-  if (value === 0) return "0 %";
-  if (value < 0.1) return "<0.1 %";
-  return `${value < 9.95 ? value.toFixed(1) : Math.round(value)} %`;
+  if (value === 0) return "0%";
+  if (value < 0.1) return "<0.1%";
+  return `${value < 9.95 ? value.toFixed(1) : Math.round(value)}%`;
 }
 
 // A share, or a signed number in the unit of its measure.
