@@ -97,9 +97,7 @@ def test_a_split_by_document_is_reported_resumed_and_evaluated(run: Run) -> None
     assert "tokens in whole documents" in result.err + result.out
     best = RunFolder(Path("checkpoints/split")).best()
     assert best is not None
-    assert (
-        "for training, whole documents with about 10%" in (best.folder / "README.md").read_text()
-    )
+    assert "for training, whole documents with about 10%" in (best.folder / "README.md").read_text()
     facts = evaluated(run, "--model", "split", "--dtype", "bfloat16")
     assert facts["val_split"] == "documents"
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-2)
