@@ -66,7 +66,8 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
         except OverflowError:
             raise ConfigError(f"{name} is too large: it is {cut(value)}.") from None
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {hint.__name__}: it is {cut(value)}.")
+        kind = " or ".join([hint.__name__, *filter(None, words)])
+        raise ConfigError(f"{name} must be of type {kind}: it is {cut(value)}.")
     return value
 
 

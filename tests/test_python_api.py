@@ -183,6 +183,15 @@ def test_lists_of_heads_and_layers_equal_the_strings_of_the_command() -> None:
     assert tokens_and_rows(layers=[1]) != tokens_and_rows(layers=[0])
 
 
+def test_numpy_numbers_and_ranges_equal_python_numbers() -> None:
+    numbers = {"seed": np.int64(3), "temperature": np.float32(0.5), "n_verified": np.int32(1)}
+    places = {"layers": range(1), "ablate": [(np.int64(1), 0)]}
+    ours = minigpt.trace(MODEL, "abc", **OPTIONS, **numbers, **places)
+    same = {"seed": 3, "temperature": 0.5, "n_verified": 1, "layers": "0", "ablate": "1.0"}
+    expected = minigpt.trace(MODEL, "abc", **OPTIONS, **same)
+    assert ours.to_jsonl().splitlines()[:-1] == expected.to_jsonl().splitlines()[:-1]
+
+
 def test_the_repr_of_a_trace_is_a_short_line() -> None:
     trace = minigpt.trace(MODEL, "The king " * 6, **OPTIONS, ignore_eos=True)
     assert len(repr(trace)) < 300

@@ -5,6 +5,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import SamplingConfig
@@ -48,7 +50,7 @@ def load(
         import minigpt
 
         book = minigpt.load("book")
-        ids = book.tokenizer.encode("Once upon a time")
+        ids = book.tokenizer.encode_prompt("Once upon a time")
         logits = book.model(torch.tensor([ids]))  # (B, T, V)
 
     ``book.model`` is an ``nn.Module`` in evaluation mode, whose parameters do not require
@@ -168,7 +170,9 @@ def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -
         if name not in names:
             names += function.__kwdefaults__
             raise ConfigError(f"unknown setting {name}. {nearest(name, names)}")
-        if name in _LISTS and isinstance(value, list | tuple):
+        if isinstance(value, np.generic):  # np.int64(3), as from a loop over an array
+            checked[name] = value.item()
+        if name in _LISTS and isinstance(value, list | tuple | range):
             parts = (part if isinstance(part, list | tuple) else [part] for part in value)
             checked[name] = ",".join(".".join(map(str, part)) for part in parts)
     return checked
