@@ -107,6 +107,8 @@ def test_invalid_arguments_raise_before_any_work(text: Path) -> None:
             "all texts or all",
         ),
         (lambda: minigpt.generate(MODEL, [], **OPTIONS), DataError, "empty"),
+        (lambda: minigpt.evaluate(MODEL, text), ConfigError, "of type GPT"),  # type: ignore[arg-type]
+        (lambda: minigpt.generate(3, "a"), ConfigError, "of type int"),  # type: ignore[arg-type]
         (lambda: minigpt.evaluate("none", text, devise="cpu"), ConfigError, "Did you mean device?"),
         (lambda: minigpt.train(text, resum=True), ConfigError, "Did you mean resume?"),
         (lambda: minigpt.generate(MODEL, "a", devise="cpu"), ConfigError, "Did you mean device?"),

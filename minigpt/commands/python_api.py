@@ -11,6 +11,7 @@ from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import Display, train_job
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from minigpt.errors import ConfigError, nearest
+from minigpt.generation.api import model_name
 from minigpt.rings import ring
 from minigpt.settings import build, merge, plain_key
 from minigpt.training.events import Event
@@ -80,7 +81,7 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
     names = [f.name for f in fields(config_class)]
     if unknown := next(iter(options.keys() - names), None):
         raise ConfigError(f"unknown setting {unknown}. {nearest(unknown, [*names, *sources])}")
-    source = build(ModelSource, about | {"model": None if model is None else str(model)})
+    source = build(ModelSource, about | {"model": model_name(model)})
     config = build(config_class, options | {"data": _texts(data)})
     return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
 

@@ -33,8 +33,8 @@ Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
 """A prompt, or a list of texts or of lists of token ids."""
 
 
-Models = str | Path | LoadedModel | LanguageModel
-"""A model as ``--model`` names it, or one in memory."""
+Models = str | Path | LoadedModel | LanguageModel | None
+"""A model as ``--model`` names it, or one in memory. None for the newest run."""
 
 
 def load(
@@ -64,7 +64,7 @@ def load(
         quantization that is unknown or not available.
     """
     loaded = loading.load(
-        resolve_model(None if model is None else str(model)),
+        resolve_model(model_name(model)),
         device=device,
         dtype=dtype,
         quantize=quantize,
@@ -249,6 +249,19 @@ def _require_prompt(prompt: object) -> None:
         )
 
 
+def model_name(model: object) -> str | None:
+    """Return a model as ``--model`` names it; None for the newest run.
+
+    Raises: ConfigError for a value of another type.
+    """
+    if not isinstance(model, str | Path | None):
+        raise ConfigError(
+            f"a model must be the name of a run, a folder or org/name here: it is of type "
+            f"{type(model).__name__}."
+        )
+    return None if model is None else str(model)
+
+
 def model_and_tokenizer(
     model: Models,
     tokenizer: Tokenizer | None,
@@ -273,7 +286,7 @@ def model_and_tokenizer(
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
         model = loading.load(
-            resolve_model(str(model)),
+            resolve_model(model_name(model)),
             device=device,
             dtype=dtype,
             quantize=quantize,
