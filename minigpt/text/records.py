@@ -146,8 +146,12 @@ def _has_messages(row: Mapping[Any, Any]) -> bool:
 
 def _longest_text(row: Mapping[Any, Any]) -> str:
     """Return an example of --field with the longest string, which may be the text; else empty."""
-    lengths = {key: len(value) for key, value in row.items() if isinstance(value, str)}
-    name = str(max(lengths, key=lambda key: lengths[key], default=""))
+    values = {str(key): value for key, value in row.items()}
+    for key, inner in row.items():
+        if isinstance(inner, Mapping):
+            values |= {f"{key}.{name}": value for name, value in inner.items()}
+    lengths = {name: len(value) for name, value in values.items() if isinstance(value, str)}
+    name = max(lengths, key=lambda name: lengths[name], default="")
     is_short = 0 < len(name) <= _MAX_LABEL_CHARS and name.isprintable()
     return f", as in --field {shlex.quote(name)}" if is_short else ""
 

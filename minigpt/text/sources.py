@@ -96,6 +96,8 @@ def find_files(
             if word == "-":
                 if _is_endless(source := stdin or sys.stdin.buffer):
                     raise _device_error("standard input")
+                if on_note and source.isatty():
+                    on_note("type or paste the text; Ctrl-D ends it")
                 stream = _spooled(source, spool)
                 files.append(_recognized(stream, "standard input", data))
             elif path.is_fifo():

@@ -339,3 +339,17 @@ def test_permission_denied_on_a_file_or_folder_is_a_resource_error(
 def test_a_device_is_refused_before_it_is_read(tmp_path: Path, name: str) -> None:
     with open("/dev/zero", "rb") as zero, pytest.raises(DataError, match="is a device"):
         find_files([name], tmp_path, tmp_path, DataConfig(), stdin=zero)
+
+
+def test_a_text_that_is_typed_in_a_terminal_is_asked_for(tmp_path: Path) -> None:
+    class Terminal(io.BytesIO):
+        def isatty(self) -> bool:
+            return True
+
+    notes: list[str] = []
+    for stream in (io.BytesIO(b"a king"), Terminal(b"a king")):
+        files = find_files(
+            ["-"], tmp_path, tmp_path, DataConfig(), stdin=stream, on_note=notes.append
+        )
+        assert files[0].path.read_bytes() == b"a king"
+    assert notes == ["type or paste the text; Ctrl-D ends it"]

@@ -161,7 +161,9 @@ def test_a_row_with_an_integer_of_thousands_of_digits_is_read(sign: str) -> None
 def test_a_nested_field_can_be_read_and_is_suggested_by_its_path() -> None:
     rows = [{"id": n, "data": {"text": text}} for n, text in enumerate(TEXTS)]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "its fields are 'id', 'data.text'. Name another" in refusal("a.jsonl")
+    message = refusal("a.jsonl")
+    assert "its fields are 'id', 'data.text'. Name another" in message
+    assert "as in --field data.text." in message
     assert "as in --field data.text." in refusal("a.jsonl", field="data")
     assert Reading("a.jsonl", field="data.text").texts == TEXTS
     Path("d").mkdir()
