@@ -152,6 +152,7 @@ def test_a_model_without_vocabulary_is_exported_without_one(tmp_path: Path) -> N
     folder = folder_of(tmp_path / "model", None, vocab_size=7)
     exported = export_gguf(folder, tmp_path / "m.gguf", "f32")
     assert "no vocabulary" in exported.notes[0]
+    assert not exported.has_vocabulary
     facts, _ = read(tmp_path / "m.gguf")
     assert facts["tokenizer.ggml.model"] == "none"
     assert facts["llama.vocab_size"] == 7

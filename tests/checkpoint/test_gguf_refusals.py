@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,10 +15,11 @@ from gguf_files import folder_of
 from layout_models import OTHER_FAMILIES
 from safetensors.torch import load_file, save_file
 
+from minigpt.checkpoint import families
 from minigpt.checkpoint.families import model_config_from_hf
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
 from minigpt.checkpoint.tools.gguf import export_gguf
-from minigpt.checkpoint.tools.gguf_architectures import architecture_of
+from minigpt.checkpoint.tools.gguf_architectures import ARCHITECTURES, architecture_of
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, ResourceError
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
@@ -26,8 +28,8 @@ from minigpt.text.tokenizer import BYTES_PATTERN, BytesTokenizer
 gguf = pytest.importorskip("gguf", reason="needs the package gguf to read GGUF files")
 
 REFUSED = {
-    "additive": ({"attention": "additive"}, "models of the kind 'llama, additive'"),
-    "lstm": ({"arch": "lstm", "n_head": 1, "d_mlp": 256}, "models of the kind 'lstm'"),
+    "additive": ({"attention": "additive"}, "models of type 'llama, additive'"),
+    "lstm": ({"arch": "lstm", "n_head": 1, "d_mlp": 256}, "models of type 'lstm'"),
     "gelu": ({"family": "gpt2", "activation": "gelu"}, "'gelu' in the gpt2 .* always .* gelu_tanh"),
     "relu2": ({"activation": "relu2"}, "'relu2' in the llama layout"),
     "biases": ({"qk_norm": True, "attention_bias": "all"}, "attention_bias all in the qwen3"),
@@ -201,3 +203,11 @@ def test_a_missing_gguf_package_is_reported_with_the_extra_to_install(
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ConfigError, match=r"needs the package gguf.*pip install '\S+\[gguf\]'"):
         export_gguf(tmp_path, tmp_path / "m.gguf", "f32")
+
+
+def test_the_documents_name_the_families_that_are_not_exported() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs/export.md").read_text()
+    named = re.search("are exported except (.*?), which", page, re.DOTALL)
+    assert named, page
+    known = {path.stem for path in Path(families.__file__).parent.glob("[!_]*.py")}
+    assert set(re.findall(r"`(\w+)`", named[1])) == known - ARCHITECTURES.keys()

@@ -193,7 +193,7 @@ def test_importing_a_pickle_runs_no_code(name: str, is_zip: bool, tmp_path: Path
 
 def test_a_plain_pickle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ckpt.pt").write_bytes(pickle.dumps(Malicious(tmp_path / "ran")))
-    with pytest.raises(CheckpointError, match=r"asks to run|not a complete torch\.save file"):
+    with pytest.raises(CheckpointError, match=r"asks to run|has pickle protocol"):
         import_pickled(tmp_path / "ckpt.pt", tmp_path / "model")
     assert not (tmp_path / "ran").exists()
 
@@ -267,6 +267,18 @@ def test_an_imported_pytorch_model_bin_has_the_logits_of_transformers(tmp_path: 
     with torch.no_grad():
         logits = theirs(ids[None]).logits[0]
     torch.testing.assert_close(our_logits(tmp_path / "new", ids), logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_pickle_is_imported_or_refused_by_its_protocol_without_warnings(tmp_path: Path) -> None:
+    expected = save_bins(tmp_path / "old", next(iter(LAYOUTS)), 1)
+    path = tmp_path / "old" / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    torch.save(state, path, pickle_protocol=3)
+    import_pickled(tmp_path / "old", tmp_path / "new")
+    assert torch.equal(our_logits(tmp_path / "new", torch.arange(20)), expected)
+    torch.save(state, path, pickle_protocol=4)
+    with pytest.raises(CheckpointError, match=r"has pickle protocol 4.*default protocol"):
+        import_pickled(tmp_path / "old", tmp_path / "other")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -364,12 +376,12 @@ def test_vocabulary_options_are_checked(tmp_path: Path) -> None:
             import_pickled(tmp_path / "ckpt.pt", tmp_path / "model", **options)
 
     text = tmp_path / "input.txt"
-    refused(DataError, "has 3 different characters, but the model 65 tokens", vocabulary=text)
+    refused(DataError, "has 3 different characters, but the model has 65 tokens", vocabulary=text)
     refused(DataError, "cannot be read as UTF-8", vocabulary=tmp_path / "ckpt.pt")
     refused(DataError, "cannot be read", vocabulary=tmp_path / "nowhere")
     refused(ConfigError, "are mutually exclusive", vocabulary=text, tokenizer="gpt2")
-    refused(ConfigError, "gpt2 has 50257 tokens, but the model 65", tokenizer="gpt2")
-    refused(ConfigError, "trained again", tokenizer="bpe:65")
+    refused(ConfigError, "gpt2 has 50257 tokens, but the model has 65", tokenizer="gpt2")
+    refused(ConfigError, "train a new vocabulary", tokenizer="bpe:65")
     refused(ConfigError, "unknown tokenizer 'gpt3'", tokenizer="gpt3")
     save_bins(tmp_path / "old", "gpt2-tied", 1)
     with pytest.raises(ConfigError, match=r"are for ckpt.pt of nanoGPT.*leave them out"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import Run, error_line
+from safetensors.torch import load_file
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +27,23 @@ def test_export_reports_the_file_and_how_to_run_it(run: Run) -> None:
         "Run it: llama-completion -p 'Once upon a time' -m 'out/tiny it.gguf'\n"
     )
     assert [path.name for path in Path("out").iterdir()] == ["tiny it.gguf"]
+
+
+def test_export_and_import_suggest_no_text_prompt_without_a_vocabulary(run: Run) -> None:
+    pytest.importorskip("gguf", reason="needs the package gguf to write GGUF files")
+    folder = next(Path("checkpoints/tiny").glob("step-*"))
+    for name in ("tokenizer.json", "tokenizer_config.json", "manifest.json"):
+        (folder / name).unlink(missing_ok=True)
+    result = run("checkpoints", "export", str(folder), "--gguf", "t.gguf")
+    assert result.out.endswith("kB, f16\n")
+    result = run("checkpoints", "export", str(folder), "--gguf", "j.gguf", "--json")
+    assert json.loads(result.out)["run"] is None
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    result = run("checkpoints", "import", str(folder), "new")
+    assert "so prompts and texts are token ids" in result.err
+    assert result.out.endswith("minigpt generate --model new '0 1 2'\n")
+    assert run("generate", "--model", "new", "0 1 2", "--max-new-tokens", "2").code == 0
 
 
 def test_export_as_json_has_type_and_size(run: Run) -> None:

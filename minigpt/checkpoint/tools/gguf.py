@@ -31,7 +31,7 @@ from minigpt.checkpoint.weights import check_tied, tensor_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside
-from minigpt.text.tokenizer import well_formed
+from minigpt.text.tokenizer import Tokenizer, well_formed
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Types of matrices in the file; vectors and learned positions are always float32."""
@@ -50,6 +50,7 @@ class Exported:
     n_bytes: int
     is_chat: bool
     """Whether it has a chat template."""
+    has_vocabulary: bool
     notes: tuple[str, ...]
     """How llama.cpp differs from minigpt for this model, one sentence each."""
 
@@ -86,7 +87,8 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     writer.add_head_count(config.n_head)
     writer.add_head_count_kv(config.n_kv_head)
     add_facts(writer, config, architecture)
-    notes += _add_vocabulary(writer, folder, config)
+    tokenizer = read_vocabulary(folder, config.vocab_size)
+    notes += _add_vocabulary(writer, folder, config, tokenizer)
     template = chat_template(folder)
     if template:
         writer.add_chat_template(template)
@@ -120,12 +122,13 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
             _write_tensor(file, gguf, gguf_name, tensor, gguf.GGMLQuantizationType.F32)
         _pad(file)
         n_bytes = file.tell()
-    return Exported(n_bytes, template is not None, tuple(notes))
+    return Exported(n_bytes, template is not None, tokenizer is not None, tuple(notes))
 
 
-def _add_vocabulary(writer: Any, folder: Path, config: ModelConfig) -> list[str]:
+def _add_vocabulary(
+    writer: Any, folder: Path, config: ModelConfig, tokenizer: Tokenizer | None
+) -> list[str]:
     """Write the name and vocabulary of a model; return notes on how llama.cpp differs."""
-    tokenizer = read_vocabulary(folder, config.vocab_size)
     run = folder.parent if folder.name.startswith("step-") else folder
     name = well_formed(run.name)
     if tokenizer is None:

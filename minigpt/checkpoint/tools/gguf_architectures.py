@@ -158,7 +158,7 @@ def architecture_of(config: ModelConfig) -> Architecture:
     Raises: CheckpointError if there is none.
     """
     if config.model_type not in ARCHITECTURES:
-        raise _refusal(f"models of the kind {config.kind!r}")
+        raise _refusal(f"models of type {config.kind!r}")
     architecture = ARCHITECTURES[config.model_type]
     layout = f"in the {architecture.name} layout"
     if config.activation not in architecture.activations:
@@ -224,15 +224,15 @@ def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, li
     if not architecture.has_windows and _SLIDING in types and window < length:
         length = window
         notes.append(
-            f"its context is {window} tokens, the length of its sliding window, since llama.cpp "
-            f"has no windows in the {architecture.name} layout"
+            f"the context in the file is {window} tokens, the length of the sliding window, "
+            f"because llama.cpp has no windows in the {architecture.name} layout"
         )
     if config.model_type == "gpt_neox" and config.activation == "gelu":
         notes.append("llama.cpp computes the tanh form of GELU, which differs by up to 0.0005")
     if original < config.context_length:
         notes.append(
-            f"its context is {original} tokens, the original one; with a larger -c, llama.cpp uses "
-            "the long factors of LongRoPE for short texts too"
+            f"the context in the file is the original one, {original} tokens; with a larger -c, "
+            "llama.cpp uses the long factors of LongRoPE for short texts too"
         )
     return length, notes
 

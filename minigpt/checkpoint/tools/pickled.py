@@ -6,6 +6,7 @@ runs no code from the file. No other part of minigpt opens pickles.
 
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,8 +111,14 @@ def import_pickled(
 
 def _load(path: Path) -> Any:
     """Return the tensors and plain values of a pickle, without running any code in it."""
+    warned: list[warnings.WarningMessage] = []
     try:
-        with resource_errors(path), open_regular(path) as file:
+        with (
+            resource_errors(path),
+            open_regular(path) as file,
+            warnings.catch_warnings(record=True) as warned,  # of pickle protocols other than 2
+        ):
+            warnings.simplefilter("always")
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{str(path)!r} cannot be read: {error.strerror}.") from None
@@ -124,6 +131,13 @@ def _load(path: Path) -> Any:
             ) from None
         if what := other_format(path):
             raise CheckpointError(f"{str(path)!r} {what}") from None
+        if protocol := re.search(
+            r"pickle protocol (\d+)", " ".join(str(w.message) for w in warned)
+        ):
+            raise CheckpointError(
+                f"{str(path)!r} has pickle protocol {protocol[1]}, which torch.load does not read "
+                "with weights_only. Save it again with torch.save's default protocol."
+            ) from None
         raise CheckpointError(
             f"{str(path)!r} is not a complete torch.save file ({type(error).__name__}). "
             "Write or download it again."
@@ -242,12 +256,14 @@ def _tokenizer(vocab_size: Any, spec: str | None, text: Path | None) -> Tokenize
         )
     kind = spec or "gpt2"
     if kind.partition(":")[0] == "bpe":
-        raise ConfigError(f"--tokenizer {kind} would be trained again. Name one such as gpt2.")
+        raise ConfigError(
+            f"--tokenizer {kind} would train a new vocabulary. Name the model's own, such as gpt2."
+        )
     tokenizer = make_tokenizer(kind, ())
     if isinstance(vocab_size, int) and tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"--tokenizer {kind} has {tokenizer.vocab_size} tokens, but the model {vocab_size}. "
-            "Name the one that it was trained with."
+            f"--tokenizer {kind} has {tokenizer.vocab_size} tokens, but the model has "
+            f"{vocab_size}. Name the one that it was trained with."
         )
     return tokenizer
 
@@ -260,13 +276,13 @@ def _characters(vocab_size: Any, path: Path) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--vocabulary {str(path)!r} cannot be read as UTF-8 text: {str(error)[:80]}. "
-            "Name another file."
+            "Name the text that prepare.py read (input.txt)."
         ) from None
     # nanoGPT reads the text with Python's universal newlines.
     characters = sorted(set(text.replace("\r\n", "\n").replace("\r", "\n")))
     if len(characters) != vocab_size:
         raise DataError(
-            f"{str(path)!r} has {len(characters)} different characters, but the model "
+            f"{str(path)!r} has {len(characters)} different characters, but the model has "
             f"{str(vocab_size)[:20]} tokens. Name the complete text that it was trained on."
         )
     model = {"type": "BPE", "vocab": {c: i for i, c in enumerate(characters)}, "merges": []}

@@ -44,14 +44,15 @@ def export(
     for note in exported.notes:
         console.note(f"note: {note}")
     words = "llama-cli" if exported.is_chat else "llama-completion -p 'Once upon a time'"
-    run = f"{words} -m {shlex.quote(str(gguf))}"
+    # Without a vocabulary, llama.cpp's programs have no way to enter a prompt.
+    run = f"{words} -m {shlex.quote(str(gguf))}" if exported.has_vocabulary else None
     if as_json:
         facts = {"file": gguf, "type": type_, "n_bytes": exported.n_bytes, "run": run}
         tables.write_json(facts | {"notes": exported.notes})
         return
     size = with_unit(exported.n_bytes, "B")
-    line = f"{console.one_line(str(gguf))}: {size}, {type_}. Run it: {console.one_line(run)}"
-    tables.show([Text(line)])
+    line = f"{console.one_line(str(gguf))}: {size}, {type_}"
+    tables.show([Text(f"{line}. Run it: {console.one_line(run)}" if run else line)])
 
 
 @command
@@ -97,11 +98,15 @@ def import_(
         activation=activation,
     )
     if not imported.has_tokenizer:
-        console.note("note: the model has no vocabulary, which generate needs")
+        console.note(
+            "note: the model has no vocabulary, so prompts and texts are token ids, and training, "
+            "evaluation and chat are not possible"
+        )
     if as_json:
         facts = {"folder": folder, "source": imported.source}
         tables.write_json(facts | {"n_parameters": imported.n_parameters})
         return
-    run = console.one_line(f"minigpt generate --model {shlex.quote(folder)}")
+    prompt = "" if imported.has_tokenizer else " '0 1 2'"
+    run = console.one_line(f"minigpt generate --model {shlex.quote(folder)}{prompt}")
     what = f"{short(imported.n_parameters)} parameters from {imported.source}"
     tables.show([Text(f"{console.one_line(folder)}: {what}. Run it: {run}")])
