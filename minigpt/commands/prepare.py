@@ -73,12 +73,13 @@ def prepare(
             n_workers=workers or 0,
         )
     for line in prepared.manifest.notes():
-        console.note(f"text   {line}")
+        console.note(f"note   {line}")
     if as_json:
         tables.write_json(_record(folder, prepared.manifest, work))
     else:
         tables.show(_lines(folder, prepared.manifest, work))
-        console.note(f"next    {command_line('train', str(folder))}")
+        model = () if from_ is None else ("--from", from_)
+        console.note(f"next    {command_line('train', str(folder), *model)}")
 
 
 def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any]:

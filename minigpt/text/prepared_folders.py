@@ -224,8 +224,8 @@ def _require_prepared_for(
         )
     if tokenizer is not None and manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise ConfigError(
-            f"{str(folder)!r} was prepared with a different tokenizer than the model's "
-            f"({manifest.tokenizer!r}). Prepare the text with minigpt prepare --from."
+            f"{str(folder)!r} was prepared with the tokenizer {manifest.tokenizer!r}, not "
+            "with the model's. Prepare the text with minigpt prepare --from."
         )
     default = DataConfig()
     for name in ("format", "field", "encoding", "skip_bad", "skip_unencodable"):

@@ -255,7 +255,7 @@ def test_the_diff_names_the_interventions_of_two_traces(run: Run, workplace: Pat
         (["--ablate", "9.0"], "the model has layers 0 to 1"),
         (["--patch-from", "A", "--patch", "0.0"], "it has 1, and the first has 8"),
         (["--patch-from", "A"], "--patch-from and --patch belong together"),
-        (["--ablate-mean"], "--ablate-mean is for --ablate"),
+        (["--ablate-mean"], "--ablate-mean has no effect without --ablate"),
         (["--ablate", "0.0", "--compile"], "--compile has no effect with --ablate"),
     ],
 )

@@ -81,7 +81,7 @@ def test_a_dry_run_of_a_resumed_run_plans_the_remaining_steps(run: Run, trained:
 
 def test_json_without_a_dry_run_is_refused(run: Run) -> None:
     result = run("train", "corpus.txt", *TINY, "--json")
-    assert "--json is for --dry-run" in error_line(result)
+    assert "--json has no effect without --dry-run" in error_line(result)
     assert result.code == 2
 
 

@@ -88,7 +88,7 @@ def test_without_data_a_run_with_val_is_evaluated_on_that_text(
     given = evaluated(run, "other.txt", "--model", "r")
     assert facts["nats_per_token"] == given["nats_per_token"]
     shown = run("evaluate", "--model", "r")
-    assert "text other.txt: the run's own, as no DATA is given" in shown.err
+    assert "text   other.txt: the run's own text, because no DATA is given" in shown.err
     assert re.search(r"^text +other.txt, the validation text$", shown.out, re.MULTILINE)
 
 

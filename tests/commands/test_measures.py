@@ -69,7 +69,7 @@ def test_bad_input_of_measures_is_a_one_line_error(run: Run, folder: Path) -> No
         (("--only", ""), 2, "there is no measure ''"),
         (("--sink", "40", "to be or not to"), 2, "the sink must be a position of the prompt"),
         (("--knockout", "head", "x"), 2, "--knockout"),
-        (("--system", "x", "y"), 2, "--system is for --chat"),
+        (("--system", "x", "y"), 2, "--system has no effect without --chat"),
     ):
         refused = run(*words, *more)
         assert refused.code == code, refused.err

@@ -74,7 +74,7 @@ def test_replay_and_diff_refuse_every_option_that_needs_a_model(
     name = words.split()[0].replace("--verify", "--n-verified")
     other = {"R": "--replay", "D": "--diff"}[mode]
     if mode == "R" and name in ("--layers", "--heads", "--reduce"):  # allowed with --dense
-        assert line.startswith(f"{name} is for --dense"), line
+        assert line.startswith(f"{name} has no effect without --dense"), line
     else:
         assert line.startswith(f"{name} cannot be used with {other}."), line
     assert sorted(place.iterdir()) == before, "nothing may be written"
@@ -83,26 +83,26 @@ def test_replay_and_diff_refuse_every_option_that_needs_a_model(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--knockout value", "--knockout is for --n-verified"),
-        ("--knockout key --verify 0", "--knockout is for --n-verified"),
-        ("--position 9", "--position is for --view text or --picture strip"),
-        ("--position 9 --view matrix", "--position is for"),
-        ("--position 9 --svg x.svg", "--position is for"),
-        ("--picture strip", "--picture is for --svg or --png"),
-        ("--picture matrix --html x.html", "--picture is for --svg or --png"),
+        ("--knockout value", "--knockout has no effect without --n-verified"),
+        ("--knockout key --verify 0", "--knockout has no effect without --n-verified"),
+        ("--position 9", "--position has no effect without --view text or --picture strip"),
+        ("--position 9 --view matrix", "--position has no effect without"),
+        ("--position 9 --svg x.svg", "--position has no effect without"),
+        ("--picture strip", "--picture has no effect without --svg or --png"),
+        ("--picture matrix --html x.html", "--picture has no effect without --svg or --png"),
         ("--json --view matrix", "--view has no effect with --json"),
         ("--json --view lines", "--view has no effect with --json"),
-        ("--view matrix --verify 1", "--n-verified is for --view lines"),
-        ("--view text --n-sources 3", "--n-sources is for --view lines"),
-        ("--view matrix --roles", "--roles is for --view lines, --view heads"),
+        ("--view matrix --verify 1", "--n-verified has no effect without --view lines"),
+        ("--view text --n-sources 3", "--n-sources has no effect without --view lines"),
+        ("--view matrix --roles", "--roles has no effect without --view lines, --view heads"),
         ("--patch-from A --patch 0.0 --roles", "--roles has no effect with --patch-from"),
-        ("--view heads --heads 0.0", "--heads is for --view other than heads"),
-        ("--view heads --layers 0", "--layers is for"),
-        ("--view heads --reduce max", "--reduce is for"),
-        ("--against x", "--against is for --measure logit, --measure gradient or --measure int"),
-        ("--against x --measure both", "--against is for --measure logit"),
-        ("--steps 5", "--n-steps is for --measure integrated"),
-        ("--measure gradient --steps 5", "--n-steps is for --measure integrated"),
+        ("--view heads --heads 0.0", "--heads has no effect without --view other than heads"),
+        ("--view heads --layers 0", "--layers has no effect without"),
+        ("--view heads --reduce max", "--reduce has no effect without"),
+        ("--against x", "--against has no effect without --measure logit, --measure gradient or"),
+        ("--against x --measure both", "--against has no effect without --measure logit"),
+        ("--steps 5", "--n-steps has no effect without --measure integrated"),
+        ("--measure gradient --steps 5", "--n-steps has no effect without --measure integrated"),
         ("--measure logit --against=", "--against needs a token"),
         ("--measure logit --reduce mean", "--reduce has no effect with --measure logit"),
         ("--measure gradient --heads 0.0", "--heads has no effect on --measure gradient"),
@@ -110,11 +110,11 @@ def test_replay_and_diff_refuse_every_option_that_needs_a_model(
         ("--measure gradient --view heads", "--view heads shows the rows of single heads"),
         ("--view lens", "--view lens shows what --lens measures"),
         ("--max-new-tokens 0", "--temperature has no effect with --max-new-tokens 0"),
-        ("--replay t.jsonl --position 9", "--position is for --view text"),
-        ("--replay t.jsonl --picture strip", "--picture is for --svg or --png"),
+        ("--replay t.jsonl --position 9", "--position has no effect without --view text"),
+        ("--replay t.jsonl --picture strip", "--picture has no effect without --svg or --png"),
         ("--replay t.jsonl --json --view text", "--view has no effect with --json"),
         ("--replay t.jsonl --json --n-sources 1", "--n-sources has no effect with --json"),
-        ("--replay t.jsonl --view matrix --n-sources 1", "--n-sources is for"),
+        ("--replay t.jsonl --view matrix --n-sources 1", "--n-sources has no effect without"),
     ],
 )
 def test_trace_options_are_refused_without_the_options_they_require(
@@ -174,11 +174,11 @@ def test_trace_options_are_accepted_with_the_options_they_require(
         ("generate --interactive --num-samples 2", "--num-samples has no effect with --inter"),
         ("generate --interactive --num-samples 1", "--num-samples has no effect with --inter"),
         ("generate --json --stream", "--stream has no effect with --json"),
-        ("train --json", "--json is for --dry-run"),
+        ("train --json", "--json has no effect without --dry-run"),
         ("train --dry-run --report-to none", "--report-to has no effect with --dry-run"),
         ("train --resume --from tiny", "--from has no effect with --resume"),
         ("plot --json --x tokens", "--x has no effect with --json"),
-        ("compare --x tokens", "--x is for --out"),
+        ("compare --x tokens", "--x has no effect without --out"),
         ("heads --json --view table", "--view has no effect with --json"),
         ("checkpoints prune tiny --dry-run --yes", "--yes has no effect with --dry-run"),
     ],

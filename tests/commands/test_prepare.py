@@ -120,6 +120,8 @@ def test_text_options_are_refused_for_prepared_folders_and_named_corpora(
 def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)
     write_model(workplace / "m", small_model(vocab_size=tokenizer.vocab_size), tokenizer)
+    result = run("prepare", "corpus.txt", "--from", "m", "--out", "tokens")
+    assert result.err.endswith("train tokens --from m\n")
     facts = facts_of(run("prepare", "corpus.txt", "--from", "m", "--out", "tokens", "--json"))
     assert facts["n_tokens"] == 1 + len(tokenizer.encode(TEXT))
     tiny = ["--max-steps", "2", "--context-length", "16", "--batch-size", "2"]
@@ -129,7 +131,7 @@ def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> N
     run("prepare", "corpus.txt", "--tokenizer", "bytes", "--out", "bytes")
     refused = run("train", "bytes", "--from", "m", *tiny)
     assert refused.code == 2
-    assert "a different tokenizer than the model's ('bytes')" in error_line(refused)
+    assert "the tokenizer 'bytes', not with the model's" in error_line(refused)
 
 
 def test_an_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

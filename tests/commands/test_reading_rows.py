@@ -58,7 +58,7 @@ def test_a_bad_row_is_refused_with_its_number_or_skipped_and_reported(run: Run) 
     assert "--skip-bad" in line
     facts, said = prepared(run, "bad.jsonl", "--skip-bad", "--out", "a")
     assert facts["n_documents"] == 40
-    assert said.startswith("text   1 row was left out; the first: line 3 of 'bad.jsonl'")
+    assert said.startswith("note   1 row was left out; the first: line 3 of 'bad.jsonl'")
 
 
 def test_prepare_names_the_fields_if_text_is_missing_and_field_selects_one(run: Run) -> None:

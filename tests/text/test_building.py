@@ -367,7 +367,7 @@ def test_a_prepared_folder_must_be_complete_and_match_the_tokenizer(
     with pytest.raises(ConfigError, match=r"with the tokenizer 'bpe:300', not 'bytes'\. Leave"):
         prepare(DataConfig(paths=(out,), tokenizer="bytes"))
     other = train_bpe(["zebra " * 99], 280)
-    with pytest.raises(ConfigError, match="a different tokenizer than the model's"):
+    with pytest.raises(ConfigError, match="not with the model's"):
         prepare(DataConfig(paths=(out,)), tokenizer=other)
     renamed = TiktokenTokenizer("model's", made.tokenizer.encoding)
     assert prepare(DataConfig(paths=(out,)), tokenizer=renamed).tokenizer is renamed

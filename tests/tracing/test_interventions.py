@@ -246,10 +246,10 @@ def test_tracing_a_changed_model_changes_nothing(options: dict[str, Any]) -> Non
     [
         ({"ablate": "2.0"}, "--ablate 2.0 is out of range: the model has layers 0 to 1"),
         ({"ablate": "0.4"}, "--ablate 0.4 is out of range: the model has heads 0 to 3"),
-        ({"ablate_mean": True}, "--ablate-mean is for --ablate"),
+        ({"ablate_mean": True}, "--ablate-mean has no effect without --ablate"),
         ({"patch": "0.0"}, "--patch-from and --patch belong together"),
         ({"patch_from": OTHER}, "--patch-from and --patch belong together"),
-        ({"patch_position": 1}, "--patch-position is for --patch-from"),
+        ({"patch_position": 1}, "--patch-position has no effect without --patch-from"),
         ({"patch_from": "short", "patch": "0.0"}, "it has 5, and the first has 8"),
         ({"patch_from": OTHER, "patch": "7.0"}, "--patch 7.0 is out of range"),
         ({"patch_from": OTHER, "patch": "2"}, "--patch 2 is out of range: the model has layers 0"),

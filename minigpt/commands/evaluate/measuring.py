@@ -66,7 +66,7 @@ def measure(
         else:
             data = _own_text(text, folder, is_as_trained=not _reading(config), **reading)
         for line in data.manifest.notes():
-            progress.note(f"text   {line}")
+            progress.note(f"note   {line}")
         span = _span(data, val_fraction)
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
@@ -74,7 +74,9 @@ def measure(
         # A run with --val has a separate validation text; without the ring of corpora, no run does.
         paths = getattr(text, "val", ()) or text.paths
         if not config.data:
-            progress.note(f"text {', '.join(paths)}: the run's own, as no DATA is given")
+            progress.note(
+                f"text   {', '.join(paths)}: the run's own text, because no DATA is given"
+            )
         started = time.perf_counter()
         batches = validation_windows(span, max_tokens=n_predicted, **windows)
         batches = _shown(batches, n_predicted, progress)

@@ -186,8 +186,8 @@ def _check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -
         conditions = mode.needs.get(name)
         if conditions and not any(map(holds, conditions)):
             raise ConfigError(
-                f"{name} is for {listed(conditions, 'or')}, and has no effect otherwise. Add "
-                f"that, or leave {name} out."
+                f"{name} has no effect without {listed(conditions, 'or')}. Use "
+                f"{'it' if len(conditions) == 1 else 'one of them'}, or leave {name} out."
             )
         for condition, refused in mode.refuses.items():
             if name in refused and holds(condition):
