@@ -372,3 +372,11 @@ def test_logit_attribution_of_a_patched_model_is_complete_at_every_token(
                     added_C = added_C - added_C.mean()
                 added += float((added_C * norm.weight / scale) @ w_C)
             assert row.parts["intervention"] == pytest.approx(added, abs=1e-3)
+
+
+def test_a_function_assigned_to_forward_is_refused() -> None:
+    model = any_model("gpt2", vocab_size=257)
+    own = model.blocks[0].forward
+    model.blocks[0].forward = lambda *args: own(*args)
+    with pytest.raises(ConfigError, match="forward of a Block, so that hooks"):
+        minigpt.trace(model, "abc", tokenizer=BytesTokenizer(), max_new_tokens=1, ablate="0.0")
