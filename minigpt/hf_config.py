@@ -85,7 +85,13 @@ class ModelConfig(PlainModelConfig):
         require_choice("activation", self.activation, ACTIVATIONS)
         layout = self._layout()
         known = {"llama": ("llama", "mistral")}.get(layout, (layout,))
-        require_choice("model_type", self.model_type, known)
+        if self.model_type not in (*HF_LAYOUTS, OWN_TYPE):
+            require_choice("model_type", self.model_type, known)
+        require(
+            self.model_type in known,
+            f"model_type {self.model_type!r} does not fit the other settings, which are those of "
+            f"{' or '.join(known)}. Change arch, attention, family, qk_norm or attention_bias.",
+        )
         # No Hugging Face model type has these, so other programs could not open the model.
         require(
             not (self.qk_norm and self.attention_bias == "qkv"),

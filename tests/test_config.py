@@ -51,6 +51,8 @@ def test_round_up_returns_the_smallest_multiple(value: float, multiple: int, exp
         ({"family": "lama"}, "unknown family 'lama'. Did you mean llama?"),
         ({"activation": "rellu2"}, "Did you mean relu2?"),
         ({"model_type": "__init__"}, "unknown model_type '__init__'"),
+        ({"model_type": "qwen2", "qk_norm": True}, "model_type 'qwen2' does not fit"),
+        ({"model_type": "gpt2"}, "which are those of llama or mistral"),
         ({"dropout": 1.0}, "dropout must be in [0, 1): it is 1.0."),
         ({"dropout": math.nan}, "dropout must be a finite number: it is nan."),
         ({"rope_theta": 0.0}, "rope_theta must be above 0: it is 0.0."),

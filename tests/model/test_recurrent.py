@@ -226,7 +226,7 @@ def test_a_new_lstm_has_a_uniform_loss_and_a_forget_bias_of_one() -> None:
         ({"arch": "lstm", "n_head": 2}, "with arch lstm, n_head can only be 1: it is 2. Leave it"),
         ({"arch": "lstm-attention", "qk_norm": True}, "qk_norm can only be False"),
         ({"arch": "lstm", "family": "gpt2"}, "family can only be llama: it is gpt2"),
-        ({"arch": "lstm", "model_type": "llama"}, "unknown model_type 'llama'"),
+        ({"arch": "lstm", "model_type": "llama"}, "model_type 'llama' does not fit"),
     ],
 )
 def test_settings_that_an_lstm_does_not_support_raise(

@@ -110,7 +110,7 @@ def test_config_json_and_config_toml_record_the_architecture(name: str, tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention": "scaled_dot"}, "unknown model_type 'minigpt'"),
+        ({"attention": "scaled_dot"}, "model_type 'minigpt' does not fit"),
         ({"attention": "cosine"}, "unknown attention 'cosine'"),
         ({"attention": 3}, "attention must be of type str: it is 3"),
         ({"sliding_window": 4}, "unknown field 'sliding_window' with value 4"),
@@ -157,9 +157,9 @@ def test_batched_lstm_samples_equal_single_ones_and_the_window_slides(name: str)
 
 
 def test_published_layouts_reject_other_scores() -> None:
-    with pytest.raises(ConfigError, match="unknown model_type 'llama'"):
+    with pytest.raises(ConfigError, match="model_type 'llama' does not fit"):
         small_config(attention="dot", model_type="llama")
-    with pytest.raises(ConfigError, match="unknown model_type 'minigpt'"):
+    with pytest.raises(ConfigError, match="model_type 'minigpt' does not fit"):
         small_config(model_type="minigpt")
 
 
