@@ -313,3 +313,18 @@ def test_threads_that_share_a_model_laid_out_for_decoding_get_their_own_text(
     expected = [text(prompt) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
         assert list(pool.map(text, prompts)) == expected
+
+
+@pytest.mark.parametrize("make", [torch.tensor, np.array], ids=["tensor", "array"])
+def test_token_ids_may_be_a_tensor_or_an_array(make: Any) -> None:
+    ids = [84, 104, 101]
+    options = OPTIONS | {"seed": 1}
+    expected = minigpt.trace(MODEL, ids, patch_from=ids, patch="0", **options)
+    ours = minigpt.trace(MODEL, make(ids), patch_from=make(ids), patch="0", **options)
+    assert str(ours) == str(expected)
+    assert [str(trace) for trace in minigpt.trace(MODEL, make([ids, ids]), **options)] == [
+        str(minigpt.trace(MODEL, ids, **(options | {"seed": seed}))) for seed in (1, 2)
+    ]
+    assert [s.text for s in minigpt.generate(MODEL, make(ids), **options)] == [
+        s.text for s in minigpt.generate(MODEL, ids, **options)
+    ]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
 
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model
@@ -29,8 +31,8 @@ _LISTS = ("ablate", "explain", "heads", "layers", "patch", "verify_heads", "veri
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or the messages of a chat."""
-Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]]
-"""A prompt, or a list of texts or of lists of token ids."""
+Prompts = Prompt | Sequence[str] | Sequence[Sequence[int]] | Tensor | NDArray[Any]
+"""A prompt, or a list of texts or of lists of token ids; ids may be a tensor or an array."""
 
 
 Models = str | Path | LoadedModel | LanguageModel | None
@@ -188,7 +190,7 @@ def interventions_in(
     config = configs.InterventionConfig
     names = {f.name for f in fields(config)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
-    source = chosen.get("patch_from")
+    source = as_list(chosen.get("patch_from"))
     if source is None or isinstance(source, str):
         return build(config, chosen), None
     _require_prompt(source)
@@ -227,19 +229,25 @@ def prompts_of(prompt: Prompts) -> list[Prompt]:
 
     Raises: ConfigError for a list that mixes them.
     """
+    prompt = as_list(prompt)
     _require_prompt(prompt)
     if isinstance(prompt, str):
         return [prompt]
     is_text = [isinstance(one, str) for one in prompt]
     is_nested = [isinstance(one, Sequence) and not isinstance(one, str) for one in prompt]
     if prompt and (all(is_text) or all(is_nested)):
-        return list(prompt)  # type: ignore[arg-type]
+        return list(prompt)
     if any(is_text) or any(is_nested):
         raise ConfigError(
             "a list of prompts must be all texts or all lists of token ids. Use one call for "
             "each kind."
         )
     return [prompt]  # type: ignore[list-item]
+
+
+def as_list(prompt: Any) -> Any:
+    """Return a prompt, with the token ids of a tensor or an array as a list."""
+    return prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt
 
 
 def _require_prompt(prompt: object) -> None:

@@ -77,6 +77,7 @@ def trace(
     )
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     traces = []
+    prompt = api.as_list(prompt)
     for number, one in enumerate(api.prompts_of(prompt)):
         ids, ending = api.prompt_ids(
             tokenizer, one, name, special=special, chat_template=chat_template
