@@ -27,7 +27,7 @@ class InterventionConfig:
         check_fields(self)
         require(
             self.ablate is not None or not self.ablate_mean,
-            "--ablate-mean has no effect without --ablate. Use it, or leave --ablate-mean out.",
+            "--ablate-mean has no effect without --ablate. Add --ablate, or leave --ablate-mean out.",
         )
         require(
             (self.patch_from is None) == (self.patch is None),
@@ -36,7 +36,8 @@ class InterventionConfig:
         )
         require(
             self.patch_position is None or self.patch is not None,
-            "--patch-position has no effect without --patch-from. Use it or omit --patch-position.",
+            "--patch-position has no effect without --patch-from. Add --patch-from, or leave "
+            "--patch-position out.",
         )
 
     @property

@@ -185,9 +185,10 @@ def _check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -
             raise ConfigError(f"{name} cannot be used with {mode.flag}. {mode.why} {others}")
         conditions = mode.needs.get(name)
         if conditions and not any(map(holds, conditions)):
+            added = conditions[0] if len(conditions) == 1 else "one of them"
             raise ConfigError(
-                f"{name} has no effect without {listed(conditions, 'or')}. Use "
-                f"{'it' if len(conditions) == 1 else 'one of them'}, or leave {name} out."
+                f"{name} has no effect without {listed(conditions, 'or')}. Add {added}, or leave "
+                f"{name} out."
             )
         for condition, refused in mode.refuses.items():
             if name in refused and holds(condition):
