@@ -27,7 +27,8 @@ class InterventionConfig:
         check_fields(self)
         require(
             self.ablate is not None or not self.ablate_mean,
-            "--ablate-mean has no effect without --ablate. Add --ablate, or leave --ablate-mean out.",
+            "--ablate-mean has no effect without --ablate. Add --ablate, or leave "
+            "--ablate-mean out.",
         )
         require(
             (self.patch_from is None) == (self.patch is None),
