@@ -256,13 +256,12 @@ def test_usage_errors_of_compare_are_one_line(run: Run, words: list[str], parts:
 
 
 def test_a_diverging_variant_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = Trainer._loss
+    loss = Trainer._accumulate_gradients
 
-    def nan_loss(self: Trainer, *batch: torch.Tensor) -> torch.Tensor:
-        is_it = self.config.model.attention == "additive"
-        return loss(self, *batch) * (math.nan if is_it else 1)
+    def nan_loss(self: Trainer) -> torch.Tensor:
+        return loss(self) * (math.nan if self.config.model.attention == "additive" else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", nan_loss)
+    monkeypatch.setattr(Trainer, "_accumulate_gradients", nan_loss)
     result = run("compare", *TWO, "--name", "cmp")
     assert (result.code, result.out) == (5, ""), result.err
     line = result.err.splitlines()[-1]

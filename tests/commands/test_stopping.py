@@ -167,12 +167,12 @@ def test_ctrl_c_on_a_separate_process_saves_and_prints_how_to_resume(
 
 def make_step_nan(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set the loss of a step to NaN."""
-    loss = Trainer._loss
+    loss = Trainer._accumulate_gradients
 
-    def nan_loss(trainer: Trainer, *batch: torch.Tensor) -> torch.Tensor:
-        return loss(trainer, *batch) * (math.nan if trainer.step + 1 == step else 1)
+    def nan_loss(trainer: Trainer) -> torch.Tensor:
+        return loss(trainer) * (math.nan if trainer.step + 1 == step else 1)
 
-    monkeypatch.setattr(Trainer, "_loss", nan_loss)
+    monkeypatch.setattr(Trainer, "_accumulate_gradients", nan_loss)
 
 
 def test_a_nan_is_reported_with_its_step_and_can_be_skipped_on_resume(

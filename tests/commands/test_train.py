@@ -167,7 +167,7 @@ def test_without_data_the_bundled_tales_are_the_training_text(run: Run) -> None:
         assert run("train", name, "--resume", "--max-steps", "5").code == 0
     evaluated = run("evaluate")
     assert evaluated.code == 0
-    assert "text builtin:tales: the run's own" in evaluated.err
+    assert "text   builtin:tales: the run's own" in evaluated.err
 
 
 def test_a_run_older_than_the_tales_resumes_with_the_python_corpus(
@@ -183,7 +183,7 @@ def test_a_run_older_than_the_tales_resumes_with_the_python_corpus(
     assert older != text
     config.write_text(older)
     assert run("train", "--resume", "--max-steps", "5").code == 0
-    assert "text builtin:python: the run's own" in run("evaluate").err
+    assert "text   builtin:python: the run's own" in run("evaluate").err
     result = run("train", "builtin:tales", "--resume", "--max-steps", "6")
     assert "the corpus is not the one that the run 'python-nano' started with" in error_line(result)
 

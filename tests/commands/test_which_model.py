@@ -53,7 +53,7 @@ def test_evaluate_without_data_uses_the_validation_text_of_the_run(run: Run, pla
     assert facts["nats_per_token"] == pytest.approx(evaluations[-1]["val_loss"], abs=2e-4)
     assert facts["data"] == ["corpus.txt"]
     assert facts["val_fraction"] == 0.1
-    assert "text corpus.txt: the run's own" in result.err
+    assert "text   corpus.txt: the run's own" in result.err
     whole = json.loads(run("evaluate", "--json", "--val-fraction", "0.5").out)
     assert whole["n_tokens"] > 4 * facts["n_tokens"]
 
