@@ -166,11 +166,15 @@ def test_ctrl_c_on_a_separate_process_saves_and_prints_how_to_resume(
 
 
 def make_step_nan(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the loss of a step to NaN."""
-    loss = Trainer._accumulate_gradients
+    """Set the loss and the gradients of a step to NaN."""
+    accumulate = Trainer._accumulate_gradients
 
     def nan_loss(trainer: Trainer) -> torch.Tensor:
-        return loss(trainer) * (math.nan if trainer.step + 1 == step else 1)
+        loss, factor = accumulate(trainer), math.nan if trainer.step + 1 == step else 1
+        for parameter in trainer.model.parameters():
+            assert parameter.grad is not None
+            parameter.grad *= factor
+        return loss * factor
 
     monkeypatch.setattr(Trainer, "_accumulate_gradients", nan_loss)
 
