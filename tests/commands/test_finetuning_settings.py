@@ -48,6 +48,19 @@ def test_fine_tuning_can_start_from_a_run_by_its_name(run: Run, at_text: Path) -
     assert Path("checkpoints/text-tiny-2/step-000006").is_dir()
 
 
+def test_fine_tuning_that_raises_the_loss_is_reported(run: Run, at_text: Path) -> None:
+    note = "note   fine-tuning did not lower the validation loss, which was "
+    result = run("train", "text.txt", "--from", "tiny", *SHORT, "--lr", "1")
+    assert result.code == 0
+    first, last = (
+        float(re.search(pattern, result.err)[1])  # type: ignore[index]
+        for pattern in (r"step +0  val loss ([\d.]+)", r"best .*val loss ([\d.]+)")
+    )
+    assert last > first
+    assert f"{note}{first:.4f} before" in result.err
+    assert note not in run("train", "text.txt", "--from", "tiny", *SHORT).err
+
+
 def test_the_default_length_of_fine_tuning_is_explained(run: Run, at_text: Path) -> None:
     words = ["train", "text.txt", "--from", "tiny", "--dry-run"]
     plan = run(*words)

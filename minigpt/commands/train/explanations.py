@@ -123,13 +123,14 @@ def meaning(
     evaluations: Sequence[EvalEvent],
     train_loss: float | None,
 ) -> Iterator[tuple[str, str]]:
-    """Yield the meaning of the best checkpoint's loss, and a note if the model overfitted.
+    """Yield the meaning of the best checkpoint's loss, and notes on failed training.
 
     Args: evaluations, all that this process made; train_loss, the last one.
     """
     evaluation = evaluations[-1] if evaluations else None
+    is_tuned = bool(evaluations) and not evaluations[0].step
     before, loss = "untrained", math.log(trainer.config.model.vocab_size)
-    if evaluations and not evaluations[0].step:
+    if is_tuned:
         before, loss = "before fine-tuning", evaluations[0].val_loss
     val_loss = best.facts["val_loss"]
     weights = "averaged weights; " if best.facts.get("is_averaged") else ""
@@ -139,6 +140,12 @@ def meaning(
         f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} equally "
         f"likely tokens ({before}: {_perplexity(loss)}, {loss:.2f} nats/token)",
     )
+    if is_tuned and val_loss >= loss:
+        yield (
+            "note",
+            f"fine-tuning did not lower the validation loss, which was {loss:.4f} before: the base "
+            "model predicts this text better. Try a lower --lr",
+        )
     n_val = len(trainer.val_tokens) - 1
     # The validation tokens of chats include questions, which are never measured.
     if evaluation and evaluation.n_tokens < n_val and not _is_chat(trainer):
