@@ -65,6 +65,10 @@ def test_the_notebook_runs_from_top_to_bottom(
     out = run("-c", source, cwd=workspace)
     assert "sink" in out
     assert "control" in out
+    if model == "storyteller":
+        assert "head 4.1: " in out  # the induction head of docs/tutorial.md
+        assert "Zilpo" in out.partition("without nothing")[2].splitlines()[0]
+        assert "Zilpo" not in out.partition("without 4.1")[2]
 
 
 @pytest.mark.integration
