@@ -1,4 +1,4 @@
-"""Convert configs to and from plain values, parse TOML files and ``--set``, and merge settings."""
+"""Read settings from TOML files and ``--set``, merge them, and convert them to and from configs."""
 
 import dataclasses
 import tomllib

@@ -280,8 +280,8 @@ def model_and_tokenizer(
     compile: bool | None,
 ) -> tuple[LanguageModel, Tokenizer, str]:
     """Return a model, its tokenizer and its folder ("" for a LanguageModel); see ``generate``."""
+    given: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
     if isinstance(model, LanguageModel | LoadedModel):
-        given = {"device": device, "dtype": dtype, "quantize": quantize}
         for name, value in given.items():
             if value not in ("auto", None):
                 raise ConfigError(
@@ -293,14 +293,8 @@ def model_and_tokenizer(
             raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer as well.")
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
-        model = loading.load(
-            resolve_model(model_name(model)),
-            device=device,
-            dtype=dtype,
-            quantize=quantize,
-            decodes=True,
-            compile=compile,
-        )
+        folder = resolve_model(model_name(model))
+        model = loading.load(folder, decodes=True, compile=compile, **given)
     return model.model, tokenizer or tokenizer_of(model), str(model.folder)
 
 

@@ -152,9 +152,9 @@ def _mix(x: UInts) -> UInts:
 def _permute(index: UInts, n: int, key: UInts) -> UInts:
     """Map each index in [0, n) by a permutation that its key selects.
 
-    A Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022) over pairs left < n_left,
-    right < n_right, of which there are slightly more than n; results outside [0, n) are permuted
-    again. Both ideas are from Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
+    A Feistel network (Luby and Rackoff 1988, doi:10.1137/0217022) permutes the pairs left < n_left,
+    right < n_right, slightly more than n; results outside [0, n) are permuted again. Both ideas are
+    from Black and Rogaway 2002, doi:10.1007/3-540-45760-7_9.
     """
     n_left = np.uint64(math.isqrt(n - 1) + 1)
     n_right = np.uint64(-(-n // int(n_left)))

@@ -321,7 +321,7 @@ class Trace:
         header, *steps, footer = events
         return cls(header, tuple(steps), footer, tuple(dense))
 
-    @property
+    @cached_property
     def weights_LHTS(self) -> NDArray[np.float32]:
         """Attention weights of all T steps in every head, (L, H, T, S), 0 for later positions.
 

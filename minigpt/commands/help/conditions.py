@@ -30,7 +30,7 @@ class Mode:
     why: str = ""
     """Sentence that explains why other options are refused."""
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Option -> conditions, at least one of which must hold for it to have an effect."""
+    """Option -> conditions; it has no effect unless one of them holds."""
     refuses: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Condition -> options that have no effect when it holds."""
     defaults: Mapping[str, str] = field(default_factory=dict)

@@ -67,7 +67,7 @@ class TrainingPanel:
         self._chart: tuple[object, list[Text]] | None = None
 
     def resume(self, run: Path) -> None:
-        """Add the existing curves of a run."""
+        """Add the losses that a resumed run logged earlier."""
         curves = read_curves(run)
         for thinned, points in ((self.train, curves.train), (self.val, curves.val)):
             for point in points:

@@ -47,9 +47,8 @@ class GraphStep(nn.Module):
     ) -> tuple[Tensor, ...]:
         """Write the tokens' keys and values into the caches, and attend to positions up to them.
 
-        Args: tokens (B,); position (1,), their index; in_view (S,), of which only the shape
-            matters: the first S positions are read; keys and values, for each layer (B, G, P, D),
-            finite.
+        Args: tokens (B,); position (1,), their index; in_view (S,), any tensor whose length is the
+            number of positions to read; keys and values, for each layer (B, G, P, D), finite.
         Returns: logits (B, V), float32, and the other outputs of DecodeStep.
         """
         is_filled_S = torch.arange(in_view.shape[0], device=tokens.device) <= position

@@ -56,7 +56,7 @@ class _ValueNorms:
         self.norms_LHP = torch.empty(*factors_LHCD.shape[:2], 0, device=weight.device)
 
     def extend(self, new_values_LGTD: Tensor, end: int) -> None:
-        """Append the norms of new positions, the last of which is ``end - 1``."""
+        """Append the norms of the new positions, which end at ``end - 1``."""
         n_new = new_values_LGTD.shape[2]
         if end > self.norms_LHP.shape[2]:
             self.norms_LHP = F.pad(self.norms_LHP, (0, 2 * end - self.norms_LHP.shape[2]))
