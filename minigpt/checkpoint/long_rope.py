@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.families import hf_fields, unsupported
+from minigpt.checkpoint.families import head_width, hf_fields, is_positive, unsupported
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.attention import Recorder
@@ -116,36 +116,23 @@ def read_long_rope(
             )
     # transformers prefers the top-level field of config.json, where Phi-3 has it.
     original = config.get(_ORIGINAL, rope.get(_ORIGINAL))
-    original = config.get("max_position_embeddings") if original is None else original
+    context: Any = config.get("max_position_embeddings")
+    original = context if original is None else original
     if type(original) is not int or original < 2:
         raise unsupported(_ORIGINAL, original, "an integer of 2 or more")
-    n_rotated = _rotated_width(config, share)
+    n_factors = int(head_width(config) * share) // 2 if is_positive(share) else 0
     for key in _LISTS:
-        factors = rope.get(key)
-        is_fitting = isinstance(factors, list) and len(factors) == n_rotated // 2
-        if not is_fitting or not all(map(_is_positive, factors or ())):
-            expected = f"a list of {n_rotated // 2} positive numbers"
+        factors: Any = rope.get(key)
+        is_fitting = isinstance(factors, list) and len(factors) == n_factors
+        if not is_fitting or not all(map(is_positive, factors)):
+            expected = f"a list of {n_factors} positive numbers"
             raise unsupported(f"{name}.{key}", factors, expected)
     given = {key: rope[key] for key in ("factor", "attention_factor") if rope.get(key) is not None}
     for key, value in given.items():
-        if not _is_positive(value):
+        if not is_positive(value):
             raise unsupported(f"{name}.{key}", value, "a positive number")
-    factor = given.get("factor") or config.get("max_position_embeddings", 0) / original
+    factor = given.get("factor") or (context / original if is_positive(context) else 1.0)
     ratio = math.log(factor) / math.log(original) if factor > 1 else 0.0
     derived = {"attention_factor": math.sqrt(1 + ratio)}
     lists = {key: rope[key] for key in _LISTS}
     return {"rope_type": LONGROPE, _ORIGINAL: original} | lists | derived | given
-
-
-def _rotated_width(config: Mapping[str, Any], share: Any) -> int:
-    width, n_head = config.get("hidden_size"), config.get("num_attention_heads")
-    d_head = config.get("head_dim")
-    if d_head is None and type(width) is int and type(n_head) is int and n_head > 0:
-        d_head = width // n_head
-    is_known = type(d_head) is int and isinstance(share, int | float)
-    return int(d_head * share) if is_known else 0
-
-
-def _is_positive(value: Any) -> bool:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and 0 < value < 1e9

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import unsupported
+from minigpt.checkpoint.families import is_positive, unsupported
 from minigpt.checkpoint.long_rope import LONGROPE, read_long_rope
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
@@ -72,10 +72,12 @@ def _yarn_defaults(name: str, rope: dict[str, Any]) -> dict[str, Any]:
     if rope.get("attention_factor") is not None or factor is None:
         return rope
     scales = [rope[key] for key in ("mscale", "mscale_all_dim") if key in rope]
-    scales = scales if len(scales) == 2 else [1.0, 0.0]
     for value in (factor, *scales):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise unsupported(f"{name}.factor, mscale or mscale_all_dim", value, "a number")
+        if not is_positive(value):
+            raise unsupported(
+                f"{name}.factor, mscale or mscale_all_dim", value, "a positive number"
+            )
+    scales = scales if len(scales) == 2 else [1.0, 0.0]
     above, below = (1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1 for scale in scales)
     return rope | {"attention_factor": above / below}
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import check_fixed, hf_fields, unsupported
+from minigpt.checkpoint.families import check_count, check_fixed, hf_fields, unsupported
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
@@ -54,8 +54,7 @@ def read_windows(config: Mapping[str, Any], window: Any, types: Any) -> dict[str
             raise unsupported("sliding_window", window, f"a number for {SLIDING} layers")
     if window is None:
         return {}
-    if type(window) is not int or window < 1:
-        raise unsupported("sliding_window", window, "a positive integer")
+    check_count("sliding_window", window)
     if isinstance(context, int) and window >= context:
         return {}
     return {"sliding_window": window} | ({} if types is None else {"layer_types": types})
@@ -73,8 +72,8 @@ def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     Args: given, the sliding-window fields that the family reads, with its defaults.
     """
     if "layer_types" not in given and config.get("layer_types") is not None:
-        kind = _FULL if given.get("sliding_window") is None else SLIDING
-        alike = [kind] * int(config.get("num_hidden_layers") or 0)
+        has_window = given.get("sliding_window") is not None
+        alike = sliding_layers(config.get("num_hidden_layers"), lambda _: has_window)
         check_fixed("layer_types", config["layer_types"], alike)
     if not given:
         return {}

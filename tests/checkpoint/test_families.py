@@ -1,6 +1,7 @@
 """Conversion of config.json and tensor names of GPT-2, Llama and Qwen3 in both directions."""
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +191,8 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
     (QWEN3, {"layer_types": ["chunked_attention"] * 28}, r"layer_types is \['chunked_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),
+    (LLAMA3, {"layer_types": [], "num_hidden_layers": "two"}, "n_layer must be of type int"),
+    (LLAMA3, {"layer_types": ["full_attention"], "num_hidden_layers": 10**9}, "layer_types is"),
     (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.* transformers ignores"),
     (LLAMA3, {"shared_layers": 2}, "unknown field 'shared_layers'"),
     (LLAMA3, {"logit_cap": 30.0}, "unknown field 'logit_cap'"),
@@ -199,6 +202,12 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling.factor is 4.0"),
     (QWEN3, {"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
     (QWEN3, {"rope_scaling": {"type": "yarn", "factor": "4"}}, "rope_scaling.factor, .* is '4'"),
+    (QWEN3, {"rope_scaling": {"type": "yarn", "factor": 10**400}}, "rope_scaling.factor, .* is 1"),
+    (
+        QWEN3,
+        {"rope_scaling": {"type": "yarn", "factor": math.e, "mscale": 1, "mscale_all_dim": -10}},
+        "rope_scaling.factor, .* is -10",
+    ),
     (
         QWEN3,
         {"rope_scaling": {"type": "yarn", "factor": 4.0, "truncate": "no"}},

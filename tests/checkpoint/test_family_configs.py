@@ -14,6 +14,8 @@ from minigpt.errors import CheckpointError, ConfigError
 from minigpt.model.cost import parameter_count
 
 SCALED = {"rope_type": "yarn", "factor": 1.0, "attention_factor": 0.5}
+FACTORS = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 1.0]}
+LONG = {"rope_scaling": FACTORS, "original_max_position_embeddings": 8}
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gpt_neox", {"rotary_pct": 0.4}, "rotary_pct is 0.4, .* even part of the 8 dimensions"),
     ("gpt_neox", {"rotary_pct": "x"}, "rotary_pct is 'x'"),
@@ -47,6 +49,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("phi3", {"rope_scaling": {"type": "longrope"}}, "short_factor is None"),
     ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0]}}, r"short_factor is \[1.0\]"),
     ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+    ("phi3", LONG | {"max_position_embeddings": "x"}, "context_length must be of type int"),
     ("phi3", {"rope_scaling": {"type": "su", "surprise": 2.0}}, "surprise"),
     ("phi3", {"rope_scaling": 7}, "rope_scaling is 7"),
     ("olmo2", {"clip_qkv": 8.0}, "unknown field 'clip_qkv' with value 8.0"),

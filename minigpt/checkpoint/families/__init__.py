@@ -62,6 +62,8 @@ _FIXED = {
     "quantization_config": None,
 }
 _DERIVED = ("n_inner", "num_key_value_heads", "head_dim")  # derived from others if null
+BOTH = ("weight", "bias")
+"""Tensors of a module with a bias, for ``same``."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,33 @@ def check_fixed(name: str, value: Any, supported: Any) -> None:
             "transformers ignores this field or fails. Remove it if whole heads are intended."
         )
     raise unsupported(name, value, supported)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise CheckpointError if a field of config.json is not true, false or null."""
+    if not isinstance(value, bool | None):
+        raise unsupported(name, value, "true, false")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise CheckpointError if a field of config.json is not a positive integer."""
+    if type(value) is not int or value < 1:
+        raise unsupported(name, value, "a positive integer")
+
+
+def is_positive(value: Any, limit: float = 1e9) -> bool:
+    """Return whether a field of config.json is a positive number below a limit."""
+    return type(value) in (int, float) and 0 < value < limit
+
+
+def head_width(config: Mapping[str, Any]) -> int:
+    """Return the head dimension in a Llama-like config.json; 0 if its fields are damaged."""
+    d_head, width, n_head = (
+        config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads")
+    )
+    if d_head is None and type(width) is int and type(n_head) is int and n_head > 0:
+        d_head = width // n_head
+    return d_head if type(d_head) is int else 0
 
 
 def model_config_to_hf(config: ModelConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:

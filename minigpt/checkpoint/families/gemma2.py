@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.families import gemma, hf_fields, llama, unsupported
+from minigpt.checkpoint.families import gemma, hf_fields, is_positive, llama, unsupported
 from minigpt.checkpoint.families.gemma import GemmaBlock, GemmaGPT, GemmaNorm
 from minigpt.checkpoint.rescaled_attention import ScaledScore
 from minigpt.checkpoint.sliding_windows import read_windows, sliding_layers, window_of
@@ -101,8 +101,7 @@ class Gemma2Family(llama.LlamaFamily):
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         fields = {name: config.get(name, self.defaults.get(name)) for name in self.numbers}
         for name, value in fields.items():
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (is_number and 0 < value < 1e9) and (value is not None or "scalar" in name):
+            if not is_positive(value) and (value is not None or "scalar" in name):
                 raise unsupported(name, value, "a positive number")
         window = config.get("sliding_window", self.defaults["sliding_window"])
         types = config.get("layer_types")

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigpt.checkpoint.families import gemma2, hf_fields, llama, unsupported
+from minigpt.checkpoint.families import (
+    check_count,
+    gemma2,
+    hf_fields,
+    is_positive,
+    llama,
+    unsupported,
+)
 from minigpt.checkpoint.families.gemma import GemmaNorm
 from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Family, Gemma2GPT
 from minigpt.checkpoint.sliding_windows import SLIDING, sliding_layers
@@ -76,14 +83,13 @@ class Gemma3Family(Gemma2Family):
         factors = (local.get(f"rope_{what}_factor", 1) for what in ("scaling", "attention"))
         if any(factor != 1 for factor in factors) or "hf_fields" in local:
             raise unsupported(f"{name}.rope_type", rope.get("rope_type"), "default")
-        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < 1e12:
+        if not is_positive(theta, limit=1e12):
             raise unsupported(f"{name}.rope_theta", theta, "a positive number")
         return super().read_fields(config) | {"rope_local_base_freq": float(theta)}
 
     def layer_types(self, config: Mapping[str, Any]) -> list[str]:
         every = config.get("sliding_window_pattern", 6)
-        if type(every) is not int or every < 1:
-            raise unsupported("sliding_window_pattern", every, "a positive integer")
+        check_count("sliding_window_pattern", every)
         n_layer = config.get("num_hidden_layers")
         return sliding_layers(n_layer, lambda i: (i + 1) % every != 0)
 

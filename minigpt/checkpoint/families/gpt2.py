@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import ACTIVATIONS, Family, TensorName, same, unsupported
+from minigpt.checkpoint.families import ACTIVATIONS, BOTH, Family, TensorName, check_flag, same
 from minigpt.config import ModelConfig
 
 # Other dropout probabilities only matter in training, where we do not use them.
@@ -12,7 +12,6 @@ _NO_EFFECT = """
     scale_attn_by_inverse_layer_idx summary_activation summary_first_dropout
     summary_proj_to_labels summary_type summary_use_proj
 """
-_BOTH = ("weight", "bias")
 
 
 def _conv1d(theirs: str, *ours: str) -> Iterator[TensorName]:
@@ -25,11 +24,9 @@ class GPT2Family(Family):
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         usual = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-        given = {n: config[n] for n in usual if config.get(n) is not None}
-        other = {n: value for n, value in given.items() if value is not usual[n]}
-        for name, value in other.items():
-            if not isinstance(value, bool):
-                raise unsupported(name, value, "true, false")
+        for name in usual:
+            check_flag(name, config.get(name))
+        other = {n: config[n] for n in usual if config.get(n) not in (None, usual[n])}
         return {"hf_fields": other}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -39,13 +36,13 @@ class GPT2Family(Family):
         qkv = [f"blocks.{{i}}.attention.{name}" for name in ("query", "key", "value")]
         yield from same("wte", "embedding")
         yield from same("wpe", "positions")
-        yield from same("h.{i}.ln_1", "blocks.{i}.attention_norm", *_BOTH)
+        yield from same("h.{i}.ln_1", "blocks.{i}.attention_norm", *BOTH)
         yield from _conv1d("h.{i}.attn.c_attn", *qkv)
         yield from _conv1d("h.{i}.attn.c_proj", "blocks.{i}.attention.output")
-        yield from same("h.{i}.ln_2", "blocks.{i}.mlp_norm", *_BOTH)
+        yield from same("h.{i}.ln_2", "blocks.{i}.mlp_norm", *BOTH)
         yield from _conv1d("h.{i}.mlp.c_fc", "blocks.{i}.mlp.up")
         yield from _conv1d("h.{i}.mlp.c_proj", "blocks.{i}.mlp.down")
-        yield from same("ln_f", "final_norm", *_BOTH)
+        yield from same("ln_f", "final_norm", *BOTH)
 
 
 FAMILY = GPT2Family(

@@ -3,13 +3,21 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from minigpt.checkpoint.families import Family, TensorName, gpt2, hf_fields, same, unsupported
+from minigpt.checkpoint.families import (
+    BOTH,
+    Family,
+    TensorName,
+    check_count,
+    gpt2,
+    hf_fields,
+    same,
+    unsupported,
+)
 from minigpt.checkpoint.rescaled_attention import ScaledScore
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT
 
-_BOTH = ("weight", "bias")
 _NO_EFFECT = """
     attention_dropout attention_layers attention_types classifier_dropout embd_pdrop embed_dropout
     intermediate_size window_size
@@ -66,8 +74,7 @@ class NeoFamily(Family):
         types = config.get("attention_types")
         types = [[[*KINDS], 12]] if types is None else types
         window = config.get("window_size", _WINDOW)
-        if type(window) is not int or window < 1:
-            raise unsupported("window_size", window, "a positive integer")
+        check_count("window_size", window)
         n_layer = config.get("num_layers")
         if len(layer_kinds(types)) != n_layer:
             raise unsupported("attention_types", types, f"kinds for {str(n_layer)[:20]} layers")
@@ -86,14 +93,14 @@ class NeoFamily(Family):
         block, attention = "blocks.{i}", "blocks.{i}.attention"
         yield from same("wte", "embedding")
         yield from same("wpe", "positions")
-        yield from same("h.{i}.ln_1", f"{block}.attention_norm", *_BOTH)
+        yield from same("h.{i}.ln_1", f"{block}.attention_norm", *BOTH)
         for name in ("query", "key", "value"):
             yield from same(f"h.{{i}}.attn.attention.{name[0]}_proj", f"{attention}.{name}")
-        yield from same("h.{i}.attn.attention.out_proj", f"{attention}.output", *_BOTH)
-        yield from same("h.{i}.ln_2", f"{block}.mlp_norm", *_BOTH)
-        yield from same("h.{i}.mlp.c_fc", f"{block}.mlp.up", *_BOTH)
-        yield from same("h.{i}.mlp.c_proj", f"{block}.mlp.down", *_BOTH)
-        yield from same("ln_f", "final_norm", *_BOTH)
+        yield from same("h.{i}.attn.attention.out_proj", f"{attention}.output", *BOTH)
+        yield from same("h.{i}.ln_2", f"{block}.mlp_norm", *BOTH)
+        yield from same("h.{i}.mlp.c_fc", f"{block}.mlp.up", *BOTH)
+        yield from same("h.{i}.mlp.c_proj", f"{block}.mlp.down", *BOTH)
+        yield from same("ln_f", "final_norm", *BOTH)
 
 
 FAMILY = NeoFamily(

@@ -7,13 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minigpt.checkpoint.families import Family, TensorName, hf_fields, llama, same, unsupported
+from minigpt.checkpoint.families import (
+    BOTH,
+    Family,
+    TensorName,
+    check_flag,
+    head_width,
+    hf_fields,
+    is_positive,
+    llama,
+    same,
+    unsupported,
+)
 from minigpt.config import ModelConfig
 from minigpt.model.attention import Attention
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.layers import MLP, Rotary, rotary_table, rotate
 
-_BOTH = ("weight", "bias")
 _NO_EFFECT = """
     attention_bias attention_dropout attention_probs_dropout_prob embd_pdrop hidden_dropout_prob
     original_max_position_embeddings partial_rotary_factor rope_parameters rope_scaling rope_theta
@@ -42,15 +52,14 @@ class PartialRotaryGPT(GPT):
         return rotary_table(replace(self.config, d_head=n_rotated), divisor, scale)
 
 
-def rotated_width(name: str, d_head: Any, share: Any) -> int:
+def rotated_width(name: str, d_head: int, share: Any) -> int:
     """Return the number of rotated dimensions of a head.
 
     Raises: CheckpointError if it is odd or zero.
     """
-    is_share = isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1
-    n_rotated = int(d_head * share) if is_share and isinstance(d_head, int) else 0
-    if n_rotated < 2 or n_rotated % 2:
-        raise unsupported(name, share, f"an even part of the {str(d_head)[:20]} dimensions")
+    n_rotated = int(d_head * share) if is_positive(share) else 0
+    if not 2 <= n_rotated <= d_head or n_rotated % 2:
+        raise unsupported(name, share, f"an even part of the {d_head} dimensions")
     return n_rotated
 
 
@@ -96,13 +105,11 @@ class NeoXFamily(Family):
         fields = {"rotary_pct": share}
         for flag in ("use_parallel_residual", "attention_bias"):
             value = config.get(flag)
-            if not isinstance(value, bool | None):
-                raise unsupported(flag, value, "true, false")
+            check_flag(flag, value)
             fields[flag] = value is not False
         values["attention_bias"] = "all" if fields["attention_bias"] else "none"
-        n_head, width = config.get("num_attention_heads"), config.get("hidden_size")
-        if isinstance(n_head, int) and isinstance(width, int) and n_head > 0:
-            rotated_width("rotary_pct", width // n_head, share)
+        if d_head := head_width(config):
+            rotated_width("rotary_pct", d_head, share)
         return values | {"hf_fields": values.get("hf_fields", {}) | fields}
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
@@ -118,10 +125,10 @@ class NeoXFamily(Family):
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
         attention = "blocks.{i}.attention"
         qkv = [f"{attention}.{name}" for name in ("query", "key", "value")]
-        biases = ("weight",) if config.attention_bias == "none" else _BOTH
+        biases = ("weight",) if config.attention_bias == "none" else BOTH
         yield from same("embed_in", "embedding")
-        yield from same("layers.{i}.input_layernorm", "blocks.{i}.attention_norm", *_BOTH)
-        yield from same("layers.{i}.post_attention_layernorm", "blocks.{i}.mlp_norm", *_BOTH)
+        yield from same("layers.{i}.input_layernorm", "blocks.{i}.attention_norm", *BOTH)
+        yield from same("layers.{i}.post_attention_layernorm", "blocks.{i}.mlp_norm", *BOTH)
         for kind in biases:
             yield TensorName(
                 f"layers.{{i}}.attention.query_key_value.{kind}",
@@ -129,9 +136,9 @@ class NeoXFamily(Family):
                 n_groups=config.n_head,
             )
         yield from same("layers.{i}.attention.dense", f"{attention}.output", *biases)
-        yield from same("layers.{i}.mlp.dense_h_to_4h", "blocks.{i}.mlp.up", *_BOTH)
-        yield from same("layers.{i}.mlp.dense_4h_to_h", "blocks.{i}.mlp.down", *_BOTH)
-        yield from same("final_layer_norm", "final_norm", *_BOTH)
+        yield from same("layers.{i}.mlp.dense_h_to_4h", "blocks.{i}.mlp.up", *BOTH)
+        yield from same("layers.{i}.mlp.dense_4h_to_h", "blocks.{i}.mlp.down", *BOTH)
+        yield from same("final_layer_norm", "final_norm", *BOTH)
 
 
 FAMILY = NeoXFamily(

@@ -10,6 +10,7 @@ from minigpt.checkpoint.families import (
     Family,
     TensorName,
     check_fixed,
+    check_flag,
     hf_fields,
     same,
     unsupported,
@@ -74,8 +75,7 @@ class LlamaFamily(Family):
         values = self.read_rope(config)
         if "attention_bias" in self.fields:
             bias = config.get("attention_bias")
-            if not isinstance(bias, bool | None):
-                raise unsupported("attention_bias", bias, "true, false")
+            check_flag("attention_bias", bias)
             values["attention_bias"] = "all" if bias else "none"
         return values | {"hf_fields": values.get("hf_fields", {}) | self.read_fields(config)}
 

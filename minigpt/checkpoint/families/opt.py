@@ -5,11 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from minigpt.checkpoint.families import ACTIVATIONS, Family, TensorName, same, unsupported
+from minigpt.checkpoint.families import ACTIVATIONS, BOTH, Family, TensorName, same, unsupported
 from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
 
-_BOTH = ("weight", "bias")
 _NO_EFFECT = "activation_dropout attention_dropout embd_pdrop layerdrop word_embed_proj_dim"
 _OFFSET = 2  # the first rows are for padding
 
@@ -48,15 +47,15 @@ class OPTFamily(Family):
         theirs, ours = "layers.{i}", "blocks.{i}"
         yield from same("embed_tokens", "embedding")
         yield from same("embed_positions", "positions")
-        yield from same(f"{theirs}.self_attn_layer_norm", f"{ours}.attention_norm", *_BOTH)
+        yield from same(f"{theirs}.self_attn_layer_norm", f"{ours}.attention_norm", *BOTH)
         for name in ("query", "key", "value"):
             part = f"{theirs}.self_attn.{name[0]}_proj"
-            yield from same(part, f"{ours}.attention.{name}", *_BOTH)
-        yield from same(f"{theirs}.self_attn.out_proj", f"{ours}.attention.output", *_BOTH)
-        yield from same(f"{theirs}.final_layer_norm", f"{ours}.mlp_norm", *_BOTH)
-        yield from same(f"{theirs}.fc1", f"{ours}.mlp.up", *_BOTH)
-        yield from same(f"{theirs}.fc2", f"{ours}.mlp.down", *_BOTH)
-        yield from same("final_layer_norm", "final_norm", *_BOTH)
+            yield from same(part, f"{ours}.attention.{name}", *BOTH)
+        yield from same(f"{theirs}.self_attn.out_proj", f"{ours}.attention.output", *BOTH)
+        yield from same(f"{theirs}.final_layer_norm", f"{ours}.mlp_norm", *BOTH)
+        yield from same(f"{theirs}.fc1", f"{ours}.mlp.up", *BOTH)
+        yield from same(f"{theirs}.fc2", f"{ours}.mlp.down", *BOTH)
+        yield from same("final_layer_norm", "final_norm", *BOTH)
 
 
 FAMILY = OPTFamily(

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minigpt.checkpoint.families import TensorName, hf_fields, llama, same, unsupported
+from minigpt.checkpoint.families import TensorName, head_width, hf_fields, llama, same, unsupported
 from minigpt.checkpoint.families.gpt_neox import (
     PartialRotaryAttention,
     PartialRotaryGPT,
@@ -54,9 +54,7 @@ class Phi3Family(LlamaFamily):
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         share = _rotated_share(config)
-        n_head, width = config.get("num_attention_heads"), config.get("hidden_size")
-        if isinstance(n_head, int) and isinstance(width, int) and n_head > 0:
-            d_head = config.get("head_dim") or width // n_head
+        if d_head := head_width(config):
             rotated_width("partial_rotary_factor", d_head, share)
         return super().read_fields(config) | {"partial_rotary_factor": share}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from minigpt.checkpoint.families import hf_fields, llama, unsupported
+from minigpt.checkpoint.families import check_count, hf_fields, llama, unsupported
 from minigpt.checkpoint.families.llama import LlamaFamily
 from minigpt.checkpoint.sliding_windows import (
     SLIDING,
@@ -49,8 +49,7 @@ class SmolLM3Family(LlamaFamily):
         has_rope = config.get("no_rope_layers")  # 1 where there is RoPE, despite the name
         if has_rope is None:
             every = config.get("no_rope_layer_interval", 4)
-            if type(every) is not int or every < 1:
-                raise unsupported("no_rope_layer_interval", every, "a positive integer")
+            check_count("no_rope_layer_interval", every)
             without = sliding_layers(n_layer, lambda i: (i + 1) % every == 0)
             has_rope = [int(kind != SLIDING) for kind in without]
         is_list = isinstance(has_rope, list) and all(type(v) in (int, bool) for v in has_rope)
