@@ -1,18 +1,16 @@
-"""Read and write tokenizer.json for vocabularies other than single bytes.
+"""Read and write the tokenizer.json of byte-level BPE vocabularies with tiktoken.
 
-Our byte-pair vocabularies are written so that the tokenizers library gives every text the same
-ids. They, and those in GPT-2's layout, are read with tiktoken; others with the tokenizers library.
+Our vocabularies are written so that the tokenizers library gives every text the same ids. They,
+and those in GPT-2's layout, are read back with tiktoken.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from minigpt.errors import CheckpointError, MinigptError
-from minigpt.rings import ring
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.text.characters import last_parts
-from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.vocabulary_parts import BYTE_OF_CHARACTER
 
 CHARACTER_OF_BYTE = {byte: character for character, byte in BYTE_OF_CHARACTER.items()}
@@ -29,7 +27,6 @@ PLAIN_BPE = {
     "byte_fallback": False,
 }
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_MOST_ADDED = 2**16  # with more, the libraries take seconds
 _MOST_STEPS = 2**25  # five times as many as for cl100k_base
 
 # Oniguruma, which tokenizers uses, and fancy-regex, which tiktoken uses, disagree on these:
@@ -43,82 +40,60 @@ _AMBIGUOUS = re.compile(
 )
 
 
-def tokenizer_from_json(
-    data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
-) -> Tokenizer:
-    """Read a tokenizer.json with tiktoken if the ids are the same, else with tokenizers.
-
-    The post-processor determines which tokens a prompt begins with. As in transformers,
-    add_bos_token and add_eos_token of tokenizer_config.json are ignored.
-
-    Raises: CheckpointError naming the part that is damaged or cannot be used.
-    """
-    added = data.get("added_tokens")
-    if isinstance(added, list) and len(added) > _MOST_ADDED:
-        raise CheckpointError(
-            f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
-            "read. Remove those that occur in no text from the file."
-        )
-    if tokenizer := tiktoken_tokenizer(data, name, end_of_text_ids):
-        return tokenizer
-    try:
-        return ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
-            "Write or download it again."
-        ) from None
-
-
-def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the tokenizer.json of a vocabulary, from ``byte_pair_json`` or as imported."""
-    if isinstance(tokenizer, TiktokenTokenizer):
-        return byte_pair_json(tokenizer)
-    return tokenizer.to_dict()["tokenizer_json"]
-
-
 def tiktoken_tokenizer(
     data: Mapping[str, Any], name: str, end_of_text_ids: tuple[int, ...]
 ) -> TiktokenTokenizer | None:
     """Read a byte-level BPE with tiktoken; None if tiktoken could give other ids.
 
-    Writing the result must reproduce the file, except for differences that change no ids: merges
-    may be lists, empty options omitted, and GPT-2's pattern implied by ByteLevel.
+    Writing the result must reproduce the file, except for differences that change no ids.
     """
     try:
-        specials = {token["content"]: token["id"] for token in data["added_tokens"]}
-        model = PLAIN_BPE | {"ignore_merges": False} | data["model"]
-        for option in ("continuing_subword_prefix", "end_of_word_suffix"):
-            model[option] = model[option] or None
-        model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+        parts = _normalized_parts(data)
+        specials = {token["content"]: token["id"] for token in parts["added_tokens"]}
         ranks = {
             bytes([BYTE_OF_CHARACTER[character] for character in token]): id_
-            for token, id_ in model["vocab"].items()
+            for token, id_ in parts["model"]["vocab"].items()
             if token not in specials
         }
-        model["vocab"] = specials | model["vocab"]
-        splits = data["pre_tokenizer"]
-        implied = {"use_regex": True} | splits | {"trim_offsets": False}
-        if implied == BYTE_LEVEL | {"use_regex": True}:
-            splits = splits_by(GPT2_PATTERN)
-        pattern = splits["pretokenizers"][0]["pattern"]["Regex"].replace(ANY_CHARACTER, "(?s:.)")
-        pattern = _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern)  # from Oniguruma's dialect
-        processor = data["post_processor"] or {"type": "ByteLevel"}
-        around = [] if processor["type"] == "ByteLevel" else processor["single"]
-        changes_text = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
         is_byte_special = not specials.keys().isdisjoint(BYTE_OF_CHARACTER)
-        if changes_text or is_byte_special or not all("Sequence" in part for part in around):
+        if _changes_text(data) or is_byte_special:
             return None
         if sum(len(token) ** 2 for token in ranks) > _MOST_STEPS:
             return None  # merges_of would take minutes
-        encoding = make_encoding(name, pattern, ranks, specials)
+        pattern = parts["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+        encoding = make_encoding(name, _from_oniguruma(pattern), ranks, specials)
         tokenizer = TiktokenTokenizer(name, encoding, end_of_text_ids)
         written = byte_pair_json(tokenizer)
-        added = [token | {"normalized": False} for token in data["added_tokens"]]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, MinigptError):
         return None
-    parts = {"added_tokens": added, "pre_tokenizer": splits, "model": model}
     return tokenizer if written | parts == written else None
+
+
+def _normalized_parts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the parts of a tokenizer.json that ``byte_pair_json`` writes, spelled as it does.
+
+    Merges may be lists, empty options omitted, and GPT-2's pattern implied by ByteLevel.
+    """
+    added = [token | {"normalized": False} for token in data["added_tokens"]]
+    model = PLAIN_BPE | {"ignore_merges": False} | data["model"]
+    for option in ("continuing_subword_prefix", "end_of_word_suffix"):
+        model[option] = model[option] or None
+    model["merges"] = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    model["vocab"] = {token["content"]: token["id"] for token in added} | model["vocab"]
+    splits = data["pre_tokenizer"]
+    implied = {"use_regex": True} | splits | {"trim_offsets": False}
+    if implied == BYTE_LEVEL | {"use_regex": True}:
+        splits = splits_by(GPT2_PATTERN)
+    return {"added_tokens": added, "pre_tokenizer": splits, "model": model}
+
+
+def _changes_text(data: Mapping[str, Any]) -> bool:
+    """Return whether a file normalizes texts, decodes other than bytes, or adds tokens."""
+    processor = data["post_processor"] or {"type": "ByteLevel"}
+    around = [] if processor["type"] == "ByteLevel" else processor["single"]
+    adds_tokens = not all("Sequence" in part for part in around)
+    is_changed = data["normalizer"] is not None or data["decoder"]["type"] != "ByteLevel"
+    return is_changed or adds_tokens
 
 
 def byte_pair_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
@@ -126,32 +101,9 @@ def byte_pair_json(tokenizer: TiktokenTokenizer) -> dict[str, Any]:
 
     Raises: CheckpointError if the library's regex dialect cannot express the split pattern.
     """
-    ranks = tokenizer.encoding._mergeable_ranks
+    ranks, specials = tokenizer.encoding._mergeable_ranks, tokenizer.special_ids
     merges = merges_of(ranks)
     n_reached = len(merges) + sum(len(token) == 1 for token in ranks)
-    return byte_level_json(
-        ranks,
-        merges,
-        tokenizer.special_ids,
-        _to_oniguruma(tokenizer.encoding._pat_str),
-        ignore_merges=n_reached < len(ranks),
-    )
-
-
-def byte_level_json(
-    ranks: Mapping[bytes, int],
-    merges: Iterable[tuple[bytes, bytes]],
-    specials: Mapping[str, int],
-    pattern: str,
-    *,
-    ignore_merges: bool = False,
-) -> dict[str, Any]:
-    """Return the tokenizer.json of a byte-level vocabulary.
-
-    Args: ranks, bytes -> id; merges, in order; specials, text -> id; pattern, which splits a text
-        into pieces, in Oniguruma's dialect; ignore_merges, whether a piece in the vocabulary is
-        one token even if no merges produce it.
-    """
     vocab = {to_characters(token): id_ for token, id_ in ranks.items()} | dict(specials)
     return tokenizer_file(
         added_tokens=[
@@ -159,11 +111,12 @@ def byte_level_json(
             | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
             for text, id_ in sorted(specials.items(), key=lambda item: item[1])
         ],
-        pre_tokenizer=splits_by(pattern),
+        pre_tokenizer=splits_by(_to_oniguruma(tokenizer.encoding._pat_str)),
         decoder=BYTE_LEVEL,
         model=PLAIN_BPE
         | {
-            "ignore_merges": ignore_merges,
+            # A piece in the vocabulary is one token for tiktoken, even if no merges produce it.
+            "ignore_merges": n_reached < len(ranks),
             "vocab": dict(sorted(vocab.items(), key=lambda item: item[1])),
             "merges": [" ".join(map(to_characters, pair)) for pair in merges],
         },
@@ -213,6 +166,10 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
     """
     parts = (last_parts(token, ranks) for token in sorted(ranks, key=ranks.__getitem__))
     return [(pair[0], pair[1]) for pair in parts if len(pair) == 2]
+
+
+def _from_oniguruma(pattern: str) -> str:
+    return _ATOMIC.sub(r"\g<atom>\g<interval>+", pattern.replace(ANY_CHARACTER, "(?s:.)"))
 
 
 def _to_oniguruma(pattern: str) -> str:

@@ -5,13 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint import byte_pair_json
-from minigpt.checkpoint.model_folder import BYTES_TOKENIZER as BYTES_TOKENIZER
-from minigpt.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, TOKENIZER
+from minigpt.checkpoint.byte_pair_json import byte_pair_json, tiktoken_tokenizer
+from minigpt.checkpoint.model_folder import (
+    BYTES_TOKENIZER,
+    CONFIG,
+    GENERATION_CONFIG,
+    TOKENIZER,
+)
 from minigpt.checkpoint.vocabulary_files import drop_tokens_without_row, read_vocabulary_files
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.files import read_json, to_json
+from minigpt.rings import ring
+from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.token_ids import TokenIdTokenizer
 from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
 from minigpt.text.tokenizer_classes import (
@@ -23,6 +29,7 @@ from minigpt.text.tokenizer_classes import (
 
 NAME_FIELD = "name_or_path"
 """Field of tokenizer_config.json that stores Tokenizer.name."""
+_MOST_ADDED = 2**16  # with more, the libraries take seconds
 
 
 def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
@@ -95,14 +102,32 @@ def read_tokenizer(
 def tokenizer_from_json(
     data: Mapping[str, Any], name: str, *, end_of_text_ids: tuple[int, ...] = ()
 ) -> Tokenizer:
-    """Read a tokenizer.json of single bytes or any other vocabulary.
+    """Read a tokenizer.json with tiktoken if the ids are the same, else with tokenizers.
+
+    The post-processor determines which tokens a prompt begins with. As in transformers,
+    add_bos_token and add_eos_token of tokenizer_config.json are ignored.
 
     Args: name, for the Tokenizer; end_of_text_ids, () for ``<|endoftext|>``.
     Raises: CheckpointError naming the part that is damaged or cannot be used.
     """
     if data == read_json(BYTES_TOKENIZER):
         return BytesTokenizer(name, end_of_text_ids)
-    return byte_pair_json.tokenizer_from_json(data, name, end_of_text_ids)
+    added = data.get("added_tokens")
+    if isinstance(added, list) and len(added) > _MOST_ADDED:
+        raise CheckpointError(
+            f"tokenizer.json has {len(added):,} added tokens, and at most {_MOST_ADDED:,} are "
+            "read. Remove those that occur in no text from the file."
+        )
+    if tokenizer := tiktoken_tokenizer(data, name, end_of_text_ids):
+        return tokenizer
+    try:
+        # Not imported above: the library takes time to load, and most vocabularies do not need it.
+        return ring("text.imported").ImportedTokenizer(name, data, end_of_text_ids)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"tokenizer.json is damaged ({type(error).__name__}: {str(error)[:120]!r}). "
+            "Write or download it again."
+        ) from None
 
 
 def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -112,7 +137,9 @@ def tokenizer_to_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """
     if isinstance(tokenizer, BytesTokenizer):
         return read_json(BYTES_TOKENIZER)
-    return byte_pair_json.tokenizer_to_json(tokenizer)
+    if isinstance(tokenizer, TiktokenTokenizer):
+        return byte_pair_json(tokenizer)
+    return tokenizer.to_dict()["tokenizer_json"]
 
 
 def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, *, is_new: bool) -> dict[str, bytes]:

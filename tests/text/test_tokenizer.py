@@ -10,8 +10,8 @@ import pytest
 import regex
 import tiktoken
 
-from minigpt.checkpoint.byte_pair_json import byte_level_json
-from minigpt.checkpoint.tokenizer_json import BYTES_TOKENIZER
+from minigpt.checkpoint.byte_pair_json import byte_pair_json
+from minigpt.checkpoint.model_folder import BYTES_TOKENIZER
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import to_json
 from minigpt.text import bpe as module
@@ -110,7 +110,8 @@ def test_a_bpe_size_without_room_for_a_merge_is_a_config_error(vocab_size: int) 
 
 def test_the_tokenizer_json_of_the_byte_tokenizer_has_no_merges() -> None:
     ranks = {bytes([byte]): byte for byte in range(256)}
-    expected = byte_level_json(ranks, (), {END_OF_TEXT: 256}, r"[\s\S]")
+    encoding = make_encoding("bytes", "(?s:.)", ranks, {END_OF_TEXT: 256})
+    expected = byte_pair_json(TiktokenTokenizer("bytes", encoding))
     assert BYTES_TOKENIZER.read_bytes() == to_json(expected)
 
 
