@@ -35,18 +35,28 @@ def option(
     return setting(default, bounds, choices, option=about)
 
 
+def plain_key(name: str) -> str:
+    """Return the setting's name for a field: ``from`` for ``from_``, which avoids the keyword."""
+    return name.removesuffix("_")
+
+
 def choices_in(hint: Any) -> tuple[str, ...]:
     """Return the words of a type that allows only certain words (and None); else ()."""
-    words, kinds = parts_of(hint)
-    return tuple(word for word in words if word) if set(kinds) <= {NoneType} else ()
+    words, kind, _ = parts_of(hint)
+    return words if kind is None else ()
 
 
-def parts_of(hint: Any) -> tuple[tuple[str, ...], tuple[Any, ...]]:
-    """Split a type into the words of its ``Literal[...]`` and its other types."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    literals = [kind for kind in kinds if get_origin(kind) is Literal]
+def parts_of(hint: Any) -> tuple[tuple[str, ...], Any, bool]:
+    """Split a field's type: ``int | Literal["all"] | None`` gives ``("all",), int, True``.
+
+    Returns: the words of its ``Literal[...]``; its other type, None if it has only words; whether
+        it allows None.
+    """
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    literals = [part for part in parts if get_origin(part) is Literal]
     words = tuple(word for literal in literals for word in get_args(literal))
-    return words, tuple(kind for kind in kinds if kind not in literals)
+    kind = next((part for part in parts if part not in (*literals, NoneType)), None)
+    return words, kind, NoneType in parts
 
 
 def check_fields(config: Any) -> None:

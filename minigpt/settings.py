@@ -11,7 +11,7 @@ import tomli_w
 
 from minigpt.config import RunConfig
 from minigpt.errors import ConfigError, cut, nearest, require_choice
-from minigpt.fields import parts_of
+from minigpt.fields import parts_of, plain_key
 from minigpt.files import read_bytes, resource_errors
 
 T = TypeVar("T")
@@ -39,36 +39,33 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     return cls(**checked)
 
 
-def plain_key(name: str) -> str:
-    """Return the setting's name for a field: ``from`` for ``from_``, which avoids the keyword."""
-    return name.removesuffix("_")
-
-
 def _checked(hint: Any, value: Any, name: str) -> Any:
-    words, kinds = parts_of(hint)
-    if value in words or (value is None and type(None) in kinds):
+    """Return a value in the type of its field: an int as a float, a list as a tuple.
+
+    Raises: ConfigError for a value of another type.
+    """
+    words, kind, may_be_none = parts_of(hint)
+    if value in words or (value is None and may_be_none):
         return value
-    hint = next((kind for kind in kinds if kind is not type(None)), None)
-    if hint is None:
-        require_choice(name, value, [word for word in words if word])
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{name} must be a table of settings: it is {cut(value)}.")
-        return build(hint, value, f"{name}.")
-    if typing.get_origin(hint) is tuple:
-        is_texts = isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
-        if not is_texts:
-            raise ConfigError(f"{name} must be a list of strings: it is {cut(value)}.")
-        return tuple(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is None:
+        require_choice(name, value, words)
+    expected = f"of type {' or '.join([kind.__name__, *words])}"
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, Mapping):
+            return build(kind, value, f"{name}.")
+        expected = "a table of settings"
+    elif typing.get_origin(kind) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        expected = "a list of strings"
+    elif kind is float and type(value) is int:
         try:
             return float(value)
         except OverflowError:
             raise ConfigError(f"{name} is too large: it is {cut(value)}.") from None
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        kind = " or ".join([hint.__name__, *filter(None, words)])
-        raise ConfigError(f"{name} must be of type {kind}: it is {cut(value)}.")
-    return value
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise ConfigError(f"{name} must be {expected}: it is {cut(value)}.")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -117,6 +114,11 @@ def parse_assignment(text: str) -> dict[str, Any]:
         (value,) = tomllib.loads(f"value = {raw}").values()  # fails if raw has a second assignment
     except (ValueError, RecursionError):
         value = raw
+    return nested(keys, value)
+
+
+def nested(keys: Sequence[str], value: Any) -> dict[str, Any]:
+    """Return a value below its keys: ``{"a": {"b": value}}`` for the keys a and b."""
     for key in reversed(keys):
         value = {key: value}
     return value
@@ -127,10 +129,10 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
-            if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
-                merged[key] = merge(merged[key], value)
-            else:
-                merged[key] = merge(value) if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):
+                below = merged.get(key)
+                value = merge(below if isinstance(below, dict) else {}, value)
+            merged[key] = value
     return merged
 
 
@@ -166,6 +168,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted names, as in ``--set``."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        is_table = isinstance(value, Mapping)
-        result |= flat(value, f"{prefix}{key}.") if is_table else {f"{prefix}{key}": value}
+        if isinstance(value, Mapping):
+            result |= flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
     return result

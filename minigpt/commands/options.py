@@ -23,19 +23,18 @@ import itertools
 import re
 import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
 from minigpt.errors import ConfigError, require_choice
-from minigpt.fields import choices_in, option, parts_of, require_within
+from minigpt.fields import choices_in, option, parts_of, plain_key, require_within
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
 from minigpt.run_config import DataConfig, Device, Dtype, Quantization
-from minigpt.settings import build, merge, plain_key
+from minigpt.settings import build, merge, nested
 
 if typing.TYPE_CHECKING:
     from minigpt.intervention_config import InterventionConfig
@@ -125,11 +124,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(**typed: Any) -> None:
         del typed["debug"]  # main looks for it in sys.argv
         typed = {name: value for name, value in typed.items() if value not in (None, [], ())}
-        given = dict(defaults)
-        for name, value in typed.items():
-            for key in reversed(name.split("__")):
-                value = {key: value}
-            given = merge(given, value)
+        given = merge(defaults, *(nested(name.split("__"), typed[name]) for name in typed))
         usage = find_ring("commands.help.usage")
         for name, (config, base) in configs.items():
             values = given[name]
@@ -159,13 +154,18 @@ def _fields(
             yield from _fields(f.type, here, chosen, None if defaults is None else default)
         elif "option" in f.metadata and name in (chosen.only or {name} - set(chosen.without)):
             limits = {key: f.metadata[key] for key in ("bounds", "choices")}
-            about = Option(**{"group": heading} | limits | f.metadata["option"])
-            paths = ((inspect.getfile(c), c.__name__) for c in config.__mro__)
-            text = next(filter(None, (_docstrings(p).get((c, f.name)) for p, c in paths)))
-            text = re.split(r"\.\s", " ".join(text.split()) + " ")[0]
-            about = replace(about, text=about.text or text, group=chosen.group or about.group)
-            about = replace(about, is_listed=name not in chosen.unlisted)
-            yield _parameter(here, f.type, default, about, is_layered=chosen.config is not None)
+            about = {"group": heading, "text": _first_sentence(config, f.name), **limits}
+            about |= f.metadata["option"]
+            about |= {"group": chosen.group} if chosen.group else {}
+            shown = Option(**about, is_listed=name not in chosen.unlisted)
+            yield _parameter(here, f.type, default, shown, is_layered=chosen.config is not None)
+
+
+def _first_sentence(config: Any, name: str) -> str:
+    """Return the first sentence of a field's docstring, which a base class may have."""
+    texts = (_docstrings(inspect.getfile(c)).get((c.__name__, name)) for c in config.__mro__)
+    text = next(filter(None, texts))
+    return re.split(r"\.\s", " ".join(text.split()) + " ")[0]
 
 
 @functools.cache
@@ -188,8 +188,8 @@ def _parameter(
     Args: path, names that lead to its value: the parameter, then the fields of nested configs.
         is_layered, whether it overrides other settings, so that a flag needs its negation too.
     """
-    words, kinds = parts_of(hint)
-    kind = next((get_origin(kind) or kind for kind in kinds if kind is not NoneType), str)
+    words, kind, _ = parts_of(hint)
+    kind = get_origin(kind) or kind or str
     choices = choices_in(hint) or about.choices
     flag = "--" + (about.name or plain_key(path[-1])).replace("_", "-")
 
@@ -198,16 +198,7 @@ def _parameter(
             return _unescape(text)
         if choices:
             require_choice(flag, text, choices)
-        if text in words or kind not in (int, float, Path):
-            return text
-        try:
-            value = kind(text)
-        except ValueError:
-            what = " or ".join(["a whole number" if kind is int else "a number", *words])
-            raise ConfigError(f"{flag} takes {what}: it is {text!r}.") from None
-        if about.bounds:
-            require_within(flag, value, about.bounds)
-        return value
+        return text if text in words else _convert(text, kind, flag, about.bounds, words)
 
     is_two_way = kind is bool and (is_layered or default is not False)
     is_list = kind in (tuple, list)
@@ -230,6 +221,20 @@ def _parameter(
         default=declared,
         annotation=bool | None if kind is bool else list[str] | None if is_list else str | None,
     )
+
+
+def _convert(text: str, kind: type, flag: str, bounds: str, words: Sequence[str]) -> Any:
+    """Convert the text of an option to a number or path. Args: words, also valid, for messages."""
+    if kind not in (int, float, Path):
+        return text
+    try:
+        value = kind(text)
+    except ValueError:
+        what = " or ".join(["a whole number" if kind is int else "a number", *words])
+        raise ConfigError(f"{flag} takes {what}: it is {text!r}.") from None
+    if bounds:
+        require_within(flag, value, bounds)
+    return value
 
 
 def _help(about: Option, choices: Sequence[str], default: Any, kind: type) -> str:

@@ -11,9 +11,10 @@ from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import Display, train_job
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from minigpt.errors import ConfigError, nearest
+from minigpt.fields import plain_key
 from minigpt.generation.api import model_name
 from minigpt.rings import ring
-from minigpt.settings import build, merge, plain_key
+from minigpt.settings import build, merge
 from minigpt.training.events import Event
 
 _TABLES = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}

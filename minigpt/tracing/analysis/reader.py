@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from functools import cache
 from pathlib import Path
-from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -312,10 +311,9 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
     Raises: ValueError naming the field; KeyError for a missing field of a record.
     """
-    words, kinds = parts_of(hint)
-    if value in words or (value is None and NoneType in kinds):
+    words, kind, may_be_none = parts_of(hint)
+    if value in words or (value is None and may_be_none):
         return value
-    kind = next((kind for kind in kinds if kind is not NoneType), None)
     if get_origin(kind) is tuple:
         return tuple(_checked(one, get_args(kind)[0], name) for one in _list(value, name))
     if isinstance(kind, type) and is_dataclass(kind):
