@@ -11,6 +11,7 @@ from typing import Any
 
 from minigpt.commands.layout import COMMANDS
 from minigpt.errors import ConfigError, cut, did_you_mean
+from minigpt.fields import plain_key
 
 _SYNONYMS = {
     "--learning-rate": "--lr",
@@ -116,30 +117,48 @@ def _require_texts(
 
 def _advice(ctx: Any, word: str) -> str:
     """Return the remedy for a word that begins with a dash and is not an option."""
+    name = word.partition("=")[0]
+    remedy = _text_remedy(ctx, word) or _placeholder_remedy(ctx, name) or _similar(ctx, name)
+    return remedy or f"See {ctx.command_path} --help."
+
+
+def _text_remedy(ctx: Any, word: str) -> str:
+    """Return the remedy for a word that is a file or a prompt; empty if it seems to be neither."""
     parameters = ctx.command.get_params(ctx)
-    has_argument = any(p.param_type_name == "argument" for p in parameters)
     if any(p.name == "data" for p in parameters) and os.path.lexists(word):
         return f"To name the file, write {shlex.quote(f'./{word}')}."
-    if has_argument and (" " in word or not word.lstrip("-")[:1].isalpha()):
+    is_text = " " in word or not word.lstrip("-")[:1].isalpha()
+    if is_text and any(p.param_type_name == "argument" for p in parameters):
         call = f"{ctx.command_path} -- {shlex.quote(word)}"
         return f"Put -- before a text that begins with a dash, after all options: {call}"
-    is_negated = word.startswith("--no-")
-    listed = [p.secondary_opts if is_negated else p.opts for p in parameters]
-    name = word.partition("=")[0]
-    for parameter in parameters:  # `train --model M`, whose option for a MODEL is --from
-        if name.startswith("--") and name[2:].upper() == parameter.metavar:
-            if parameter.param_type_name != "argument":
-                return f"Did you mean {parameter.opts[0]} {parameter.metavar}?"
-            return f"Give it without a name: {ctx.command_path} {parameter.metavar}"
-    longs = [[n for n in names if n.startswith("--")][:1] for names in listed]  # no aliases
-    choices = list(itertools.chain(*longs))
+    return ""
+
+
+def _placeholder_remedy(ctx: Any, name: str) -> str:
+    """Return the remedy for the placeholder of a value: ``--model M``, where MODEL is --from's."""
+    if not name.startswith("--"):
+        return ""
+    for parameter in ctx.command.get_params(ctx):
+        if name[2:].upper() == parameter.metavar:
+            if parameter.param_type_name == "argument":
+                return f"Give it without a name: {ctx.command_path} {parameter.metavar}"
+            return f"Did you mean {parameter.opts[0]} {parameter.metavar}?"
+    return ""
+
+
+def _similar(ctx: Any, name: str) -> str:
+    """Return the remedy for the name of an option elsewhere, a setting or a misspelled option."""
+    choices: list[str] = []
+    for parameter in ctx.command.get_params(ctx):
+        names = parameter.secondary_opts if name.startswith("--no-") else parameter.opts
+        choices += [option for option in names if option.startswith("--")][:1]  # no aliases
     plain = name.replace("_", "-")
     synonym = _SYNONYMS.get(plain, plain)
     if synonym.split()[0] in choices:
         return f"Did you mean {synonym}?"
-    if any("--set" in names for names in listed) and (setting := _setting(name)):
+    if "--set" in choices and (setting := _setting(name)):
         return f"It is a setting: --set {setting}=VALUE"
-    return did_you_mean(name, choices) or f"See {ctx.command_path} --help."
+    return did_you_mean(name, choices)
 
 
 def _setting(name: str) -> str:
@@ -163,33 +182,38 @@ def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
 
     Args: given, the user's settings, nested like the config.
     """
-    from minigpt.settings import plain_key  # the page of the program needs no settings
-
     lines = []
-
-    def spelled(part: Any, table: str, name: str) -> str:
-        is_option = any(f.name == name and "option" in f.metadata for f in fields(part))
-        return f"--{name.replace('_', '-')}" if is_option else f"{table}{name}"
-
-    def walk(part: Any, given: Mapping[str, Any], table: str) -> None:
+    tables = {"": given} | {f.name: given.get(f.name) for f in fields(config)}
+    for table, values in tables.items():
+        part = getattr(config, table) if table else config
+        if not is_dataclass(part) or not isinstance(values, Mapping):
+            continue
         for f in fields(part):
-            value, own = given.get(plain_key(f.name)), getattr(part, f.name)
-            if is_dataclass(own) and isinstance(value, Mapping):
-                walk(own, value, f"{f.name}.")
-            elif value is not None and own != f.default:
-                for other, off in INEFFECTIVE_IF.get(f.name, ()):
-                    place, _, name = other.rpartition(".")
-                    holder = getattr(config, place, None) if place else part
-                    # Another command may have a field of the same name, but not the other one.
-                    if is_dataclass(holder) and getattr(holder, name, None) == off:
-                        with_ = spelled(holder, f"{place}." if place else table, name)
-                        lines.append(
-                            f"{spelled(part, table, f.name)} has no effect with {with_} {off}"
-                        )
-                        break
-
-    walk(config, given, "")
+            is_default = getattr(part, f.name) == f.default
+            if is_default or values.get(plain_key(f.name)) is None:
+                continue
+            if reason := _disabling_setting(config, table, f.name):
+                lines.append(f"{_spelled(part, table, f.name)} has no effect with {reason}")
     return lines
+
+
+def _disabling_setting(config: Any, table: str, name: str) -> str:
+    """Return the setting and value with which a field has no effect; empty if it has one."""
+    for other, off in INEFFECTIVE_IF.get(name, ()):
+        place, _, other_name = other.rpartition(".")
+        place = place or table
+        holder = getattr(config, place, None) if place else config
+        # Another command may have a field of the same name, but not the other one.
+        if is_dataclass(holder) and getattr(holder, other_name, None) == off:
+            return f"{_spelled(holder, place, other_name)} {off}"
+    return ""
+
+
+def _spelled(part: Any, table: str, name: str) -> str:
+    """Return a field as the user writes it: an option, or a dotted name."""
+    if any(f.name == name and "option" in f.metadata for f in fields(part)):
+        return f"--{name.replace('_', '-')}"
+    return f"{table}.{name}".lstrip(".")
 
 
 def note_without_effect(config: Any, given: Mapping[str, Any]) -> None:
