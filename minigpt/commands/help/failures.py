@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 
 from minigpt.commands.help import usage
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
-from minigpt.files import resource_errors
+from minigpt.files import WRITING
+from minigpt.remedies import disk_message
 from minigpt.streams import close_streams, open_streams, wrapped
 from minigpt.text.escape import printable
 
@@ -91,37 +92,33 @@ def describe(error: BaseException) -> tuple[str, int] | None:
     """Return the message and exit code of a usage, import, memory or disk error, else None."""
     if hasattr(error, "format_message"):  # a usage error of typer or click
         return usage.message(error), ConfigError.exit_code
-    if isinstance(error, ModuleNotFoundError):
-        if str(error.name).startswith("minigpt"):
-            text = f"this installation lacks {error.name}. Install all of minigpt to use it."
-            return text, ConfigError.exit_code
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("minigpt"):
         return f"{error.name} is not installed. Install minigpt again with its dependencies.", 1
-    is_runtime_error = isinstance(error, RuntimeError)
-    if (
-        isinstance(error, MemoryError)
-        or "OutOfMemory" in type(error).__name__
-        or (is_runtime_error and any(name in str(error) for name in _OUT_OF_MEMORY))
-    ):
+    if _is_out_of_memory(error):
         remedy = "Try a smaller model, --batch-size or --context-length."
         return f"out of memory. {remedy}", ResourceError.exit_code
-    if is_runtime_error:
+    if isinstance(error, RuntimeError):
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         for name, remedy in _ACCELERATOR_REMEDIES.items():
             if name in reason:
                 return f"{reason}. {remedy}", 1
-    if isinstance(error, OSError):
-        try:
-            with resource_errors(None):
-                raise error
-        except ResourceError as resource:
-            return str(resource), resource.exit_code
-        except OSError:
-            where = f"{error.filename!r}: " if error.filename else ""
-            if isinstance(error, IsADirectoryError):
-                text = f"{where}it is a folder, not a file. Rename it, or choose another name."
-                return text, ResourceError.exit_code
-            reason = error.strerror or str(error) or type(error).__name__
-            is_missing = isinstance(error, FileNotFoundError)
-            check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
-            return f"{where}{reason}. {check}", 1
-    return None
+    return _describe_os_error(error) if isinstance(error, OSError) else None
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__:
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def _describe_os_error(error: OSError) -> tuple[str, int]:
+    if message := disk_message(error, None, "", WRITING):
+        return message, ResourceError.exit_code
+    where = f"{error.filename!r}: " if error.filename else ""
+    if isinstance(error, IsADirectoryError):
+        text = f"{where}it is a folder, not a file. Rename it, or choose another name."
+        return text, ResourceError.exit_code
+    reason = error.strerror or str(error) or type(error).__name__
+    is_missing = isinstance(error, FileNotFoundError)
+    check = "Check the path" + ("." if is_missing else ", its permissions and the disk.")
+    return f"{where}{reason}. {check}", 1
