@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from minigpt.commands.options import Data, Fields, Json, Option, command
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError
-from minigpt.presets import PRESETS
+from minigpt.presets import default_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from minigpt.text.building import Work
     from minigpt.text.shard_files import Manifest
 
-_DEFAULTS = DataConfig(**PRESETS["nano"]["data"])
+_DEFAULTS = default_run().data
 
 
 @command

@@ -21,7 +21,8 @@ from minigpt.generation.decoder import Decoder
 from minigpt.generation.loading import load
 from minigpt.model.cache import cache_bytes_per_token
 from minigpt.model.cost import parameter_count
-from minigpt.model_config import ARCHS, ATTENTIONS
+from minigpt.model_config import ATTENTIONS
+from minigpt.studies import VARIANTS
 from minigpt.studies.matching import closest_in_size
 from minigpt.training.reports.curves import read_curves
 from minigpt.training.reports.plan import flops_of_steps
@@ -34,10 +35,6 @@ _DEFAULT_SECONDS = 60.0
 _WIDTH_STEPS = ((8, 0.01), (1, TOLERANCE))
 _DECODED_TOKENS = 128
 _DECODING_ROUNDS = 5
-
-
-VARIANTS = (*ATTENTIONS, *list(ARCHS)[1:])
-"""Names of the variants: every attention score, and the recurrent architectures."""
 _RECURRENT_SHAPE = {
     "attention": "",
     "family": "llama",

@@ -14,9 +14,9 @@ from minigpt.model.cost import training_flops_per_token
 from minigpt.model.language_model import model_class
 from minigpt.presets import PRESETS
 from minigpt.settings import build
+from minigpt.studies import VARIANTS
 from minigpt.studies.compare import (
     TOLERANCE,
-    VARIANTS,
     Budget,
     RunResult,
     VariantResult,

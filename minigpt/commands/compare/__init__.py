@@ -16,11 +16,9 @@ from minigpt.commands.options import (
 )
 from minigpt.config import RunConfig
 from minigpt.fields import Checked, option
-from minigpt.model_config import ARCHS, ATTENTIONS
 from minigpt.presets import default_run
 from minigpt.settings import layered, read_config_file
-
-_VARIANTS = ", ".join([*ATTENTIONS, *list(ARCHS)[1:]])
+from minigpt.studies import VARIANTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,9 @@ class ComparisonConfig(Checked):
     """Variants, seeds, budget and output of a comparison."""
 
     variants: str = option(
-        "scaled_dot,additive,general,lstm", metavar="NAME,NAME", text=f"Variants: {_VARIANTS}"
+        "scaled_dot,additive,general,lstm",
+        metavar="NAME,NAME",
+        text=f"Variants: {', '.join(VARIANTS)}",
     )
     """Names of the variants, separated by commas."""
     budget: str = option("steps", metavar="NAME:N", shown="the preset's steps")
