@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -80,7 +79,7 @@ def model_lines(facts: "ModelFacts", width: int | None) -> Iterator[Text]:
     yield from tables.fact_lines(_facts(facts))
     yield Text()
     head = [Text(word, "dim") for word in ("tensor", "dtype", "shape", "bytes")]
-    rows = [head, *chain.from_iterable(_tensor_rows(facts.tensors))]
+    rows = [head, *_tensor_rows(facts.tensors)]
     yield from tables.aligned(rows, ["left", "left", "left", "right"], width)
 
 
@@ -141,7 +140,7 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
     return shown
 
 
-def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]]:
+def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[Text]]:
     """Yield the rows of each tensor, and of identical blocks only once."""
     # Name of a tensor, or of a stack of blocks -> number of the block -> its tensors.
     found: dict[str, dict[str, list[tuple[str, StoredTensor]]]] = {}
@@ -151,14 +150,14 @@ def _tensor_rows(tensors: Iterable["StoredTensor"]) -> Iterator[list[list[Text]]
         found.setdefault(name, {}).setdefault(number, []).append((rest, tensor))
     for name, blocks in found.items():
         if "" in blocks:
-            yield [_tensor_row(name, blocks[""][0][1])]
+            yield _tensor_row(name, blocks[""][0][1])
         else:
             yield from _block_rows(name, blocks)
 
 
 def _block_rows(
     layers: str, blocks: dict[str, list[tuple[str, "StoredTensor"]]]
-) -> Iterator[list[list[Text]]]:
+) -> Iterator[list[Text]]:
     identical: dict[Any, list[int]] = {}
     for number, block in blocks.items():
         shape = tuple((rest, tensor.dtype, tensor.shape) for rest, tensor in block)
@@ -169,10 +168,8 @@ def _block_rows(
         block = sorted(block, key=lambda item: modules.index(item[0].split(".")[0]))
         n_bytes = sum(tensor.n_bytes for _, tensor in block)
         total = f"{len(numbers)} x {with_unit(n_bytes, 'B')}"
-        yield [
-            [Text(f"{one_line(layers)}.{_ranges(numbers)}"), Text(), Text(), Text(total)],
-            *(_tensor_row(f"{_INDENT}{rest}", tensor) for rest, tensor in block),
-        ]
+        yield [Text(f"{one_line(layers)}.{_ranges(numbers)}"), Text(), Text(), Text(total)]
+        yield from (_tensor_row(f"{_INDENT}{rest}", tensor) for rest, tensor in block)
 
 
 def _tensor_row(name: str, tensor: "StoredTensor") -> list[Text]:
