@@ -12,6 +12,7 @@ from rich.text import Text
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.compare import ComparisonConfig
+from minigpt.commands.options import XAxis
 from minigpt.commands.plot.curves import PICTURES, validation_curves, write_picture
 from minigpt.commands.process import command_line
 from minigpt.commands.tables import aligned, line_width, show, write_json
@@ -74,30 +75,12 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
         speeds = {} if signal_number else _decoding_speeds(finished, base, data)
         results = summarize(finished, speeds)
         if is_json:
-            facts: dict[str, Any] = {
-                "data": list(base.data.paths),
-                "tokenizer": base.data.tokenizer,
-                "preset": base.preset,
-                "budget": asdict(budget),
-                "n_parameters_wanted": parameter_count(base.model),
-                "spread": "sample standard deviation over the runs",
-                "is_complete": len(finished) == len(runs),
-                "variants": [asdict(result) for result in results],
-            }
-            write_json(facts)
+            is_complete = len(finished) == len(runs)
+            write_json(_record(base, budget, results, is_complete=is_complete))
         else:
-            rows = [[Text(word, "dim") for word in _HEAD]]
-            rows += [[Text(cell) for cell in _cells(result)] for result in results]
-            sides = ["left"] + ["right"] * (len(_HEAD) - 1)
-            show([Text(line, "dim") for line in _TITLE])
-            show(aligned(rows, sides, line_width()))
+            show(_table(results))
         if config.out is not None:
-            groups: dict[str, list[LossCurves]] = {}
-            for run in finished:
-                groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
-            label = "validation loss, nats/token (a line for each run)"
-            curves = validation_curves(groups, config.x)
-            write_picture(config.out, curves, x_unit=config.x, y_label=label)
+            _draw(config.out, config.x, finished)
             note(f"wrote {config.out}")
     if signal_number:
         note(f"{len(finished)} of {len(runs)} runs are finished. Resume with:")
@@ -221,6 +204,31 @@ def _decoding_speeds(
     return decoding_speeds(folders, prompt, resolve_device(base.training.device).type)
 
 
+def _record(
+    base: RunConfig, budget: Budget, results: Sequence[VariantResult], *, is_complete: bool
+) -> dict[str, Any]:
+    """Return the results for JSON. Args: is_complete, whether all runs are finished."""
+    return {
+        "data": list(base.data.paths),
+        "tokenizer": base.data.tokenizer,
+        "preset": base.preset,
+        "budget": asdict(budget),
+        "n_parameters_wanted": parameter_count(base.model),
+        "spread": "sample standard deviation over the runs",
+        "is_complete": is_complete,
+        "variants": [asdict(result) for result in results],
+    }
+
+
+def _table(results: Sequence[VariantResult]) -> Iterator[Text]:
+    """Yield the title and the lines of the table."""
+    yield from (Text(line, "dim") for line in _TITLE)
+    rows = [[Text(word, "dim") for word in _HEAD]]
+    rows += [[Text(cell) for cell in _cells(result)] for result in results]
+    sides = ["left"] + ["right"] * (len(_HEAD) - 1)
+    yield from aligned(rows, sides, line_width())
+
+
 def _cells(result: VariantResult) -> Iterator[str]:
     """Yield the cells of a row of the table."""
     spread, decode = result.val_loss_spread, result.decode_tokens_per_s
@@ -232,3 +240,12 @@ def _cells(result: VariantResult) -> Iterator[str]:
     yield short(result.train_tokens_per_s)
     yield "-" if decode is None else short(decode)
     yield f"{result.cache_bytes_per_token:,}"
+
+
+def _draw(path: Path, x_unit: XAxis, finished: Sequence[ComparedRun]) -> None:
+    """Draw the validation losses, a line for each run."""
+    groups: dict[str, list[LossCurves]] = {}
+    for run in finished:
+        groups.setdefault(run.variant, []).append(read_curves(run.folder.path))
+    label = "validation loss, nats/token (a line for each run)"
+    write_picture(path, validation_curves(groups, x_unit), x_unit=x_unit, y_label=label)

@@ -30,6 +30,7 @@ from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import find_ring
 from minigpt.settings import build, read_toml
 from minigpt.text.batches import validation_windows
+from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 _LONGEST_WINDOW = 1024  # by default: the full context of some models needs too much memory
@@ -59,14 +60,7 @@ def measure(
             "model was trained with."
         )
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
-        reading: dict[str, Any] = {"on_progress": progress.preparing, "tokenizer": tokenizer}
-        reading["chat_model"] = folder
-        if config.data:
-            data = prepare(text, **reading)
-        else:
-            data = _own_text(text, folder, is_as_trained=not _reading(config), **reading)
-        for line in data.manifest.notes():
-            progress.note(f"note   {line}")
+        data = _read(config, text, folder, tokenizer, progress)
         span = _span(data, val_fraction)
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
@@ -111,30 +105,42 @@ def measure(
     }
 
 
-def _own_text(
-    text: DataConfig, folder: Path, *, is_as_trained: bool, **reading: Any
+def _read(
+    config: EvaluationConfig,
+    text: DataConfig,
+    folder: Path,
+    tokenizer: Tokenizer,
+    progress: ProgressLine,
 ) -> PreparedData:
-    """Read the text that a run was trained on.
+    """Tokenize the text, and show what was skipped.
 
-    Args: is_as_trained, whether it is read as in training, so that the tokens must be the same.
-    Raises: DataError if it cannot be read, has changed, or is another text from this folder.
+    Raises: DataError if it cannot be read, or if the text that the run was trained on has changed.
     """
     try:
-        data = prepare(text, **reading)
+        data = prepare(text, on_progress=progress.preparing, tokenizer=tokenizer, chat_model=folder)
     except DataError as error:
+        if config.data:
+            raise
         raise DataError(f"the run's own text: {error} If it has moved, give DATA.") from None
+    if not config.data and not _reading(config):  # read as in training: to the same tokens
+        _require_trained_on(data, text, folder)
+    for line in data.manifest.notes():
+        progress.note(f"note   {line}")
+    return data
+
+
+def _require_trained_on(data: PreparedData, text: DataConfig, folder: Path) -> None:
+    """Raise DataError if a model was trained on another text, perhaps of another folder."""
     states = find_ring("training.state")
-    if states is None or not is_as_trained:
-        return data
+    if states is None:
+        return
     with suppress(CheckpointError):  # weights only: there is nothing to compare with
         if states.read_state(folder).corpus not in ("", data.tokens.fingerprint):
             raise DataError(
                 f"{', '.join(map(repr, text.paths))} is not the text that {str(folder)!r} was "
                 "trained on: it has changed, or its path is relative to another folder. Give "
-                "DATA, and "
-                "--val-fraction for its last part."
+                "DATA, and --val-fraction for its last part."
             )
-    return data
 
 
 def _reading(config: EvaluationConfig) -> dict[str, Any]:
