@@ -13,7 +13,7 @@ from rich.text import Text
 from minigpt import console
 from minigpt.checkpoint.folder import RunFolder, writing_folder
 from minigpt.checkpoint.manifest import verify
-from minigpt.checkpoint.tools.inventory import Checkpoint, entry_of, run_named
+from minigpt.checkpoint.tools.inventory import Checkpoint, Entry, entry_of, run_named
 from minigpt.checkpoint.tools.pruning import prunable
 from minigpt.checkpoint.tools.pruning import prune as delete_old
 from minigpt.commands import tables
@@ -140,14 +140,7 @@ def average(
 
     entry = run_named(run)
     source = RunFolder(entry.folder)
-    steps = [step for step in source.steps() if until is None or step <= until][-last:]
-    if len(steps) < last:
-        which = "" if until is None else f" up to step {until}"
-        raise ConfigError(
-            f"--last {last}: the run {entry.name!r} has {count(len(steps), 'checkpoint')}{which}. "
-            f"{'Give fewer, or train' if len(steps) > 1 else 'Train'} with a smaller --save-every "
-            "and a larger --set training.keep=N."
-        )
+    steps = _last_steps(entry, last, until)
     if out is None:
         place = source.path
         if not place.name.strip("."):  # . or ..
@@ -170,3 +163,17 @@ def average(
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
         what += "" if saved == "float32" else f", in {saved}"
         tables.show([Text(f"{what}, is in {console.one_line(str(out))}")])
+
+
+def _last_steps(run: Entry, n: int, until: int | None) -> list[int]:
+    """Return the last n steps of a run, up to the step ``until`` if it is given."""
+    saved = RunFolder(run.folder).steps()
+    steps = [step for step in saved if until is None or step <= until][-n:]
+    if len(steps) < n:
+        which = "" if until is None else f" up to step {until}"
+        raise ConfigError(
+            f"--last {n}: the run {run.name!r} has {count(len(steps), 'checkpoint')}{which}. "
+            f"{'Give fewer, or train' if len(steps) > 1 else 'Train'} with a smaller --save-every "
+            "and a larger --set training.keep=N."
+        )
+    return steps
