@@ -50,7 +50,7 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
     if kind is None:
         require_choice(name, value, words)
     expected = f"of type {' or '.join([kind.__name__, *words])}"
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
             return build(kind, value, f"{name}.")
         expected = "a table of settings"

@@ -223,7 +223,7 @@ def _parameter(
     )
 
 
-def _convert(text: str, kind: type, flag: str, bounds: str, words: Sequence[str]) -> Any:
+def _convert(text: str, kind: Any, flag: str, bounds: str, words: Sequence[str]) -> Any:
     """Convert the text of an option to a number or path. Args: words, also valid, for messages."""
     if kind not in (int, float, Path):
         return text
