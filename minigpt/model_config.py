@@ -83,9 +83,9 @@ class PlainModelConfig:
         check_fields(self)
         is_llama = self.family == "llama"
         is_wide = self.arch != "gpt" or not is_llama
-        if not self.d_head or not is_llama:
-            require_divides("n_head", self.n_head, "d_model", self.d_model, self._widths())
         is_derived = not self.d_head
+        if is_derived or not is_llama:
+            require_divides("n_head", self.n_head, "d_model", self.d_model, self._widths())
         derived = {
             "n_kv_head": self.n_head,
             "d_head": self.d_model // self.n_head,

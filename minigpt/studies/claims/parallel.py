@@ -57,11 +57,12 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
             arch, size.timed_d_model, context_length=max(size.lengths), vocab_size=_VOCAB_SIZE
         )
         models[arch] = model_class(config)(config).to(device)
+    batch_sizes = {length: max(1, size.step_tokens // length) for length in size.lengths}
     seconds: dict[tuple[str, int], list[float]] = {k: [] for k in product(_ARCHS, size.lengths)}
     n_rounds = size.n_repeats + 1  # the first round warms up
     for repeat, (arch, length) in product(range(n_rounds), seconds):
         yield Progress(f"steps on {device.type}", repeat / n_rounds, (arch, f"{length} tokens"))
-        shape = max(1, size.step_tokens // length), length
+        shape = batch_sizes[length], length
         generator = torch.Generator().manual_seed(length)
         tokens = torch.randint(_VOCAB_SIZE, shape, generator=generator).to(device)
         _wait(device)
@@ -72,7 +73,6 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
         models[arch].zero_grad()
     timings = []
     for (arch, length), found in seconds.items():
-        batch_size = max(1, size.step_tokens // length)
         median_s = statistics.median(found[1:])
         timings.append(
             Timing(
@@ -80,9 +80,9 @@ def _measure_on(device: torch.device, size: Size) -> Generator[Progress, None, t
                 device=device.type,
                 n_parameters=parameter_count(models[arch].config),
                 length=length,
-                batch_size=batch_size,
+                batch_size=batch_sizes[length],
                 step_ms=1000 * median_s,
-                tokens_per_s=batch_size * length / median_s,
+                tokens_per_s=batch_sizes[length] * length / median_s,
             )
         )
     return tuple(timings)
