@@ -176,6 +176,19 @@ def test_an_empty_path_is_refused_and_not_read_as_the_working_directory(
     assert "the path of a text is empty" in error_line(result)
 
 
+def test_a_text_named_like_an_argument_is_no_option(run: Run, at_trained: Path) -> None:
+    for words in (
+        ["train", "data", *TINY],
+        ["evaluate", "data"],
+        ["prepare", "data", "--out", "p"],
+    ):
+        result = run(*words)
+        assert result.code == 3
+        assert "no file or folder 'data'" in error_line(result)
+    assert run("generate", "prompt", "--max-new-tokens", "1").code == 0
+    assert run("generate", "--max-new-tokens", "1", "--", "prompt").code == 0
+
+
 def test_empty_standard_input_is_refused_as_corpus(run: Run) -> None:
     result = run("train", "-", *TINY)
     assert "standard input" in error_line(result)

@@ -71,7 +71,10 @@ def check_words(ctx: Any, args: list[str]) -> None:
         option would be parsed as the value.
     """
     options = {
-        name: p for p in ctx.command.get_params(ctx) for name in (*p.opts, *p.secondary_opts)
+        name: p
+        for p in ctx.command.get_params(ctx)
+        if p.param_type_name == "option"
+        for name in (*p.opts, *p.secondary_opts)
     }
     words = iter(args)
     for word in words:
@@ -79,14 +82,14 @@ def check_words(ctx: Any, args: list[str]) -> None:
             after = list(words)
             _require_texts(ctx, args[: -1 - len(after)], after, options)
             break
-        name, equals, _ = word.partition("=")
-        option = options.get(name)
-        if option is None and word.startswith("-") and word != "-":
-            raise ConfigError(f"unknown option {word!r}. {_advice(ctx, word)}")
-        n_values = 0 if option is None or equals or _is_flag(option) else option.nargs
+        option = options.get(word.partition("=")[0])
+        if option is None:
+            if word.startswith("-") and word != "-":
+                raise ConfigError(f"unknown option {word!r}. {_advice(ctx, word)}")
+            continue
+        n_values = _n_values(option, word)
         for value in itertools.islice(words, n_values):
-            is_option = value in options and value[0] == "-"  # not the name of an argument
-            if is_option or re.match(r"--[a-z]", value):
+            if value in options or re.match(r"--[a-z]", value):
                 also = f", or write {word}={value}" if n_values == 1 else ""
                 raise ConfigError(
                     f"{word} needs a value, and {value!r} is an option. Give a value{also}."
@@ -105,14 +108,18 @@ def _require_texts(
             texts.append(word)
             continue
         late = late or word
-        n_values = 0 if "=" in word or _is_flag(option) else option.nargs
-        moved += [word, *itertools.islice(rest, n_values)]
+        moved += [word, *itertools.islice(rest, _n_values(option, word))]
     if late:
         call = shlex.join([*before, *moved, "--", *texts])
         raise ConfigError(
             f"{late} is after --, where everything is text. Put options before it: "
             f"{ctx.command_path} {call}"
         )
+
+
+def _n_values(option: Any, word: str) -> int:
+    """Return how many of the words after an option are its values."""
+    return 0 if option.is_flag or "=" in word else int(option.nargs)
 
 
 def _advice(ctx: Any, word: str) -> str:
@@ -169,10 +176,6 @@ def _setting(name: str) -> str:
     tables = {"training": TrainingConfig, "model": ModelConfig, "data": DataConfig}
     found = [table for table, c in tables.items() if any(f.name == plain for f in fields(c))]
     return f"{found[0]}.{plain}" if found else ""
-
-
-def _is_flag(parameter: Any) -> bool:
-    return bool(getattr(parameter, "is_flag", False))
 
 
 def without_effect(config: Any, given: Mapping[str, Any]) -> list[str]:
