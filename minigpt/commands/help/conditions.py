@@ -176,8 +176,11 @@ def _check_mode(mode: Mode, given: Collection[str], values: Mapping[str, Any]) -
         name, _, word = condition.partition(" ")
         value = values.get(name)
         value = mode.defaults.get(name) if value is None else value
-        other = word.removeprefix("other than ")
-        return (str(value) == other) == (other == word) if word else bool(value)
+        if not word:
+            return bool(value)
+        if word.startswith("other than "):
+            return str(value) != word.removeprefix("other than ")
+        return str(value) == word
 
     for name in given:
         if mode.takes is not None and name not in (mode.flag, *mode.takes):
