@@ -5,11 +5,8 @@ import re
 import sys
 import unicodedata
 from contextlib import suppress
-from functools import cache
 from typing import IO, Any
 
-_ASCII = dict(zip("█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯∅", "#===---.#==--..#--|+++.~_~0", strict=True))
-"""ASCII replacements of characters in bars, charts and tokens that a stream cannot encode."""
 _WORDS = re.compile(
     r"""(\s*)((?:
         (?:^|(?<=[ :]\ ))(?:\S*python\S*|(?:\S*/)?minigpt|curl|git|iconv|jq|pip|torchrun|tr)\ .*?
@@ -103,15 +100,3 @@ class Unfailing:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
-
-
-@cache
-def in_ascii(encoding: str) -> dict[int, str]:
-    """Return the ``str.translate`` table that replaces characters an encoding cannot represent."""
-    table = {}
-    for character, replacement in _ASCII.items():
-        try:
-            character.encode(encoding)
-        except UnicodeEncodeError:
-            table[ord(character)] = replacement
-    return table

@@ -1,12 +1,12 @@
 """Define the colors of styled lines, and print the lines."""
 
 from collections.abc import Iterable
+from functools import cache
 
 from rich.console import Console
 from rich.text import Text
 from rich.theme import Theme
 
-from minigpt.rings import find_ring
 from minigpt.text.escape import printable
 
 # Medium luminance, so that all colors are readable on dark and light backgrounds.
@@ -28,7 +28,8 @@ THEME = Theme(
     }
 )
 """Color of each style name used in traces."""
-_streams = find_ring("streams")
+_ASCII = dict(zip("█▉▊▋▌▍▎▏▇▆▅▄▃▂▁▀━─│┬┴┼·…␣⋯∅", "#===---.#==--..#--|+++.~_~0", strict=True))
+"""ASCII replacements of characters in bars, charts and tokens that a stream cannot encode."""
 
 
 def spans_to_text(spans: Iterable[tuple[str, str]]) -> Text:
@@ -43,7 +44,7 @@ def print_lines(
 
     Args: is_cut, whether lines too wide for the terminal are truncated instead of wrapped.
     """
-    missing = _streams.in_ascii(console.encoding) if is_cut and _streams else {}
+    missing = _in_ascii(console.encoding) if is_cut else {}
     is_plain = console.color_system is None and not (is_cut and console.is_terminal)
     for line_spans in lines:
         if is_plain:
@@ -58,3 +59,15 @@ def print_lines(
             text.truncate(console.width, overflow="ellipsis")
         console.print(text, soft_wrap=is_cut)  # without it, rich wraps at words
     console.file.flush()
+
+
+@cache
+def _in_ascii(encoding: str) -> dict[int, str]:
+    """Return the ``str.translate`` table that replaces characters an encoding cannot represent."""
+    table = {}
+    for character, replacement in _ASCII.items():
+        try:
+            character.encode(encoding)
+        except UnicodeEncodeError:
+            table[ord(character)] = replacement
+    return table
