@@ -108,7 +108,7 @@ def test_a_common_file_suffix_does_not_count_as_similarity() -> None:
     assert did_you_mean("gpt2", ["gpt-nano", "book"]) == ""
 
 
-@pytest.mark.parametrize("words", [[], ["generate"], ["train"], ["checkpoints", "list"]])
+@pytest.mark.parametrize("words", [[], ["help"], ["generate"], ["train"], ["checkpoints", "list"]])
 def test_help_is_a_command_too(run: Run, words: list[str]) -> None:
     if words[:1] == ["checkpoints"]:
         inner = run("checkpoints", "help", *words[1:])

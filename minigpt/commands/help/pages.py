@@ -56,8 +56,9 @@ class Group(_Page, TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Check and parse the arguments; ``help COMMAND`` is ``COMMAND --help``."""
         usage.check_group(ctx, args)
-        asked = [*args[1:], "--help"] if args[:1] == ["help"] else args
-        return list(super().parse_args(ctx, asked))
+        while args[:1] == ["help"]:  # also for help help
+            args = [*args[1:], "--help"]
+        return list(super().parse_args(ctx, args))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments, options and commands."""
