@@ -53,9 +53,8 @@ class InterventionConfig:
             value = "their mean over the prompt" if self.ablate_mean else "0"
             parts.append(f"heads {self.ablate} set to {value}")
         if self.patch is not None:
-            place = f"position {self.patch_position}"
-            if self.patch_position in (None, "all"):
-                place = "every position" if self.patch_position else "the last position"
+            places: dict[object, str] = {None: "the last position", "all": "every position"}
+            place = places.get(self.patch_position, f"position {self.patch_position}")
             kinds = {"heads" if "." in part else "layers" for part in self.patch.split(",")}
             what = f"{' and '.join(sorted(kinds))} {self.patch}"
             parts.append(f"{what} patched at {place} from {self.patch_from!a}")

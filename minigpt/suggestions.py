@@ -55,7 +55,8 @@ def _similarity(word: str, name: str) -> float:
     ours, theirs = _parts(word), _parts(name)
     for end in (0, -1):
         while len(ours) > 1 and len(theirs) > 1 and ours[end] == theirs[end]:
-            ours.pop(end), theirs.pop(end)
+            ours.pop(end)
+            theirs.pop(end)
     one, other = "-".join(ours), "-".join(theirs)
     if len(one) == len(other) > 2 and sum(map(str.__ne__, one, other)) == 1:
         return 1.0  # a single letter differs

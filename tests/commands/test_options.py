@@ -71,22 +71,8 @@ def test_a_config_is_built_from_its_options(
 ) -> None:
     brew, got = brewed
     call(brew)
-    call(
-        brew,
-        *[
-            "--minutes",
-            "4",
-            "--kind",
-            "green",
-            "--sugar",
-            "2",
-            "--with-milk",
-            "--notes",
-            "a\\nb",
-            "--notes",
-            "c",
-        ],
-    )
+    words = r"--minutes 4 --kind green --sugar 2 --with-milk --notes a\nb --notes c"
+    call(brew, *words.split())
     call(brew, "--steep", "5", "--sugar", "auto")
     assert got == [
         BrewConfig(),
