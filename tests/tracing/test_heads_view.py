@@ -50,20 +50,17 @@ def grid_of(lines: list[Line], cell_width: int, per_cell: int) -> dict[tuple[int
 
 
 @pytest.mark.parametrize("has_roles", [True, False])
-@pytest.mark.parametrize("measure", ["weight", "norm"])
 @pytest.mark.parametrize("width", [40, 80])
-def test_cells_are_means_over_the_steps(
-    trace: Trace, width: int, measure: str, has_roles: bool
-) -> None:
+def test_cells_are_means_over_the_steps(trace: Trace, width: int, has_roles: bool) -> None:
     roles = random_roles(2, 4) if has_roles else None
     one = replace(trace, header=replace(trace.header, roles=roles))
-    lines = show(one, ViewOptions(width=width, measure=measure))  # type: ignore[arg-type]
+    lines = show(one, ViewOptions(width=width))
     grid = grid_of(lines, 8, 2 if has_roles else 1)
     assert len(grid) == 8
     for (layer, head), cell in grid.items():
         entropies, sinks = [], []
         for step in trace.steps:
-            heads = step.rows[measure == "norm"].heads
+            heads = step.row.heads
             assert heads is not None
             entropies.append(heads.entropy[layer, head])
             sinks.append(heads.sink[layer, head])
@@ -71,7 +68,7 @@ def test_cells_are_means_over_the_steps(
         assert cell[-1] == numbers
         if roles is not None:
             assert cell[0] == (roles[layer][head].tag or "·")
-    assert f"{len(trace.steps)} tokens by {measure}" in " ".join(map(text_of, lines))
+    assert f"{len(trace.steps)} tokens by weight" in " ".join(map(text_of, lines))
 
 
 def test_a_trace_without_rows_of_heads_is_refused() -> None:

@@ -57,16 +57,13 @@ def test_words_are_not_broken(trace: Trace) -> None:
         assert line.replace(" extraordinarily", "") == ""
 
 
-@pytest.mark.parametrize("measure", ["weight", "norm"])
 @pytest.mark.parametrize("position", [None, 13, 17])
-def test_the_height_of_a_block_shows_the_share(
-    trace: Trace, position: int | None, measure: str
-) -> None:
+def test_the_height_of_a_block_shows_the_share(trace: Trace, position: int | None) -> None:
     letters = with_tokens(trace, [bytes([97 + i]) for i in range(26)])
-    lines = show(letters, ViewOptions(position=position, measure=measure))  # type: ignore[arg-type]
+    lines = show(letters, ViewOptions(position=position))
     _, (text, blocks), below = parts(lines)
     chosen = position or letters.tokens[-1].position
-    row = letters.steps[chosen - 12].rows[measure == "norm"]
+    row = letters.steps[chosen - 12].row
     others = row.weights_S[1:]
     scale = float(others.max())
     for place, token in enumerate(letters.tokens[:chosen]):
@@ -104,13 +101,11 @@ def test_the_strongest_sources_are_listed_with_their_shares(trace: Trace) -> Non
     assert listed == [(p, round(float(row.weights_S[p]) * 100)) for p in order[:12]]
 
 
-def test_positions_and_measures_without_rows_are_refused(trace: Trace) -> None:
+def test_positions_without_rows_are_refused(trace: Trace) -> None:
     for position in (-1, 0, 11, 24, 10**9):
         with pytest.raises(ConfigError, match="Choose a position from 12 to 23"):
             show(trace, ViewOptions(position=position))
     only = small_trace(max_new_tokens=2)
-    with pytest.raises(ConfigError, match="--measure norm or both"):
-        show(only, ViewOptions(measure="norm"))
     with pytest.raises(ConfigError, match="no generated token"):
         show(Trace(only.header, (), only.footer))
 

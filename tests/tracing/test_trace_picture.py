@@ -16,7 +16,6 @@ from small_traces import HOSTILE, small_trace, with_tokens
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.figures import require_matplotlib, write_figure
 from minigpt.text.escape import visible
-from minigpt.tracing.analysis_config import Measure
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.views import ViewOptions
 
@@ -68,10 +67,10 @@ def test_an_svg_has_tokens_as_text_and_no_scripts(trace: Trace, picture: Picture
 
 
 @pytest.mark.parametrize("picture", PICTURES)
-def test_the_title_names_the_model_and_the_measure_escaped(trace: Trace, picture: Picture) -> None:
-    header = replace(trace.header, model="runs/$a$\x1b<b>日\n")
-    other = replace(trace, header=header)
-    texts = texts_of(pictures.show(other, ViewOptions(picture=picture, measure="norm")))
+def test_the_title_names_the_model_and_the_measure_escaped(picture: Picture) -> None:
+    trace = small_trace(measure="norm", max_new_tokens=8)
+    other = replace(trace, header=replace(trace.header, model="runs/$a$\x1b<b>日\n"))
+    texts = texts_of(pictures.show(other, ViewOptions(picture=picture)))
     assert r"runs/$a$\x1b<b>\u65e5\n" in texts
     assert "norm, mean of all 8 heads (2 layers x 4); seed 4" in texts
     assert "share of the value-weighted norm" in texts
@@ -88,17 +87,16 @@ def test_a_narrow_picture_shows_the_complete_seed(picture: Picture) -> None:
     )
 
 
-@pytest.mark.parametrize("measure", ["weight", "norm"])
-def test_a_png_has_each_weight_as_its_colour(trace: Trace, measure: Measure) -> None:
+def test_a_png_has_each_weight_as_its_colour(trace: Trace) -> None:
     from matplotlib import colormaps
     from matplotlib.image import imread
 
-    options = ViewOptions(measure=measure, format="png")
+    options = ViewOptions(format="png")
     pixels = imread(BytesIO(pictures.show(trace, options)))
     figure = pictures.matrix_figure(trace, options)
     figure.set_dpi(pixels.shape[1] / figure.get_figwidth())
     axes = figure.axes[0]
-    rows = [step.rows[measure == "norm"].weights_S for step in trace.steps]
+    rows = [step.row.weights_S for step in trace.steps]
     scale = max(row[1:].max() for row in rows)
     n_columns = len(rows[-1])
     for i, row in enumerate(rows):

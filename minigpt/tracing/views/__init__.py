@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from minigpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from minigpt.tracing.analysis_config import Measure
-    from minigpt.tracing.findings import Row, Trace, TraceStep
+    from minigpt.tracing.findings import Trace, TraceStep
 
 FILE_VIEWS = ("page", "pictures")
 """Views that return the bytes of a file; all others are for a terminal."""
@@ -26,8 +25,6 @@ class ViewOptions:
 
     position: int | None = None
     """Position of the token whose row is shown. None for the last one."""
-    measure: "Measure | None" = None
-    """Measure of the rows. None for the trace's first measure."""
     width: int = 80
     """Width of the terminal, in cells."""
     height: int | None = None
@@ -44,26 +41,11 @@ class ViewOptions:
 
         Raises: ConfigError if that position has no step.
         """
-        _require_steps(trace)
+        require_steps(trace)
         first, last = trace.steps[0].token.position, trace.steps[-1].token.position
         position = last if self.position is None else self.position
         require_position(position, first, last)
         return trace.steps[position - first]
-
-    def rows(self, trace: "Trace") -> "list[Row]":
-        """Return the rows of all steps by ``measure``.
-
-        Raises: ConfigError if the trace has no steps, or does not have the measure.
-        """
-        _require_steps(trace)
-        measures = trace.header.measures
-        measure = self.measure or measures[0]
-        if measure not in measures:
-            raise ConfigError(
-                f"the trace was measured by {' and '.join(measures)}, not by {measure}. Trace "
-                f"again with --measure {measure} or both."
-            )
-        return [step.rows[measures.index(measure)] for step in trace.steps]
 
 
 DEFAULTS = ViewOptions()
@@ -78,7 +60,8 @@ def require_position(position: int, first: int, last: int) -> None:
         )
 
 
-def _require_steps(trace: "Trace") -> None:
+def require_steps(trace: "Trace") -> None:
+    """Raise ConfigError for a trace without steps."""
     if not trace.steps:
         raise ConfigError(
             "the trace has no generated token, so there is no row to show. Trace at least one."

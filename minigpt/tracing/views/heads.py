@@ -9,7 +9,7 @@ from minigpt.errors import ConfigError
 from minigpt.format import count
 from minigpt.tracing.findings import ROLE_SCORES, Roles, Trace
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, heat, percent
-from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, wrapped
 
 _NO_TAG = "·"
@@ -24,9 +24,10 @@ _EFFECT_WIDTH = SIGNED_WIDTH + 1
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     """Return a grid of each head's role, mean entropy and mean share on the sink.
 
-    Raises: ConfigError if the trace does not have the rows of single heads, or the measure.
+    Raises: ConfigError if the trace has no steps, or no rows of single heads.
     """
-    header, rows = trace.header, options.rows(trace)
+    require_steps(trace)
+    header, rows = trace.header, [step.row for step in trace.steps]
     kept = [row.heads.shown() for row in rows if row.heads is not None]
     if len(kept) < len(rows):
         raise ConfigError(

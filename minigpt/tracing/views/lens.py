@@ -4,7 +4,7 @@ from minigpt.errors import ConfigError
 from minigpt.text.escape import token_name
 from minigpt.tracing.findings import Trace, shown_probability
 from minigpt.tracing.spans import Line, fit, heat, percent
-from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.wrapping import upright_bar, wrapped
 
 _TOKEN_WIDTH = 9
@@ -16,7 +16,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 
     Raises: ConfigError if the trace has no steps, or no lens.
     """
-    options.rows(trace)  # raises without steps
+    require_steps(trace)
     number_width = len(str(trace.steps[-1].token.position))
     left = number_width + _TOKEN_WIDTH + 7
     per_line = max(1, (options.width - left) // _CELL_WIDTH)

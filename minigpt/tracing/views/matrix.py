@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from minigpt.tracing.findings import Row, Trace
 from minigpt.tracing.spans import Line, cell_len, fit
 from minigpt.tracing.summary import measured
-from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.wrapping import wrapped
 
 # Colours of viridis, which is perceptually uniform and readable in greyscale (van der Walt and
@@ -43,18 +43,22 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
 
     Styles are colours such as ``#fde725 on #440154`` if the terminal supports them.
 
-    Raises: ConfigError if the trace has no steps, or does not have the measure.
+    Raises: ConfigError if the trace has no steps.
     """
-    width, height, has_colour = options.width, options.height, options.has_colour
-    rows = options.rows(trace)
+    require_steps(trace)
+    width, height = options.width, options.height
+    rows = [step.row for step in trace.steps]
+    is_signed = rows[0].is_signed
+    paint = None
+    if options.has_colour:
+        paint = signed_colour if is_signed else colour
     matrix = as_matrix(rows)
     n_rows, n_positions = matrix.shape
-    tokens = [step.token for step in trace.steps]
     row_names = trace.joined.names[-n_rows:]
+    number_width = len(str(trace.steps[-1].token.position))
     token_width = min(_TOKEN_WIDTH, max(map(cell_len, row_names)))
-    number_width = len(str(tokens[-1].position))
     indent = " " * (number_width + token_width + 2)
-    room = max(width - len(indent) - (0 if has_colour else 1), 1)
+    room = max(width - len(indent) - (0 if paint else 1), 1)
     n_pooled = -(-n_positions // room)
     cell_width = max(1, min(_CELL_WIDTH, room // n_positions))
     columns = _pool(matrix, n_pooled)
@@ -66,34 +70,29 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         names = _column_names(trace.joined.names[:n_positions], cell_width)
     n_lines = n_rows
     if height is not None:
-        how = {"is_signed": rows[0].is_signed, "is_halved": True}
-        caption = wrapped(_caption(trace, n_rows, n_pooled, **how), width)
+        caption = wrapped(_caption(trace, n_rows, n_pooled, is_halved=True), width)
         n_lines = max(_MIN_LINES, height - len(title) - len(names) - len(caption) - 3)
-    is_halved = has_colour and n_lines < n_rows
+    is_halved = paint is not None and n_lines < n_rows
     per_line = 2 if is_halved else 1
     n_shown = min(n_rows, n_lines * per_line)
 
     lines: list[Line] = [*title, *([(indent + line, "dim")] for line in names)]
     cells = columns[-n_shown:] / scale
-    is_signed = rows[0].is_signed
-    paint = signed_colour if is_signed else colour
-    is_exceeded = float(np.nanmax(np.abs(columns))) > scale
     for i in range(0, n_shown, per_line):
-        token = tokens[i - n_shown]
-        text = fit(row_names[i - n_shown], token_width)
-        if is_halved:
+        position = trace.steps[i - n_shown].token.position
+        name = fit(row_names[i - n_shown], token_width)
+        if paint and is_halved:
             spans = _halves(cells[i : i + 2], paint)
         else:
-            spans = _full(cells[i], cell_width, paint if has_colour else None, is_signed)
-        lines.append([(f"{token.position:>{number_width}} {text} ", "token"), *spans])
+            spans = _full(cells[i], cell_width, paint, is_signed)
+        lines.append([(f"{position:>{number_width}} {name} ", "token"), *spans])
+    is_exceeded = float(np.nanmax(np.abs(columns))) > scale
     return [
         *lines,
         [(indent + _ticks(columns.shape[1], n_pooled, cell_width), "dim")],
         [],
-        _legend(scale, is_exceeded, paint if has_colour else None, is_signed),
-        *wrapped(
-            _caption(trace, n_shown, n_pooled, is_signed=is_signed, is_halved=is_halved), width
-        ),
+        _legend(scale, is_exceeded, paint, is_signed),
+        *wrapped(_caption(trace, n_shown, n_pooled, is_halved=is_halved), width),
     ]
 
 
@@ -205,13 +204,14 @@ def _legend(
     return [*spans, (f" {scale:.1%}{' or more' if is_exceeded else ''}", "dim")]
 
 
-def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_signed: bool, is_halved: bool) -> str:
+def _caption(trace: Trace, n_shown: int, n_pooled: int, *, is_halved: bool) -> str:
     """Describe the rows and columns of the map, and any rows that are not shown."""
     n = len(trace.steps)
     what = "tokens" if trace.has_prompt_rows else "generated tokens"
     rows = f"rows: {what}" if n_shown == n else f"rows: the newest {n_shown} of {n}"
     if is_halved:
         rows += ", two per line, labelled by the upper"
+    is_signed = trace.steps[0].row.is_signed
     columns = "columns: " + ("earlier positions" if is_signed else "positions attended to")
     if n_pooled > 1:
         columns += f", each the mean of {n_pooled}"

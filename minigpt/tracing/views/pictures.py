@@ -26,7 +26,7 @@ from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Row, Trace
 from minigpt.tracing.spans import cell_len, percent
 from minigpt.tracing.summary import measured
-from minigpt.tracing.views import DEFAULTS, ViewOptions
+from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.views.matrix import as_matrix, scale_end
 from minigpt.tracing.wrapping import fit_end, fit_start, one_line, signed
 
@@ -58,7 +58,7 @@ _MIN_SHARE = 0.005
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
     """Return the picture ``options.picture`` as a file in the format ``options.format``.
 
-    Raises: ConfigError for a position or a measure that the trace does not have.
+    Raises: ConfigError if the trace has no steps, or no row for ``options.position``.
     """
     figure_of = strip_figure if options.picture == "strip" else matrix_figure
     with default_style():
@@ -67,7 +67,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
 
 def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     """Return a heat map: a row per step, a column per position attended to."""
-    rows = options.rows(trace)
+    require_steps(trace)
+    rows = [step.row for step in trace.steps]
     matrix = as_matrix(rows)
     n_rows, n_columns = matrix.shape
     cell = min(_CELL, _MAP_SIZE / max(n_rows, n_columns))
@@ -108,7 +109,7 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     The data coordinates of the first axes are inches from the upper left corner.
     """
     step, sink = options.step(trace), trace.header.sink
-    row = options.rows(trace)[step.index]
+    row = step.row
     scale = scale_end(row.weights_S, sink)
     fonts, missing = _fonts(trace)
     joined = trace.joined

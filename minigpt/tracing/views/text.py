@@ -29,10 +29,10 @@ _NEGATIVE = "#e07b39"  # orange, as on the page
 def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     """Return the prompt and the generated text, shaded by the attention of one token.
 
-    Raises: ConfigError for a position or a measure that the trace does not have.
+    Raises: ConfigError for a position that has no row.
     """
     step = options.step(trace)
-    token, row = step.token, options.rows(trace)[step.index]
+    token, row = step.token, step.row
     texts = JoinedTokens((token.data for token in trace.tokens), escape=readable).texts
     firsts = _first_tokens(trace.tokens, texts)
     shares_S = np.zeros_like(row.weights_S)
