@@ -19,6 +19,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 
 from minigpt.figures import default_style, to_bytes
 from minigpt.tracing.analysis_config import facts_of
@@ -108,15 +109,14 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
 
     The data coordinates of the first axes are inches from the upper left corner.
     """
-    step, sink = options.step(trace), trace.header.sink
-    row = step.row
+    step = options.step(trace)
+    chosen, sink, row = step.token.position, trace.header.sink, step.row
     scale = scale_end(row.weights_S, sink)
     fonts, missing = _fonts(trace)
-    joined = trace.joined
     names = [
         # A token that only continues a character has no text: show its continuation mark.
         _label(text or name[:1], missing, options)
-        for text, name in zip(joined.texts, joined.names, strict=True)
+        for text, name in zip(trace.joined.texts, trace.joined.names, strict=True)
     ]
     places = _wrap(trace.tokens, names)
     height = _HEAD + (places[-1][1] + 1) * _LINE_HEIGHT + _FOOT
@@ -127,46 +127,56 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     low, name_of_colours = (-scale, _SIGNED_COLOURS) if row.is_signed else (0, _COLOURS)
     colours = ScalarMappable(Normalize(low, scale), colormaps[name_of_colours])
     for token, name, (x, line, width) in zip(trace.tokens, names, places, strict=True):
-        share, ground, ink = None, np.ones(4), "black"
-        if token.position < step.token.position:
-            share = float(row.weights_S[token.position])
-            ground = colours.to_rgba(np.array([share]))[0]
-            luminance = 0.2126 * ground[0] + 0.7152 * ground[1] + 0.0722 * ground[2]
-            ink = "black" if luminance > 0.4 else "white"
-        elif token.position > step.token.position:
-            ink = "#888888"
-        is_chosen, is_sink = token.position == step.token.position, token.position == sink
         y = _HEAD + line * _LINE_HEIGHT
-        box = Rectangle(
-            (x, y),
-            width,
-            _BOX_HEIGHT,
-            facecolor=ground,
-            edgecolor="black" if is_chosen or is_sink else "#bbbbbb",
-            linewidth=1.5 if is_chosen else 0.8 if is_sink else 0.4,
-            linestyle="--" if is_sink else "-",
-            zorder=2 if is_chosen or is_sink else 1,
-        )
-        axes.add_patch(box)
-        if token.position >= len(trace.header.prompt):
+        position = token.position
+        number = float(row.weights_S[position]) if position < chosen else None
+        ground, ink = ("white", "black") if number is None else _ground_and_ink(number, colours)
+        if position > chosen:
+            ink = "#888888"
+        _add_box(axes, x, y, width, ground, is_chosen=position == chosen, is_sink=position == sink)
+        if position >= len(trace.header.prompt):
             axes.plot((x + 0.03, x + width - 0.03), (y + 0.22, y + 0.22), color=ink, linewidth=0.6)
-        weight = "bold" if is_chosen else "normal"
+        weight = "bold" if position == chosen else "normal"
         style: dict[str, Any] = {"color": ink, "fontfamily": fonts, "fontweight": weight}
         style |= {"ha": "center", "va": "center", "parse_math": False, "zorder": 3}
         axes.text(x + width / 2, y + 0.12, name, fontsize=_LARGE, **style)
-        if share is not None and abs(share) >= _MIN_SHARE:
-            text = signed(share) if row.is_signed else percent(share).removesuffix("%") + "%"
+        if number is not None and abs(number) >= _MIN_SHARE:
+            text = signed(number) if row.is_signed else percent(number).removesuffix("%") + "%"
             axes.text(x + width / 2, y + 0.28, text.strip(), fontsize=_SMALL, **style)
     bar = _axes(figure, _MARGIN, 0.42, 2, 0.1)
     _add_scale(bar, colours, [row], scale, orientation="horizontal")
     _add_title(figure, trace, row)
     sink_text = signed(row.sink).strip() if row.is_signed else f"{row.sink:.1%}"
     key = (
-        f"thick: position {step.token.position}, whose row this is; dashed: the sink, position "
-        f"{sink}, {sink_text}\nunderlined: generated"
+        f"thick: position {chosen}, whose row this is; dashed: the sink, position {sink}, "
+        f"{sink_text}\nunderlined: generated"
     )
     axes.text(2 + 4 * _MARGIN, height - 0.32, key, fontsize=_MEDIUM, parse_math=False)
     return figure
+
+
+def _ground_and_ink(number: float, colours: ScalarMappable) -> tuple[NDArray[np.float64], str]:
+    """Return the colour of a number, and a colour of text that is legible on it."""
+    ground = colours.to_rgba(np.array([number]))[0]
+    luminance = 0.2126 * ground[0] + 0.7152 * ground[1] + 0.0722 * ground[2]
+    return ground, "black" if luminance > 0.4 else "white"
+
+
+def _add_box(
+    axes: Axes, x: float, y: float, width: float, ground: Any, *, is_chosen: bool, is_sink: bool
+) -> None:
+    """Add a token's box with its upper left corner at (x, y): thick if chosen, dashed if sink."""
+    box = Rectangle(
+        (x, y),
+        width,
+        _BOX_HEIGHT,
+        facecolor=ground,
+        edgecolor="black" if is_chosen or is_sink else "#bbbbbb",
+        linewidth=1.5 if is_chosen else 0.8 if is_sink else 0.4,
+        linestyle="--" if is_sink else "-",
+        zorder=2 if is_chosen or is_sink else 1,
+    )
+    axes.add_patch(box)
 
 
 def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
