@@ -8,8 +8,8 @@ function drawChoices(trace, step) {
 }
 
 function fillCandidates(candidates) {
-  document.getElementById("candidates-section").hidden = candidates.length === 0;
-  document.getElementById("candidates").replaceChildren(...candidates.map(candidateRow));
+  byId("candidates-section").hidden = candidates.length === 0;
+  byId("candidates").replaceChildren(...candidates.map(candidateRow));
 }
 
 function candidateRow(candidate) {
@@ -26,14 +26,14 @@ function candidateName({ name, isChosen }) {
 }
 
 function fillLens(lens) {
-  document.getElementById("lens-section").hidden = lens === null;
+  byId("lens-section").hidden = lens === null;
   if (lens === null) return;
   setText("lens-note", lens.layer === null
     ? "Another token is the first choice after the last layer."
     : `This token is the first choice from layer ${lens.layer} on.`);
   // The last layer is on top, as in papers.
   const rows = lens.probabilities.map((probability, layer) => lensRow(lens, probability, layer));
-  document.getElementById("lens").replaceChildren(...rows.reverse());
+  byId("lens").replaceChildren(...rows.reverse());
 }
 
 function lensRow({ top }, probability, layer) {

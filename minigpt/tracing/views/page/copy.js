@@ -7,7 +7,7 @@ function makeCopying(trace, strip) {
     event.clipboardData.setData("text/plain", cells.map((position) => trace.plain[position]).join(""));
     event.preventDefault();
   });
-  document.getElementById("copy").addEventListener("click", () => {
+  byId("copy").addEventListener("click", () => {
     strip.cells[strip.marked]?.focus({ preventScroll: true });
     document.getSelection().removeAllRanges();
     setText("copied", document.execCommand("copy") ? "Copied." : "Could not copy. Select the tokens, and copy them.");

@@ -3,7 +3,7 @@
 // Reading the trace that is embedded in the page: JSON, with arrays packed into deflated bytes.
 
 async function readTrace() {
-  const trace = JSON.parse(document.getElementById("trace").textContent);
+  const trace = JSON.parse(byId("trace").textContent);
   const { arrays, deflated } = trace.packed;
   trace.arrays = unpackArrays(arrays, await inflate(deflated));
   trace.nTokens = trace.names.length;

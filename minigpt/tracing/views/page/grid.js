@@ -1,7 +1,7 @@
 // The grid of layers and heads: each head's entropy at the current token, and its role.
 
 function makeGrid(trace, onChoose) {
-  const table = document.getElementById("grid");
+  const table = byId("grid");
   const cells = [];
   table.append(columnNumbers(trace.nHead));
   for (let layer = 0; layer < trace.nLayer; layer++) {
@@ -90,7 +90,7 @@ function moveInGrid(grid, event) {
 }
 
 function describeRoles(trace) {
-  const legend = document.getElementById("role-legend");
+  const legend = byId("role-legend");
   if (!trace.roles) {
     legend.textContent = "This trace has no head roles.";
     return;

@@ -9,7 +9,7 @@ const SMALL_BINS = 48;
 
 // The large map of the chosen rows. onChoose is called with the position of a token.
 function makeMap(trace, onChoose) {
-  const canvas = document.getElementById("map");
+  const canvas = byId("map");
   const map = { trace, canvas, rows: null, image: null, scale: null, position: null, pointed: null };
   canvas.addEventListener("click", (event) => {
     const at = cellAt(map, event);

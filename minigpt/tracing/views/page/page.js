@@ -1,5 +1,9 @@
 // The state of the page, its event handlers and its drawing.
 
+function byId(id) {
+  return document.getElementById(id);
+}
+
 // Creates an element with attributes and text; nothing is ever parsed as HTML.
 function element(name, attributes = {}, text = "") {
   const made = document.createElement(name);
@@ -126,7 +130,7 @@ class Page {
 
   drawMap(position) {
     const { trace, view } = this;
-    document.getElementById("map-section").hidden = trace.steps.length === 0;
+    byId("map-section").hidden = trace.steps.length === 0;
     if (trace.steps.length === 0) return;
     const key = JSON.stringify(view);
     if (this.mapped !== key) {
@@ -148,8 +152,8 @@ class Page {
     const rows = this.byMeasure((one) => rowOf(trace, one, step));
     const shares = mapValues(rows, (row) => row.shares);
     shadeStrip(trace, this.strip, shares[view.measure], this.scale);
-    this.caption = `${tokenName(trace, position)}: ${this.viewText()}`;
     const name = tokenName(trace, position);
+    this.caption = `${name}: ${this.viewText()}`;
     setText("token-title", this.scale === null ? `What ${name} attended to` : `What raised or lowered ${name}`);
     setText("token-facts", stepText(trace, step));
     const effects = effectsOf(trace, step);
@@ -166,9 +170,8 @@ class Page {
     const title = this.scale === null ? `Tokens that attended to ${name}` : `What ${name} raised or lowered`;
     this.caption = `${title}: ${this.viewText()}`;
     setText("token-title", title);
-    const isPrompt = position < trace.firstRow;
+    setText("token-facts", position < trace.firstRow ? rowlessText(trace) : "");
     setText("knockout", "");
-    setText("token-facts", isPrompt ? rowlessText(trace) : "");
     setText("listed", `${this.viewText()}: each number is from the row of that later token.`);
     fillTable(trace, { shares, measure: view.measure, own: null, effects: null });
   }
@@ -205,31 +208,30 @@ class Page {
 
   fillControls() {
     const { trace } = this;
-    if (trace.nTokens > WIDE_TOKENS) document.getElementById("columns").classList.add("has-wide-map");
+    if (trace.nTokens > WIDE_TOKENS) byId("columns").classList.add("has-wide-map");
     addOptions("measure", trace.choices.map((measure) => [measure, measure === EFFECTS ? "change of ln p" : measure]));
     addOptions("layer", numbered(trace.nLayer));
     addOptions("head", numbered(trace.nHead));
     const isSigned = trace.scales[trace.measures[0]] !== null;
     const ofHeads = isSigned ? [["mean", "sum of the heads"]] : [["mean", "mean of the heads"], ["max", "max of the heads"]];
-    const reductions = [["traced", "as traced"], ...ofHeads];
-    addOptions("reduction", reductions);
-    document.getElementById("measure-label").hidden = trace.choices.length < 2;
-    document.getElementById("no-heads").hidden = this.hasHeads;
-    for (const id of ["layer", "head", "reduction"]) control(id).disabled = !this.hasHeads;
+    addOptions("reduction", [["traced", "as traced"], ...ofHeads]);
+    byId("measure-label").hidden = trace.choices.length < 2;
+    byId("no-heads").hidden = this.hasHeads;
+    for (const id of ["layer", "head", "reduction"]) byId(id).disabled = !this.hasHeads;
     this.grid.element.hidden = !this.hasHeads && !trace.roles;
   }
 
   drawControls() {
     const { measure, layer, head, reduction } = this.view;
-    control("measure").value = measure;
-    control("layer").value = layer ?? "";
-    control("head").value = head ?? "";
-    control("reduction").value = reduction;
-    control("direction").value = this.showsReaders ? "readers" : "sources";
+    byId("measure").value = measure;
+    byId("layer").value = layer ?? "";
+    byId("head").value = head ?? "";
+    byId("reduction").value = reduction;
+    byId("direction").value = this.showsReaders ? "readers" : "sources";
   }
 
   listen() {
-    const onChange = (id, apply) => control(id).addEventListener("change", (e) => apply(e.target.value));
+    const onChange = (id, apply) => byId(id).addEventListener("change", (e) => apply(e.target.value));
     onChange("measure", (measure) => this.choose({ measure }));
     onChange("layer", (text) => this.choose({ layer: text === "" ? null : Number(text) }));
     onChange("head", (text) => this.choose({ head: text === "" ? null : Number(text) }));
@@ -239,8 +241,8 @@ class Page {
       this.changed();
     });
     const download = () => downloadPicture(this.strip, `${this.trace.model}. ${this.caption}`);
-    document.getElementById("download").addEventListener("click", download);
-    document.getElementById("help-button").addEventListener("click", toggleHelp);
+    byId("download").addEventListener("click", download);
+    byId("help-button").addEventListener("click", toggleHelp);
     document.addEventListener("keydown", (event) => this.press(event));
   }
 
@@ -275,16 +277,12 @@ function mapValues(object, change) {
   return Object.fromEntries(Object.entries(object).map(([key, value]) => [key, change(value)]));
 }
 
-function control(id) {
-  return document.getElementById(id);
-}
-
 function setText(id, text) {
-  document.getElementById(id).textContent = text;
+  byId(id).textContent = text;
 }
 
 function addOptions(id, options) {
-  for (const [value, text] of options) control(id).append(element("option", { value }, text));
+  for (const [value, text] of options) byId(id).append(element("option", { value }, text));
 }
 
 function numbered(n) {
@@ -292,9 +290,9 @@ function numbered(n) {
 }
 
 function toggleHelp() {
-  const help = document.getElementById("help");
+  const help = byId("help");
   help.hidden = !help.hidden;
-  document.getElementById("help-button").setAttribute("aria-expanded", String(!help.hidden));
+  byId("help-button").setAttribute("aria-expanded", String(!help.hidden));
 }
 
 function tokenName(trace, position) {
@@ -360,11 +358,11 @@ function gridText(position, most) {
 // Fills in the texts that never change.
 function fillWords(trace) {
   setText("model", trace.model);
-  document.getElementById("changed").hidden = !trace.changed;
+  byId("changed").hidden = !trace.changed;
   setText("changed", `The model was changed: ${trace.changed}.`);
-  const facts = document.getElementById("facts");
+  const facts = byId("facts");
   for (const [name, value] of trace.facts) facts.append(element("dt", {}, name), element("dd", {}, value));
-  const footer = document.getElementById("footer");
+  const footer = byId("footer");
   for (const sentence of trace.closing) footer.append(element("p", {}, sentence));
 }
 

@@ -1,7 +1,7 @@
 // The strip of tokens. Only changed cells are updated, because there may be thousands.
 
 function makeStrip(trace, onPoint, onPin) {
-  const strip = document.getElementById("strip");
+  const strip = byId("strip");
   const cells = trace.texts.map((text, position) => tokenCell(trace, text, position));
   const lineEnds = new Set(trace.lineEnds);
   for (const [position, cell] of cells.entries()) {
@@ -95,7 +95,7 @@ function tokenOnLine(strip, position, direction) {
 }
 
 function drawLegend(scale) {
-  const legend = document.getElementById("legend");
+  const legend = byId("legend");
   if (legend.dataset.scale === String(scale)) return;
   legend.dataset.scale = String(scale);
   legend.replaceChildren(swatch("prompt", "prompt", 0, scale), swatch("generated", "generated", 0, scale));

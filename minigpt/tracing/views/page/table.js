@@ -13,7 +13,7 @@ function effectsOf(trace, step) {
 
 // parts: {shares by measure, measure to sort by, own: the query's position or null, effects or null}.
 function fillTable(trace, parts) {
-  const table = document.getElementById("sources");
+  const table = byId("sources");
   table.tHead.replaceChildren(headingRow(trace, parts));
   const rows = strongest(parts).map((position) => tableRow(trace, parts, position));
   table.tBodies[0].replaceChildren(...rows);

@@ -2,18 +2,18 @@
 // the values of one head, with the model's own numbers.
 
 function makeWorking(trace, onChoose) {
-  const select = document.getElementById("working-head");
+  const select = byId("working-head");
   for (const [i, { layer, head }] of trace.workings.entries()) {
     select.append(element("option", { value: i }, `${layer}.${head}`));
   }
-  document.getElementById("working-section").hidden = trace.workings.length === 0;
+  byId("working-section").hidden = trace.workings.length === 0;
   select.addEventListener("change", onChoose);
-  const source = document.getElementById("working-source");
+  const source = byId("working-source");
   source.addEventListener("change", () => {
     source.dataset.chosen = source.value;
     onChoose();
   });
-  document.getElementById("sources").addEventListener("click", (event) => {
+  byId("sources").addEventListener("click", (event) => {
     const position = event.target.closest("tr")?.dataset.position;
     if (position === undefined || trace.workings.length === 0) return;
     source.dataset.chosen = position;
@@ -25,12 +25,12 @@ function makeWorking(trace, onChoose) {
 function fillWorking(trace, view, step) {
   if (trace.workings.length === 0) return;
   const hasRow = step >= 0;
-  document.getElementById("working").hidden = !hasRow;
+  byId("working").hidden = !hasRow;
   setText("working-note", hasRow
     ? "Every number is recomputed here from the model's own queries, keys and values."
     : "This token has no row.");
   if (!hasRow) return;
-  const select = document.getElementById("working-head");
+  const select = byId("working-head");
   const ofView = trace.workings.findIndex(({ layer, head }) => layer === view.layer && head === view.head);
   if (ofView >= 0) select.value = String(ofView);
   const working = worked(trace, Number(select.value), trace.firstRow + step - 1);
@@ -69,7 +69,7 @@ function dot(one, other) {
 
 // Offers the positions in view; the default is the strongest one except the sink.
 function chosenSource(trace, { first, query, weights }) {
-  const select = document.getElementById("working-source");
+  const select = byId("working-source");
   const wanted = Number(select.dataset.chosen ?? -1);
   const options = weights.map((weight, i) =>
     element("option", { value: first + i }, `${first + i} ${isolated(trace.names[first + i])} (${percent(weight)})`));
@@ -101,7 +101,7 @@ function drawScores(trace, working, source) {
     row.append(element("td", { class: "quiet" }, text));
     return row;
   });
-  document.getElementById("working-scores").replaceChildren(...made);
+  byId("working-scores").replaceChildren(...made);
 }
 
 function drawTerms(trace, { index, query, first, weights }, source) {
@@ -120,7 +120,7 @@ function drawTerms(trace, { index, query, first, weights }, source) {
     for (const number of numbers) row.append(element("td", { class: "number" }, digits(number)));
     return row;
   });
-  document.getElementById("working-terms").replaceChildren(...rows);
+  byId("working-terms").replaceChildren(...rows);
 }
 
 // The head's output: the sum of the values of all positions in view times their weights.
