@@ -63,7 +63,7 @@ main()
 """
 VERIFIED: list[list[str]] = [[], ["--n-verified", "2", "--measure", "logit"]]
 CTRL_C_PLACES = {
-    "while a row is shown": ("DescribedOutput, 'show_step', 4", 6),
+    "while a row is shown": ("DescribedOutput, 'show_lines', 5", 6),
     "while rows are computed": ("RowReader, 'facts', 2", 6),
     "while rows are verified": ("knockout.Knockouts, 'changes', 2", 6),
     "while a token is decoded": ("Decoder, '_feed', 4", 4),

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -119,13 +119,10 @@ class DescribedOutput(TraceOutput):
 
     def _show_waiting(self) -> None:
         for step in self._waiting:
-            self.show_step(step, self._joined.names)
+            rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
+            shown = replace(step, rows=tuple(rows))
+            print_lines(self.console, self._layout.step(shown, self._joined.names))
         self._waiting = []
-
-    def show_step(self, step: TraceStep, names: Sequence[str]) -> None:
-        """Show a step. Args: names, display names of all tokens up to it."""
-        rows = (replace(r, sources=r.sources[: self._layout.n_sources]) for r in step.rows)
-        print_lines(self.console, self._layout.step(replace(step, rows=tuple(rows)), names))
 
 
 def output_for(

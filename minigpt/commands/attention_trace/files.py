@@ -45,15 +45,9 @@ def check_files(
         for several traces, or one file named by several options; ResourceError for a file that
         cannot be written.
     """
-    measures = config.measures if config else ()
-    if targets.view == "lens" and config and not getattr(config, "lens", False):
-        raise ConfigError("--view lens shows what --lens measures. Add --lens.")
-    if targets.view == "heads" and measures and not facts_of(measures[0]).has_heads:
-        raise ConfigError(
-            f"--view heads shows the rows of single heads, but --measure {measures[0]} is of the "
-            "entire model. Use --measure logit, or another view."
-        )
-    options: dict[str, str] = {}
+    if config is not None:
+        _check_view(targets.view, config)
+    options: dict[str, str] = {}  # by the file that each names
     if replayed is not None:
         options[os.path.realpath(replayed)] = "--replay"
     for name in _FILES:
@@ -64,38 +58,58 @@ def check_files(
             raise ConfigError(
                 f"--{name} writes one trace, but there are {n_samples}. Leave --num-samples out."
             )
-        if str(path) == "-":
-            raise ConfigError(f"--{name} takes the name of a file. Standard output is /dev/stdout.")
-        suffix = path.suffix[1:].lower()
-        if name in _PICTURES and suffix in _PICTURES and suffix != name:
-            raise ConfigError(
-                f"--{name} writes {name.upper()}, but {str(path)!r} has another suffix. Give "
-                f"--{suffix}, or another name."
-            )
+        _check_name(name, path)
         if name == "dense" and replayed is not None:  # it is read
             options[os.path.realpath(path)] = "--dense"
             continue
         other = options.setdefault(os.path.realpath(path), f"--{name}")
         if other != f"--{name}":
             raise ConfigError(f"{other} and --{name} name the same file {str(path)!r}.")
-        if not path.parent.is_dir():
+        _check_place(name, path, targets)
+
+
+def _check_view(view: str | None, config: TraceConfig) -> None:
+    """Refuse a view of what the trace does not measure."""
+    measure = config.measures[0]
+    if view == "lens" and not getattr(config, "lens", False):
+        raise ConfigError("--view lens shows what --lens measures. Add --lens.")
+    if view == "heads" and not facts_of(measure).has_heads:
+        raise ConfigError(
+            f"--view heads shows the rows of single heads, but --measure {measure} is of the "
+            "entire model. Use --measure logit, or another view."
+        )
+
+
+def _check_name(name: str, path: Path) -> None:
+    """Refuse a dash, and a suffix of another picture format."""
+    if str(path) == "-":
+        raise ConfigError(f"--{name} takes the name of a file. Standard output is /dev/stdout.")
+    suffix = path.suffix[1:].lower()
+    if name in _PICTURES and suffix in _PICTURES and suffix != name:
+        raise ConfigError(
+            f"--{name} writes {name.upper()}, but {str(path)!r} has another suffix. Give "
+            f"--{suffix}, or another name."
+        )
+
+
+def _check_place(name: str, path: Path, targets: Targets) -> None:
+    """Refuse a place that cannot be written, and standard output if it shows something else."""
+    if not path.parent.is_dir():
+        raise ConfigError(f"--{name}: there is no folder {str(path.parent)!r}. Create it first.")
+    if name == "out" and _is_stdout(targets):
+        if targets.view is not None or targets.as_json:
+            other = "--json" if targets.as_json else "--view"
             raise ConfigError(
-                f"--{name}: there is no folder {str(path.parent)!r}. Create it first."
+                f"--out {str(path)!r} is standard output, where {other} writes too. Leave one of "
+                "them out."
             )
-        if name == "out" and _is_stdout(targets):
-            if targets.view is not None or targets.as_json:
-                other = "--json" if targets.as_json else "--view"
-                raise ConfigError(
-                    f"--out {str(path)!r} is standard output, where {other} writes too. Leave "
-                    "one of them out."
-                )
-            continue
-        if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
-            # These files are written under another name and renamed, which would replace a device.
-            raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
-        if name in _PICTURES:
-            ring("figures").require_matplotlib(path)
-        require_writable(path)
+        return
+    if path.is_dir() or (name != "out" and path.exists() and not path.is_file()):
+        # These files are written under another name and renamed, which would replace a device.
+        raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
+    if name in _PICTURES:
+        ring("figures").require_matplotlib(path)
+    require_writable(path)
 
 
 def _is_stdout(targets: Targets) -> bool:
