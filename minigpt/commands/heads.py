@@ -10,9 +10,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from minigpt.model.language_model import LanguageModel
     from minigpt.tracing.spans import Line
 
 _CELL_WIDTH = 14
+_LEGEND = (
+    "Shares of attention on {n_repeated} random tokens followed by a copy. prev: to the previous "
+    "token; dup: to the same token in the first copy; induc: to the token after that; sink: to "
+    "position 0; local: to the token itself and the few before it. ·: no role; the share is the "
+    "largest of these five."
+)
+_LOGIT_LEGEND = (
+    " With a sign: the head's direct effect on the logit of the correct next token, averaged over "
+    "the copy."
+)
 
 
 @command
@@ -44,31 +55,17 @@ def heads(
     time and measures how much the loss on the second copy increases (nats/token).
     """
     from minigpt.commands import tables
-    from minigpt.commands.display.progress import ProgressLine
     from minigpt.commands.loading import load_model, show_model
     from minigpt.console import make_console
     from minigpt.styles import print_lines
-    from minigpt.tracing.analysis.roles import (
-        head_effects,
-        head_logits,
-        head_roles,
-        repeated_sequences,
-    )
+    from minigpt.tracing.analysis.roles import head_logits, head_roles, repeated_sequences
     from minigpt.tracing.wrapping import wrapped
 
     folder, loaded = load_model(source)
     roles = head_roles(loaded.model, seed=seed)
     logits_LH = head_logits(loaded.model, seed=seed)
     show_model(folder)
-    effects_LH = None
-    if ablate:
-        n_heads = sum(map(len, roles))
-        with ProgressLine(label := "ablating heads") as line:
-
-            def show(share: float) -> None:
-                line.show_task(label, share, [f"{round(share * n_heads)} of {n_heads} heads"])
-
-            effects_LH = head_effects(loaded.model, seed=seed, progress=show)
+    effects_LH = _ablated(loaded.model, seed, sum(map(len, roles))) if ablate else None
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     if as_json:
         measured = {"logit_effect": logits_LH, "loss_effect": effects_LH}
@@ -84,22 +81,27 @@ def heads(
     console = make_console(is_stderr=False)
     views = ring("tracing.views.heads")
     draw = views.roles_table if view == "table" else views.roles_grid
-    legend = (
-        f"Shares of attention on {n_repeated} random tokens followed by a copy. prev: to the "
-        "previous token; dup: to the same token in the first copy; induc: to the token after that; "
-        "sink: to position 0; local: to the token itself and the few before it. ·: no role; "
-        "the share is the largest of these five."
-    )
+    legend = _LEGEND.format(n_repeated=n_repeated)
     if logits_LH is not None:
-        legend += (
-            " With a sign: the head's direct effect on the logit of the correct next token, "
-            "averaged over the copy."
-        )
+        legend += _LOGIT_LEGEND
     lines = [*draw(roles, console.width, logits_LH), [], *wrapped(legend, console.width)]
     if effects_LH is not None:
         title = "Increase in loss on the second copy without each head (layer.head), nats/token:"
         lines += [[], *wrapped(title, console.width), *_costs(effects_LH, console.width)]
     print_lines(console, lines)
+
+
+def _ablated(model: "LanguageModel", seed: int, n_heads: int) -> "NDArray[np.float32]":
+    """Return the increase in loss without each head, (L, H), and show the progress on stderr."""
+    from minigpt.commands.display.progress import ProgressLine
+    from minigpt.tracing.analysis.roles import head_effects
+
+    with ProgressLine(label := "ablating heads") as line:
+
+        def show(share: float) -> None:
+            line.show_task(label, share, [f"{round(share * n_heads)} of {n_heads} heads"])
+
+        return head_effects(model, seed=seed, progress=show)
 
 
 def _costs(effects_LH: "NDArray[np.float32]", width: int) -> "list[Line]":
