@@ -159,8 +159,7 @@ class FileOutput(DescribedOutput):
         self._targets = targets
         self._digest = weights_sha256(model) if model is not None and targets.out else None
         self._view = "" if is_quiet else "json" if targets.as_json else targets.view or LINES
-        self._drawn_files = [p for p in (targets.html, targets.svg, targets.png) if p is not None]
-        self._is_kept = bool(self._drawn_files) or self._view not in ("", "json", LINES)
+        self._is_kept = bool(targets.drawings) or self._view not in ("", "json", LINES)
         self._events: list[TraceEvent] = []  # of the current trace, if a view or file needs them
         self._files = ExitStack()
         self._out: BinaryIO | None = None
@@ -242,24 +241,26 @@ class FileOutput(DescribedOutput):
             self._out.flush()
 
     def _show_views(self, trace: Trace) -> None:
-        targets = self._targets
         if self._view not in ("", "json", LINES):
             print_lines(self.console, self._drawn(self._view, trace))
-        for path in self._drawn_files:
-            if path == targets.html:
-                data = self._drawn("page", trace)
-            else:
-                format = path.suffix.lower().removeprefix(".")
-                data = self._drawn("pictures", trace, format=format)
-                pictures = ring("tracing.views.pictures")
-                if format == "png" and (missing := pictures.missing_characters(trace)):
-                    shown = " ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
-                    note(
-                        f"no installed font has {shown}: the picture has escapes instead. Install "
-                        "a font that has them, such as Noto, or write --svg"
-                    )
+        for path in self._targets.drawings:
+            is_page = path == self._targets.html
+            data = self._drawn("page", trace) if is_page else self._picture(path, trace)
             write_atomically(path, data)
             note(f"wrote {path}")
+
+    def _picture(self, path: Path, trace: Trace) -> bytes:
+        """Return a picture in the format of its path; note the characters that no font has."""
+        format = path.suffix.lower().removeprefix(".")
+        data: bytes = self._drawn("pictures", trace, format=format)
+        missing = ring("tracing.views.pictures").missing_characters(trace)
+        if format == "png" and missing:
+            shown = " ".join(missing[:8]) + (" ..." if len(missing) > 8 else "")
+            note(
+                f"no installed font has {shown}: the picture has escapes instead. Install a font "
+                "that has them, such as Noto, or write --svg"
+            )
+        return data
 
     def _drawn(self, view: str, trace: Trace, **more: Any) -> Any:
         options = ring("tracing.views").ViewOptions(

@@ -37,6 +37,9 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
     """
     traces = read_traces(path)
     n_sources = config.n_sources
+    # A replay that draws files shows lines only if an option for them is given.
+    shows_lines = targets.view is not None or n_sources is not None or targets.as_json
+    is_quiet = bool(targets.drawings) and not shows_lines
     check_files(targets, len(traces), replayed=path)
     if targets.dense is not None:
         header, n_kept = traces[0].header, N_SOURCES
@@ -54,8 +57,6 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
             n_sources=n_sources,
             measures=trace.header.measures,
         )
-        is_file = any(path is not None for path in (targets.html, targets.svg, targets.png))
-        is_quiet = is_file and targets.view is None and n_sources is None and not targets.as_json
         with FileOutput(replace(targets, dense=None), layout, is_quiet=is_quiet) as output:
             output.show(iter([trace.header, *trace.steps, trace.footer]))
 

@@ -38,9 +38,13 @@ class Targets(Checked):
     @property
     def are_lines(self) -> bool:
         """Whether stdout shows only the lines of the rows, and no file is written."""
-        paths = (self.out, self.dense, self.html, self.svg, self.png)
         is_other = self.as_json or self.view not in (None, LINES)
-        return not is_other and all(path is None for path in paths)
+        return not (is_other or self.out or self.dense or self.drawings)
+
+    @property
+    def drawings(self) -> list[Path]:
+        """The page and pictures to write."""
+        return [path for path in (self.html, self.svg, self.png) if path is not None]
 
     @property
     def has_heads(self) -> bool:
