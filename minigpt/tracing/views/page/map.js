@@ -57,10 +57,9 @@ function paintMap(map) {
 function layoutMap(trace, room, nRows) {
   const nColumns = trace.firstRow + nRows - 1;
   const fits = (left) => Math.min(MOST_CELL, (room - left) / nColumns, MOST_HEIGHT / nRows);
-  let left = 30;
-  let cell = fits(left);
   const hasNames = fits(110) >= LABEL_CELL;
-  if (hasNames) [left, cell] = [110, fits(110)];
+  const left = hasNames ? 110 : 30;
+  let cell = fits(left);
   if (cell > 2) cell = Math.floor(cell * 2) / 2;
   const [width, height] = [cell * nColumns, cell * nRows];
   const bins = (n, pixels) => Math.max(1, Math.min(n, Math.floor(pixels)));

@@ -85,14 +85,12 @@ class Page {
 
   // The reduction of the trace covers the heads that were traced; choosing others switches to mean.
   choose(change) {
-    Object.assign(this.view, change);
-    if (change.measure === EFFECTS) change = { reduction: "traced" };
-    else if (this.view.measure === EFFECTS) this.view.measure = this.trace.measures[0];
-    if (change.reduction === "traced") this.view.reduction = "traced";
-    const { layer, head } = this.view;
-    if (change.reduction === "traced") Object.assign(this.view, { layer: null, head: null });
-    else if (this.view.reduction === "traced" && (layer !== null || head !== null)) {
-      this.view.reduction = "mean";
+    const view = Object.assign(this.view, change);
+    if (change.measure !== EFFECTS) view.measure = this.headMeasure;
+    if (change.measure === EFFECTS || change.reduction === "traced") {
+      Object.assign(view, { reduction: "traced", layer: null, head: null });
+    } else if (view.reduction === "traced" && (view.layer !== null || view.head !== null)) {
+      view.reduction = "mean";
     }
     this.changed();
   }
@@ -124,6 +122,7 @@ class Page {
     return this.trace.scales[this.view.measure];
   }
 
+  // The measure of the view, or the first one if the view has one without rows of heads.
   get headMeasure() {
     return this.view.measure === EFFECTS ? this.trace.measures[0] : this.view.measure;
   }
