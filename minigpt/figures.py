@@ -3,8 +3,7 @@
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,26 +43,25 @@ def require_matplotlib(
     require_writable(path)
 
 
-def default_style() -> AbstractContextManager[None]:
-    """Use matplotlib's defaults, not the user's settings: with usetex, labels would run as TeX."""
+def to_bytes(draw: Callable[[], "Figure"], format: str, *, dpi: int = 150) -> bytes:
+    """Draw a figure; return its bytes in a format such as ``svg``. Equal figures give equal bytes.
+
+    Args: draw, a function that returns the figure. It is called with matplotlib's defaults, not the
+        user's settings: with usetex, names of runs and tokens would run as TeX.
+    """
     from matplotlib import style
 
-    own = {"svg.hashsalt": "minigpt", "svg.fonttype": "none"}
-    return style.context(["default", own], after_reset=True)
-
-
-def to_bytes(figure: "Figure", format: str, *, dpi: int = 150) -> bytes:
-    """Return the bytes of a figure in a format such as ``svg``; equal figures give equal bytes."""
     picture = BytesIO()
     # Silences the message that a fallback font has no bold face.
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), default_style():
+    own = {"svg.hashsalt": "minigpt", "svg.fonttype": "none"}
+    with warnings.catch_warnings(), style.context(["default", own], after_reset=True):
         # Names and tokens may contain characters that are missing from the font.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        figure.savefig(picture, format=format, dpi=dpi, metadata=_NO_DATE.get(format, {}))
+        draw().savefig(picture, format=format, dpi=dpi, metadata=_NO_DATE.get(format, {}))
     return picture.getvalue()
 
 
-def write_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure in the format of the path's suffix, or raise ResourceError."""
-    write_atomically(path, to_bytes(figure, path.suffix.lower().removeprefix(".")))
+def write_figure(path: Path, draw: Callable[[], "Figure"]) -> None:
+    """Draw a figure and write it in the format of the path's suffix, or raise ResourceError."""
+    write_atomically(path, to_bytes(draw, path.suffix.lower().removeprefix(".")))

@@ -9,6 +9,8 @@ from minigpt.config import SamplingConfig
 from minigpt.tracing.analysis_config import AnalysisConfig
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from minigpt.tracing.analysis.faithfulness import Comparison, Interval
     from minigpt.tracing.spans import Line
 
@@ -58,7 +60,7 @@ def measures(
     from minigpt.commands.loading import load, show_model
     from minigpt.commands.tables import write_json
     from minigpt.console import make_console, note
-    from minigpt.figures import require_matplotlib
+    from minigpt.figures import require_matplotlib, write_figure
     from minigpt.generation.decoder import fresh_seed
     from minigpt.styles import print_lines
     from minigpt.tracing.analysis.faithfulness import choose_measures, compare_measures
@@ -89,7 +91,7 @@ def measures(
     for name, why in comparison.left_out.items():
         note(f"{name} is left out: {why}")
     if picture is not None:
-        _draw(comparison, picture)
+        write_figure(picture, lambda: _figure(comparison))
         note(f"wrote {picture}")
     if as_json:
         write_json({"model": str(ready.folder), "seed": seed, **asdict(comparison)})
@@ -128,25 +130,23 @@ def _cell(interval: "Interval | None") -> str:
     return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
-def _draw(comparison: "Comparison", path: Path) -> None:
+def _figure(comparison: "Comparison") -> "Figure":
     """Draw a panel for each column: a point and its interval for each ranking."""
     from matplotlib.figure import Figure
 
-    from minigpt.figures import default_style, write_figure
     from minigpt.tracing.analysis.faithfulness import CONTROLS
 
-    with default_style():
-        height = 1 + 0.3 * len(comparison.results)
-        figure = Figure(figsize=(14, height), layout="constrained")
-        panels = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]
-        names = [result.name for result in comparison.results][::-1]
-        for panel, (metric, (_, title)) in zip(panels, _COLUMNS.items(), strict=True):
-            for place, result in enumerate(comparison.results[::-1]):
-                color = "0.6" if result.name in CONTROLS else "C0"
-                if interval := result.metrics[metric]:
-                    panel.plot([interval.low, interval.high], [place, place], color=color)
-                    panel.plot([interval.mean], [place], "o", color=color)
-            panel.set_title(title, fontsize="small")
-            panel.set_yticks(range(len(names)), names)
-            panel.axvline(0, color="0.85", zorder=0)
-        write_figure(path, figure)
+    height = 1 + 0.3 * len(comparison.results)
+    figure = Figure(figsize=(14, height), layout="constrained")
+    panels = figure.subplots(1, len(_COLUMNS), sharey=True, squeeze=False)[0]
+    names = [result.name for result in comparison.results][::-1]
+    for panel, (metric, (_, title)) in zip(panels, _COLUMNS.items(), strict=True):
+        for place, result in enumerate(comparison.results[::-1]):
+            color = "0.6" if result.name in CONTROLS else "C0"
+            if interval := result.metrics[metric]:
+                panel.plot([interval.low, interval.high], [place, place], color=color)
+                panel.plot([interval.mean], [place], "o", color=color)
+        panel.set_title(title, fontsize="small")
+        panel.set_yticks(range(len(names)), names)
+        panel.axvline(0, color="0.85", zorder=0)
+    return figure

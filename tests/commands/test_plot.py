@@ -137,6 +137,14 @@ def test_a_missing_matplotlib_is_reported_with_the_extra_to_install(
     assert run("plot", "tiny").code == 0, "the text chart does not need matplotlib"
 
 
+def test_matplotlib_settings_of_the_user_do_not_change_a_picture(run: Run, runs: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib", reason="needs pip install '.[plot]'")
+    assert run("plot", "tiny", "--out", "ours.svg").code == 0
+    with matplotlib.rc_context({"text.usetex": True, "font.size": 30, "axes.facecolor": "red"}):
+        assert run("plot", "tiny", "--out", "theirs.svg").code == 0
+    assert Path("ours.svg").read_bytes() == Path("theirs.svg").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [

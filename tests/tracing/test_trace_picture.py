@@ -213,7 +213,7 @@ def test_paths_without_a_picture_format_are_refused(
     with pytest.raises(ConfigError, match="is a folder"):
         require_matplotlib(tmp_path / "folder.svg")
     with pytest.raises(ResourceError, match="too long"):
-        write_figure(tmp_path / f"{'x' * 300}.svg", pictures.matrix_figure(trace))
+        write_figure(tmp_path / f"{'x' * 300}.svg", lambda: pictures.matrix_figure(trace))
     for name in [name for name in sys.modules if name.startswith("matplotlib")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)

@@ -57,7 +57,7 @@ def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
     write_atomically(folder / "claims.json", lines.encode())
     last = findings[-1]
     if last.panels:
-        figures.write_figure(folder / f"{last.judgement.claim}.svg", _draw(last.panels))
+        figures.write_figure(folder / f"{last.judgement.claim}.svg", lambda: _draw(last.panels))
 
 
 def _draw(panels: Sequence[Panel]) -> "Figure":

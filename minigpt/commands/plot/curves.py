@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
@@ -14,6 +14,9 @@ from minigpt.console import make_console, one_line
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.figures import write_figure
 from minigpt.training.reports.curves import LossCurves, LossPoint
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Medium luminance, so that each is legible on dark and light backgrounds.
 _COLOURS = ("#4c9bc6", "#e0561f", "#2aa198", "#b05cc6", "#cb8b16", "#6a9a3a", "#8a8f98")
@@ -134,11 +137,15 @@ def write_picture(
     x_unit: str,
     y_label: str = "nats/token (line: training, dots: validation)",
 ) -> None:
-    """Draw training losses as thin lines and validation losses as dots.
+    """Write a picture of runs: training losses as thin lines, validation losses as dots.
 
     Args: plotted, with at least one point in all; runs without a name are not in the legend.
     Raises: ResourceError if the file cannot be written.
     """
+    write_figure(path, lambda: _figure(plotted, x_unit, y_label))
+
+
+def _figure(plotted: Sequence[PlottedRun], x_unit: str, y_label: str) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_PICTURE_INCHES, layout="constrained")
@@ -162,4 +169,4 @@ def write_picture(
     for text, (name, _) in zip(legend.get_texts(), named, strict=True):
         text.set_parse_math(False)
         text.set_text(name)
-    write_figure(path, figure)
+    return figure

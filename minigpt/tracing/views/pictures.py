@@ -21,7 +21,7 @@ from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
-from minigpt.figures import default_style, to_bytes
+from minigpt.figures import to_bytes
 from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Row, Trace
@@ -62,8 +62,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> bytes:
     Raises: ConfigError if the trace has no steps, or no row for ``options.position``.
     """
     figure_of = strip_figure if options.picture == "strip" else matrix_figure
-    with default_style():
-        return to_bytes(figure_of(trace, options), options.format, dpi=_DPI)
+    return to_bytes(lambda: figure_of(trace, options), options.format, dpi=_DPI)
 
 
 def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
