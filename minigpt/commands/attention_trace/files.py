@@ -109,7 +109,8 @@ def _check_place(name: str, path: Path, targets: Targets) -> None:
         raise ConfigError(f"--{name}: {str(path)!r} is not a file. Choose another name.")
     if name in _PICTURES:
         ring("figures").require_matplotlib(path)
-    require_writable(path)
+    else:
+        require_writable(path)
 
 
 def _is_stdout(targets: Targets) -> bool:
