@@ -13,7 +13,7 @@ import stat
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -84,68 +84,99 @@ def find_files(
     Raises: DataError if there are no files; ConfigError for a format that a named corpus does not
         have; ResourceError if permission to read a folder is denied.
     """
-    files: list[FoundFile] = []
-    left_out: Counter[str] = Counter()
-    glob_of_rest = ""
-    is_folder = False
-    for word in paths:
+    search = _Search(cache, spool, data, stdin, on_download, on_note)
+    found = [file for word in paths for file in search.files(word)]
+    files = list({file.path.resolve(): file for file in found}.values())
+    read = [file for file in files if not file.is_empty] or files
+    search.left_out["empty"] += len(files) - len(read)
+    has_several = search.is_folder or search.left_out.total()
+    if on_note and (has_several or any(file.is_surprising for file in read)):
+        on_note(_summary(read, search.left_out, search.glob_of_rest, data))
+    return files
+
+
+@dataclass
+class _Search:
+    """The arguments of ``find_files``, and facts about the files found so far."""
+
+    cache: Path
+    spool: Path
+    data: DataConfig
+    stdin: BinaryIO | None
+    on_download: Callable[[int, int], None] | None
+    on_note: Callable[[str], None] | None
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Kind of file -> number of such files left out."""
+    glob_of_rest: str = ""
+    """Glob for text files that were left out of the first folder that has any; empty for none."""
+    is_folder: bool = False
+    """Whether a folder, or a glob that matches several files, was named."""
+
+    def files(self, word: str) -> list[FoundFile]:
+        """Return the files that a path, a glob, a named corpus or ``-`` stands for."""
         if not word:  # an unset shell variable, which Path would turn into the current folder
             raise DataError("the path of a text is empty. Name a file, or '.' for this folder.")
         path = Path(os.path.expanduser(word))
         with reading(word):
             if word == "-":
-                if _is_endless(source := stdin or sys.stdin.buffer):
-                    raise _device_error("standard input")
-                if on_note and source.isatty():
-                    on_note("type or paste the text; Ctrl-D ends it")
-                stream = _spooled(source, spool)
-                files.append(_recognized(stream, "standard input", data))
-            elif path.is_fifo():
+                return [self._standard_input()]
+            if path.is_fifo():
                 with path.open("rb") as opened:
-                    files.append(_recognized(_spooled(opened, spool), word, data))
-            elif path.is_dir():
-                is_folder = True
-                files += _files_in(path, data, rest := Counter[str]())
-                glob_of_rest = glob_of_rest or _other_files(path, rest)
-                left_out += rest
-            elif path.exists():
-                if not path.is_file():
-                    raise _device_error(word)
-                files.append(_recognized(path, word, data))
-            elif path.is_symlink():
+                    return [_recognized(_spooled(opened, self.spool), word, self.data)]
+            if path.is_dir():
+                return self._folder(path)
+            if path.is_file():
+                return [_recognized(path, word, self.data)]
+            if path.exists():
+                raise _device_error(word)
+            if path.is_symlink():
                 raise DataError(
                     f"{word!r} is a link to {os.readlink(path)!r}, which does not exist. Restore "
                     "that file, or name another."
                 )
-            elif glob.has_magic(word):
-                names = _expanded(str(path))
-                lost = (name for name in names if os.path.islink(name) and not os.path.exists(name))
-                left_out["dangling link"] += len(list(lost))
-                found = sorted(filter(os.path.isfile, names))
-                is_folder |= len(found) > 1
-                if not found:
-                    raise DataError(f"no file matches {word!r}. Check the pattern, and quote it.")
-                files += [_recognized(Path(name), name, data) for name in found]
-            elif word.partition(":")[0] == "builtin" or word in datasets.NAMES:
-                path = datasets.dataset_path(word, cache, on_download)
-                format = "jsonl" if path.suffix == ".jsonl" else "text"
-                if data.format not in (None, format):
-                    raise ConfigError(
-                        f"--format {data.format} is for files, and {word!r} is {_NAMES[format]}. "
-                        "Leave it out."
-                    )
-                files.append(FoundFile(path, word, format))
-            elif "://" in word:
+            if glob.has_magic(word):
+                return self._glob(word)
+            if word.partition(":")[0] == "builtin" or word in datasets.NAMES:
+                return [self._named_corpus(word)]
+            if "://" in word:
                 raise DataError(f"{word!r} is a URL. Download the text first: curl -LO {word}")
-            else:
-                raise DataError(_missing(path))
-    files = list({corpus_file.path.resolve(): corpus_file for corpus_file in files}.values())
-    read = [file for file in files if not file.is_empty] or files
-    left_out["empty"] += len(files) - len(read)
-    needs_note = is_folder or left_out.total() or any(file.is_surprising for file in read)
-    if on_note and needs_note:
-        on_note(_summary(read, left_out, glob_of_rest, data))
-    return files
+            raise DataError(_missing(path))
+
+    def _standard_input(self) -> FoundFile:
+        source = self.stdin or sys.stdin.buffer
+        if _is_endless(source):
+            raise _device_error("standard input")
+        if self.on_note and source.isatty():
+            self.on_note("type or paste the text; Ctrl-D ends it")
+        return _recognized(_spooled(source, self.spool), "standard input", self.data)
+
+    def _folder(self, folder: Path) -> list[FoundFile]:
+        left_out: Counter[str] = Counter()
+        files = _files_in(folder, self.data, left_out)
+        self.is_folder = True
+        self.left_out += left_out
+        self.glob_of_rest = self.glob_of_rest or _other_files(folder, left_out)
+        return files
+
+    def _glob(self, pattern: str) -> list[FoundFile]:
+        names = _expanded(str(Path(os.path.expanduser(pattern))))
+        found = sorted(filter(os.path.isfile, names))
+        if not found:
+            raise DataError(f"no file matches {pattern!r}. Check the pattern, and quote it.")
+        is_lost = [os.path.islink(name) and not os.path.exists(name) for name in names]
+        self.left_out["dangling link"] += sum(is_lost)
+        self.is_folder |= len(found) > 1
+        return [_recognized(Path(name), name, self.data) for name in found]
+
+    def _named_corpus(self, name: str) -> FoundFile:
+        path = datasets.dataset_path(name, self.cache, self.on_download)
+        format = "jsonl" if path.suffix == ".jsonl" else "text"
+        if self.data.format not in (None, format):
+            raise ConfigError(
+                f"--format {self.data.format} is for files, and {name!r} is {_NAMES[format]}. "
+                "Leave it out."
+            )
+        return FoundFile(path, name, format)
 
 
 def _suffixes(path: Path) -> tuple[str, str]:
