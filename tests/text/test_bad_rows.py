@@ -23,7 +23,7 @@ def test_parquet_and_zstandard_errors_name_the_missing_extra(
 ) -> None:
     Path("a.parquet").write_bytes(b"PAR1 and so on")
     Path("a.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    for name in ("pyarrow", "compression.zstd", "zstandard"):
+    for name in ("pyarrow", "compression.zstd", "backports.zstd"):
         monkeypatch.setitem(sys.modules, name, None)
     assert "pip install" in refusal("a.parquet")
     assert "parquet" in refusal("a.parquet")

@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import importlib.util
 import json
 import lzma
 import sys
@@ -16,11 +15,6 @@ from minigpt.config import DataConfig
 from minigpt.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("folder")
-
-needs_zstd = pytest.mark.skipif(
-    sys.version_info < (3, 14) and not importlib.util.find_spec("zstandard"),
-    reason="needs Python 3.14 or the package zstandard",
-)
 
 
 @pytest.mark.parametrize(("suffix", "kind", "pack"), FORMATS)
@@ -95,21 +89,15 @@ def test_compressed_rows_are_recognized_by_suffix_and_content(
     assert Reading("-", stdin=pack(rows(TEXTS))).texts == TEXTS
 
 
-@needs_zstd
 def test_zstandard_is_recognized_and_a_truncated_file_is_refused() -> None:
-    compress = _zstd_compress()
+    name = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+    compress = pytest.importorskip(name, reason="needs Python 3.14 or backports.zstd").compress
     packed = compress(jsonl(TEXTS[:2])) + compress(jsonl(TEXTS[2:]))
     Path("a.jsonl.zst").write_bytes(packed)
     assert Reading("a.jsonl.zst").texts == TEXTS
     assert Reading("-", stdin=packed).texts == TEXTS
     Path("cut.txt.zst").write_bytes(packed[:-3])
     assert "'cut.txt.zst' cannot be decompressed" in refusal("cut.txt.zst")
-
-
-def _zstd_compress() -> Callable[[bytes], bytes]:
-    if sys.version_info >= (3, 14):
-        return importlib.import_module("compression.zstd").compress  # type: ignore[no-any-return]
-    return importlib.import_module("zstandard").compress  # type: ignore[no-any-return]
 
 
 def test_a_table_with_spaces_in_its_column_names_is_recognized() -> None:
