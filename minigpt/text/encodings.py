@@ -123,18 +123,10 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
             return
         n_bytes, n_chars = n_bytes + len(block), n_chars + len(text)
         block = file.read(block_bytes)
-    kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
-    if head.startswith(b"PK\x03\x04"):
-        kind = next((found for name, found in _IN_ZIP.items() if re.search(name, head)), kind)
-    if head[_TAR] == b"ustar":
-        kind = "a tar archive. Unpack it"
-    if kind:
+    if kind := _binary_kind(head):
         raise DataError(f"{name!r} is {kind}.")
-    if is_utf8(encoding) and (index := block.find(b"\0")) >= 0:
-        if wide_encoding(block):
-            raise _not_utf8(name, n_bytes + index, advice(block, n_bytes + index))
-        remedy = _NUL if _is_text_with_nul(block) else "Pass text files."
-        raise DataError(f"{name!r} looks binary: byte {n_bytes + index} is NUL. {remedy}")
+    if is_utf8(encoding) and b"\0" in block:
+        raise _nul_error(name, block, n_bytes)
     if error is None:
         raise DataError(f"{name!r} is binary, or not {encoding}: it contains NUL characters.")
     if not isinstance(error, UnicodeDecodeError):  # no byte-order mark, or not a text encoding
@@ -151,11 +143,26 @@ def decoded(file: BinaryIO, name: str, encoding: str, block_bytes: int) -> Itera
     raise _not_utf8(name, position, remedy)
 
 
-def _is_text_with_nul(data: bytes) -> bool:
-    """Return whether a part of a file is UTF-8 text except for NUL bytes."""
-    rest = data.replace(b"\0", b"")
+def _binary_kind(head: bytes) -> str:
+    """Return the type of a file that is not text, and the remedy; empty if it is not known."""
+    if head[_TAR] == b"ustar":
+        return "a tar archive. Unpack it"
+    kind = next((kind for mark, kind in _OTHER_KINDS.items() if head.startswith(mark)), "")
+    if head.startswith(b"PK\x03\x04"):
+        return next((found for name, found in _IN_ZIP.items() if re.search(name, head)), kind)
+    return kind
+
+
+def _nul_error(name: str, block: bytes, n_bytes_before: int) -> DataError:
+    """Return the error for a block of a UTF-8 file that has a NUL byte."""
+    position = n_bytes_before + block.index(b"\0")
+    if wide_encoding(block):
+        return _not_utf8(name, position, advice(block, position))
+    rest = block.replace(b"\0", b"")
     text = _utf8_part(rest)
-    return text is not None and len(rest) > len(data) / 2 and not _CONTROLS.search(text)
+    is_text = text is not None and len(rest) > len(block) / 2 and not _CONTROLS.search(text)
+    remedy = _NUL if is_text else "Pass text files."
+    return DataError(f"{name!r} looks binary: byte {position} is NUL. {remedy}")
 
 
 def _not_utf8(name: str, position: int, remedy: str) -> DataError:
