@@ -27,18 +27,7 @@ def conversation_of_row(row: object) -> str:
     Raises: DataError if it has none; its message continues a sentence that begins with the row.
     """
     row = row if isinstance(row, Mapping) else {}
-    messages, tools = row.get("messages"), _tools(row.get("tools"))
-    if messages is None and {"instruction", "output"} <= row.keys() and "prompt" not in row:
-        row = _instruction(row)
-    if messages is None and {"prompt", "completion"} <= row.keys():
-        messages = []
-        for name, role in (("prompt", "user"), ("completion", "assistant")):
-            value = row[name]
-            if not isinstance(value, str | list):
-                raise DataError(f'has a "{name}" that is neither a string nor a list of messages')
-            messages += [{"role": role, "content": value}] if isinstance(value, str) else value
-    if messages is None and isinstance(turns := row.get("conversations"), list):
-        messages = [_message(turn) for turn in turns]
+    tools, messages = _tools(row.get("tools")), _messages(row)
     if not messages or not isinstance(messages, list):
         raise DataError(
             'has no "messages", or "prompt" and "completion", or "instruction" and "output", or '
@@ -53,6 +42,29 @@ def conversation_of_row(row: object) -> str:
         raise DataError(f"has no assistant message: its roles are {cut([*roles])[1:-1]}")
     found = messages if tools is None else {"messages": messages, "tools": tools}
     return well_formed(json.dumps(found, ensure_ascii=False))
+
+
+def _messages(row: Mapping[str, Any]) -> Any:
+    """Return the messages of a row, unchecked; None if it is not a conversation."""
+    if row.get("messages") is not None:
+        return row["messages"]
+    if {"prompt", "completion"} <= row.keys():
+        return _turns(row, "prompt", "user") + _turns(row, "completion", "assistant")
+    if {"instruction", "output"} <= row.keys() and "prompt" not in row:
+        return _instruction(row)
+    if isinstance(turns := row.get("conversations"), list):
+        return [_message(turn) for turn in turns]
+    return None
+
+
+def _turns(row: Mapping[str, Any], name: str, role: str) -> list[Any]:
+    """Return the messages in a field: a list of them, or the text of one with this role."""
+    value = row[name]
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise DataError(f'has a "{name}" that is neither a string nor a list of messages')
+    return value
 
 
 def _message(turn: object) -> object:
@@ -73,15 +85,18 @@ def _tools(tools: Any) -> Any:
     return tools
 
 
-def _instruction(row: Mapping[str, Any]) -> dict[str, str]:
-    """Convert a row with instruction, optional input and output to prompt and completion."""
+def _instruction(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages of a row with instruction, optional input, and output."""
     values = {name: row.get(name) for name in ("instruction", "input", "output")}
     for name, value in values.items():
         if not isinstance(value, str) and (name != "input" or value is not None):
             raise DataError(f'has an "{name}" that is not a string')
     parts = (values["instruction"], values["input"])
     prompt = "\n\n".join(part for part in parts if part)
-    return {"prompt": prompt, "completion": str(values["output"])}
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": values["output"]},
+    ]
 
 
 def _parsed(text: str, template: ChatTemplate) -> tuple[list[Any], ChatTemplate]:

@@ -109,27 +109,32 @@ def row_text(row: object, field: str) -> str:
             text = text.decode()
     if isinstance(text, str):
         return well_formed(text)
-    if text is not _MISSING:
-        found = "null" if text is None else f"of type {type(text).__name__}"
-        remedy = ""
-        if isinstance(text, list):
-            remedy = "Write one row per text, or join the texts."
-        elif isinstance(text, Mapping):
-            name = _names_of({field: text})[0]
-            example = f", as in --field {shlex.quote(name)}" if name.isprintable() else ""
-            remedy = f"Name one of its fields{example}.{_if_rows(field.split('.'))}"
-        raise BadRow(f'has no "{field}" string: it is {found}', remedy)
+    if text is _MISSING:
+        raise _without_field(row, field)
+    found = "null" if text is None else f"of type {type(text).__name__}"
+    remedy = ""
+    if isinstance(text, list):
+        remedy = "Write one row per text, or join the texts."
+    elif isinstance(text, Mapping):
+        name = _names_of({field: text})[0]
+        example = f", as in --field {shlex.quote(name)}" if name.isprintable() else ""
+        remedy = f"Name one of its fields{example}.{_if_rows(field.split('.'))}"
+    raise BadRow(f'has no "{field}" string: it is {found}', remedy)
+
+
+def _without_field(row: Mapping[Any, Any], field: str) -> BadRow:
+    """Return the error for a row without the text field; the remedy depends on its other fields."""
     remedy = f"Name another one with --field{_longest_text(row)}."
     pairs = ({"prompt", "completion"}, {"instruction", "output"})
     if _has_messages(row) or any(names <= row.keys() for names in pairs):
         remedy = "Give --chat to read conversations."
     elif nested := _nested_lists(row):
-        raise _nested_rows(nested, field)
+        return _nested_rows(nested, field)
     else:
         keys = next(([key] for key, value in row.items() if _is_table(value)), [])
         if keys or _is_table(row):
             remedy = f"Name another one with --field.{_if_rows(keys)}"
-    raise BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
+    return BadRow(f'has no "{field}" string: {_fields_of(row)}', remedy)
 
 
 def _has_messages(row: Mapping[Any, Any]) -> bool:
@@ -304,17 +309,26 @@ def sniffed(head: bytes, encoding: str, *, is_whole: bool) -> str:
     if not is_whole and len(lines) > 1:
         del lines[-1]
     lines = lines[:_N_SNIFFED]
-    rows = list(map(_parsed, lines))
-    n_objects = sum(isinstance(row, dict) for row in rows)
-    if is_whole and len(lines) == 1 and isinstance(rows[0], dict) and _nested_lists(rows[0]):
-        return "json"  # an object that contains the rows
-    if 2 * n_objects >= len(lines) and n_objects >= (1 if text.startswith("{") else 2):
-        return "jsonl"  # some rows may be bad, even the first
-    if re.match(r'\{\s*"|\[\s*(\{\s*"|"|\]\s*$)', text):
-        if len(lines) == 1 and not is_whole and text.startswith("{"):
-            return "jsonl"  # its first line is longer than the head
-        return "json" if begins_with_json(text, is_whole=is_whole) else "text"
+    if _is_jsonl(lines, is_whole=is_whole):
+        return "jsonl"
+    may_be_json = re.match(r'\{\s*"|\[\s*(\{\s*"|"|\]\s*$)', text)
+    if may_be_json and begins_with_json(text, is_whole=is_whole):
+        return "json"
     return "csv" if is_table(lines) else "text"
+
+
+def _is_jsonl(lines: list[str], *, is_whole: bool) -> bool:
+    """Return whether the first lines of a file are JSON objects; some may be bad, even the first.
+
+    Args: is_whole, whether the file has no other lines.
+    """
+    rows = [row for line in lines if isinstance(row := _parsed(line), dict)]
+    begins_with_object = bool(lines) and lines[0].startswith("{")
+    if len(lines) == 1 and not is_whole and not rows:
+        return re.match(r'\{\s*"', lines[0]) is not None  # it is longer than the head
+    if len(lines) == 1 and is_whole and rows and _nested_lists(rows[0]):
+        return False  # an object that contains the rows
+    return 2 * len(rows) >= len(lines) and len(rows) >= (1 if begins_with_object else 2)
 
 
 def _parsed(line: str) -> object:
