@@ -90,9 +90,8 @@ def opened_corpus(
 ) -> Iterator[Corpus]:
     """Find the files of a corpus; copies of streams are deleted when the context exits."""
     report = on_progress or (lambda progress: None)
-    is_trained = False
-    if tokenizer is None and data.tokenizer != "bytes":  # raise for an unknown one before downloads
-        is_trained = ring("text.bpe").parse_spec(data.tokenizer)[0] == "bpe"
+    if tokenizer is None and data.tokenizer != "bytes":
+        ring("text.bpe").parse_spec(data.tokenizer)  # raises for an unknown one, before downloads
     template: Any = None
     if data.chat:
         template = ring("text.chat").training_template(data.chat_template, chat_model)
@@ -112,19 +111,28 @@ def opened_corpus(
             used = tokenizer or data.tokenizer
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
             corpus = split(corpus)
-            # Vocabularies of other models may share a name, so only their content identifies them.
-            parts: list[object] = [SCHEMA_VERSION]
-            parts += [data.tokenizer, BPE_VERSION] if tokenizer is None else [tokenizer.fingerprint]
-            parts += [content_hash(files), data.special, data.skip_unencodable]
-            parts += [data.field, data.encoding, data.skip_bad]
-            if corpus.val_split == "documents" or (is_trained and corpus.val_split == "tail"):
-                parts += [corpus.val_split, data.val_fraction]
-            if val_files:
-                parts.append(content_hash(val_files))
-            if data.chat:
-                parts += [data.loss_on, template.source, sorted(template.tokens.items())]
-            identity = hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
-            yield replace(corpus, identity=identity)
+            yield replace(corpus, identity=_identity(corpus))
+
+
+def _identity(corpus: Corpus) -> str:
+    """Return the hex SHA-256 of all that the tokens of a corpus depend on."""
+    data, tokenizer = corpus.data, corpus.tokenizer
+    parts: list[object] = [SCHEMA_VERSION]
+    if isinstance(tokenizer, str):
+        parts += [tokenizer, BPE_VERSION]
+    else:  # vocabularies of other models may share a name, so only their content identifies them
+        parts.append(tokenizer.fingerprint)
+    parts += [content_hash(corpus.files), data.special, data.skip_unencodable]
+    parts += [data.field, data.encoding, data.skip_bad]
+    is_trained = isinstance(tokenizer, str) and tokenizer.startswith("bpe")
+    if corpus.val_split == "documents" or (is_trained and corpus.val_split == "tail"):
+        parts += [corpus.val_split, data.val_fraction]
+    if corpus.val_files:
+        parts.append(content_hash(corpus.val_files))
+    if corpus.template is not None:
+        template = corpus.template
+        parts += [data.loss_on, template.source, sorted(template.tokens.items())]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
 
 def begin(folder: Path, corpus: Corpus) -> Tokenizer:
@@ -229,8 +237,17 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
             shards.append(shard)
             places.append(replace(place, n_tokens=place.n_tokens + n_written))
             write_record()
-    manifest = Manifest(
-        **vars(bad_rows.plus(place)),
+    manifest = _manifest(corpus, tokenizer, bad_rows.plus(place), dtype, shards)
+    write_json(folder / MANIFEST, asdict(manifest))
+    (folder / UNFINISHED).unlink(missing_ok=True)
+    return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
+
+
+def _manifest(
+    corpus: Corpus, tokenizer: Tokenizer, counts: Counts, dtype: str, shards: list[Shard]
+) -> Manifest:
+    return Manifest(
+        **vars(counts),
         schema_version=SCHEMA_VERSION,
         identity=corpus.identity,
         dtype=dtype,
@@ -245,9 +262,6 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
         val_split=corpus.val_split,
         val_fraction=corpus.data.val_fraction,
     )
-    write_json(folder / MANIFEST, asdict(manifest))
-    (folder / UNFINISHED).unlink(missing_ok=True)
-    return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
 
 
 def default_workers() -> int:
@@ -309,9 +323,10 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
             parts = tokenizer.special_pattern.split(piece.text)
         else:
             unparsed.update(tokenizer.special_pattern.findall(piece.text))
-        for i, part in list(enumerate(parts))[::2] if data.skip_unencodable else ():
-            parts[i], dropped = without_unencodable(part, tokenizer)
-            skipped.update(dropped)
+        if data.skip_unencodable:
+            for i in range(0, len(parts), 2):
+                parts[i], dropped = without_unencodable(parts[i], tokenizer)
+                skipped.update(dropped)
         n_bytes += sum(len(part.encode()) for part in parts[::2])
         text = "".join(parts)
         arrays.append(tokenizer.encode_array(text, is_start=piece.is_start, special=data.special))

@@ -112,8 +112,10 @@ class ImportedTokenizer(Tokenizer):
         }
 
     def unencodable(self, text: str) -> set[str]:
+        if self._known is None:
+            return set()
         missing = set()
-        for character in set(text) if self._known is not None else ():
+        for character in set(text):
             try:
                 self._check_characters(self._library, character)
             except DataError:
