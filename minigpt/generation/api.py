@@ -328,5 +328,6 @@ def prompt_ids(
         )
     chat = ring("text.chat")
     template = chat.read_chat_template(Path(folder), chat_template)
-    messages = chat.check_messages(list(prompt), "the messages of the prompt")
+    messages = list(prompt)
+    chat.check_messages(messages)
     return template.encode(tokenizer, messages), chat.ending_turns(tokenizer, template)

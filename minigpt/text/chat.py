@@ -206,19 +206,13 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
     return ChatTemplate(PLAIN_TEMPLATE, tokens, "the plain chat template")
 
 
-def conversation(text: str, system: str | None = None) -> list[dict[str, str]]:
-    """Return the first messages of a conversation: the system's, if any, and the user's."""
-    first = [] if system is None else [{"role": "system", "content": system}]
-    return [*first, {"role": "user", "content": text}]
-
-
 class Chat:
     """A conversation that grows turn by turn."""
 
     def __init__(self, template: ChatTemplate, tokenizer: Tokenizer, system: str | None) -> None:
         """Args: system, the text of the system message; None for none."""
         self._template, self._tokenizer = template, tokenizer
-        self._first = conversation("", system)[:-1]
+        self._system = [] if system is None else [{"role": "system", "content": system}]
         self._turns: list[Message] = []
 
     def ask(self, text: str, n_tokens: int | None = None) -> tuple[list[int], int]:
@@ -228,11 +222,11 @@ class Chat:
             None to drop none.
         Returns: the ids, and the number of messages dropped by this call.
         """
-        asked = conversation(text)
+        asked = {"role": "user", "content": text}
         n_dropped = 0
         while True:
-            turns = self._turns[n_dropped:] + asked
-            ids = self._template.encode(self._tokenizer, [*self._first, *turns])
+            turns = [*self._turns[n_dropped:], asked]
+            ids = self._template.encode(self._tokenizer, [*self._system, *turns])
             if n_tokens is None or len(ids) <= n_tokens or n_dropped == len(self._turns):
                 self._asked = turns
                 return ids, n_dropped
@@ -255,21 +249,13 @@ def ending_turns(tokenizer: Tokenizer, template: ChatTemplate) -> Tokenizer:
     return changed
 
 
-def check_messages(messages: object, where: str) -> list[Message]:
-    """Return the messages of a conversation if they are a list of objects with a role.
-
-    Raises: DataError that begins with ``where``.
-    """
-    is_valid = isinstance(messages, list) and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages
-    )
-    if not messages or not is_valid:
+def check_messages(messages: list[Any]) -> None:
+    """Raise DataError if the messages of a prompt are not objects with a role."""
+    if not all(isinstance(m, Mapping) and isinstance(m.get("role"), str) for m in messages):
         raise DataError(
-            f"{where} are not a list of messages. Each must be an object with role and content, "
-            'such as {"role": "user", "content": "Hi"}.'
+            "the messages of the prompt are not a list of messages. Each must be an object with "
+            'role and content, such as {"role": "user", "content": "Hi"}.'
         )
-    assert isinstance(messages, list)
-    return messages
 
 
 def templates_of(folder: Path) -> dict[str, str]:
