@@ -84,7 +84,7 @@ def batch(span: TokenSpan, context_length: int, batch_size: int, **order: int) -
     """
     require_length(span, context_length)
     starts = window_starts(len(span), context_length, batch_size, **order)
-    return _inputs_and_targets(span.marked_windows(starts, context_length + 1), context_length)
+    return _inputs_and_targets(span, starts, context_length, context_length)
 
 
 def validation_windows(
@@ -119,20 +119,22 @@ def validation_windows(
         n_kept = min(max(1, max_tokens // stride), n_windows)
         windows = np.arange(n_kept) * n_windows // n_kept
     if n_overlap and not is_thinned:
-        yield _inputs_and_targets(
-            span.marked_windows(np.zeros(1, np.int64), n_overlap + 1), n_overlap
-        )
+        yield _inputs_and_targets(span, np.zeros(1, np.int64), n_overlap, n_overlap)
     for first in range(0, len(windows), batch_size):
         starts = windows[first : first + batch_size] * stride
-        yield _inputs_and_targets(span.marked_windows(starts, context_length + 1), stride)
+        yield _inputs_and_targets(span, starts, context_length, stride)
     if n_rest and not is_thinned:
         starts = np.array([n_windows * stride])
-        yield _inputs_and_targets(span.marked_windows(starts, n_overlap + n_rest + 1), n_rest)
+        yield _inputs_and_targets(span, starts, n_overlap + n_rest, n_rest)
 
 
-def _inputs_and_targets(windows: npt.NDArray[np.int64], n_targets: int) -> "Batch":
+def _inputs_and_targets(
+    span: TokenSpan, starts: npt.NDArray[np.int64], n_inputs: int, n_targets: int
+) -> "Batch":
+    """Return the inputs of some windows, (B, n_inputs), and the targets of their last positions."""
     import torch
 
+    windows = span.marked_windows(starts, n_inputs + 1)
     tokens = torch.from_numpy(windows % CONTEXT_ONLY)
     targets = torch.from_numpy(np.where(windows < CONTEXT_ONLY, windows, NO_TARGET))
     return tokens[:, :-1].contiguous(), targets[:, -n_targets:].contiguous()
