@@ -15,7 +15,7 @@ from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.files import WRITING, locked, make_folder, resource_errors
 from minigpt.text.building import Work, build_resumable, opened_corpus
-from minigpt.text.corpus import PrepareProgress
+from minigpt.text.corpus import Corpus, PrepareProgress
 from minigpt.text.shard_files import (
     MANIFEST,
     UNFINISHED,
@@ -57,25 +57,29 @@ def prepare(
         _require_prepared_for(data, tokenizer, named, prepared.manifest)
     else:
         with opened_corpus(data, tokenizer, cache_dir, on_progress, chat_model) as corpus:
-            folder = corpus.cache / "prepared" / corpus.identity[:32]
-            with locked(Path(f"{folder}.lock")):
-                try:
-                    prepared = open_prepared(folder)
-                except DataError:
-                    aside = folder.with_name(f"{WRITING}{folder.name}")
-                    shutil.rmtree(folder, ignore_errors=True)
-                    aside.mkdir(exist_ok=True)
-                    try:
-                        build_resumable(aside, corpus, n_workers)
-                        aside.rename(folder)
-                    finally:
-                        shutil.rmtree(aside, ignore_errors=True)
-                    prepared = open_prepared(folder)
+            prepared = _open_or_build(corpus, n_workers)
     if tokenizer is None:
         return prepared
     # The same vocabulary may have been stored under another name: return the one that was given.
     manifest = replace(prepared.manifest, tokenizer=tokenizer.name)
     return replace(prepared, tokenizer=tokenizer, manifest=manifest)
+
+
+def _open_or_build(corpus: Corpus, n_workers: int) -> StoredData:
+    """Open a corpus in the cache, after building it if it is missing or damaged."""
+    folder = corpus.cache / "prepared" / corpus.identity[:32]
+    with locked(Path(f"{folder}.lock")):
+        with suppress(DataError):
+            return open_prepared(folder)
+        aside = folder.with_name(f"{WRITING}{folder.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.mkdir(exist_ok=True)
+        try:
+            build_resumable(aside, corpus, n_workers)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        return open_prepared(folder)
 
 
 def prepare_folder(
