@@ -20,16 +20,23 @@ from minigpt.rings import ring
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.token_ids import TokenIdTokenizer
 from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
-from minigpt.text.tokenizer_classes import (
-    PLAIN_CLASS,
-    PLAIN_FILES,
-    TOKENIZER_CONFIG,
-    as_auto_tokenizer,
-)
+from minigpt.text.tokenizer_classes import TOKENIZER_CONFIG, as_auto_tokenizer
 
 NAME_FIELD = "name_or_path"
 """Field of tokenizer_config.json that stores Tokenizer.name."""
 _MOST_ADDED = 2**16  # with more, the libraries take seconds
+_PLAIN_MODULE = "tokenization_plain"
+_PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}}
+"""Field of tokenizer_config.json without which AutoTokenizer uses Qwen2Tokenizer for a qwen2 model,
+with its own normalizer and split pattern, regardless of tokenizer_class."""
+# A separate class, because transformers marks the class that it finds there as custom code. It is
+# run only with trust_remote_code.
+_PLAIN_CODE = b"""from transformers import PreTrainedTokenizerFast
+
+
+class PlainTokenizer(PreTrainedTokenizerFast):
+    pass
+"""
 
 
 def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
@@ -147,8 +154,8 @@ def tokenizer_files(tokenizer: Tokenizer, config: ModelConfig, *, is_new: bool) 
     files = {TOKENIZER: to_json(tokenizer_to_json(tokenizer))}
     settings = tokenizer_config(tokenizer, config.context_length)
     if config.model_type == "qwen2" and is_new:
-        settings |= PLAIN_CLASS
-        files |= PLAIN_FILES
+        settings |= _PLAIN_CLASS
+        files[f"{_PLAIN_MODULE}.py"] = _PLAIN_CODE
     return files | {TOKENIZER_CONFIG: to_json(settings)}
 
 

@@ -55,19 +55,6 @@ _BPE = {
     "continuing_subword_prefix": "",
     "end_of_word_suffix": "",
 }
-_PLAIN_MODULE = "tokenization_plain"
-PLAIN_CLASS = {"auto_map": {"AutoTokenizer": [None, f"{_PLAIN_MODULE}.PlainTokenizer"]}}
-"""Field of tokenizer_config.json without which AutoTokenizer uses Qwen2Tokenizer for a qwen2 model,
-with its own normalizer and split pattern, regardless of tokenizer_class."""
-# A separate class, because transformers marks the class that it finds there as custom code.
-_PLAIN_CODE = b"""from transformers import PreTrainedTokenizerFast
-
-
-class PlainTokenizer(PreTrainedTokenizerFast):
-    pass
-"""
-PLAIN_FILES = {f"{_PLAIN_MODULE}.py": _PLAIN_CODE}
-"""File that defines the class of PLAIN_CLASS; it is run only with trust_remote_code."""
 _END_OF_TEXT = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
 _SENTENCEPIECE = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 _NAMED_TOKENS = {
@@ -278,16 +265,17 @@ def _id_settings(data: Mapping[str, Any]) -> list[Any]:
 
 def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Add special tokens that only tokenizer_config.json names, if they have an id."""
-    added, vocab = list(data.get("added_tokens") or ()), data["model"].get("vocab")
+    added = list(data.get("added_tokens") or ())
     known = {token["content"] for token in added}
+    vocab = data["model"].get("vocab")
+    ids = vocab if isinstance(vocab, Mapping) else {}  # Unigram's is a list
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     texts = [*named_tokens(config).values(), *map(content, extra)]
-    new = [text for text in dict.fromkeys(texts) if isinstance(text, str) and text not in known]
-    for text in new if isinstance(vocab, Mapping) else ():
-        if text in vocab:
-            added.append({"id": vocab[text], "content": text, "special": True} | PLAIN_TOKEN)
-    if len(added) == len(known):
+    new = [text for text in dict.fromkeys(texts) if isinstance(text, str) and text in ids]
+    new = [text for text in new if text not in known]
+    if not new:
         return data
+    added += [{"id": ids[text], "content": text, "special": True} | PLAIN_TOKEN for text in new]
     return {**data, "added_tokens": sorted(added, key=lambda token: int(token["id"]))}
 
 
