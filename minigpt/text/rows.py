@@ -181,57 +181,78 @@ def _is_cut(error: Exception, text: str) -> bool:
     return "Unterminated" in str(error) or position > len(text) - _LITERAL_CHARS
 
 
-def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    """Yield the rows of a table below its header; a broken one loses only its first line."""
-    first = read_line(stream, 1, name)
-    delimiter = max(",\t;|", key=re.sub(r'"[^"]*"?', "", first).count)
-    waiting, lines, n_read = deque([first]), [], 0  # lines to read again, lines of the row
-    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # in Excel's files
-        delimiter = named[1]
-        waiting.clear()
-        n_read = 1
+class _Lines(Iterator[str]):
+    """The lines of a table; those of a broken row can be read again."""
 
-    def next_line() -> str:
-        nonlocal n_read
-        line = waiting.popleft() if waiting else read_line(stream, n_read + 1, name)
-        if line:
-            n_read += 1
-            lines.append(line)
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        self._waiting: deque[str] = deque()
+        self.n_read = 0
+        self.of_row: list[str] = []
+        """The lines of the row that is being read."""
+
+    def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else self._new_line()
+        if not line:
+            raise StopIteration
+        self.n_read += 1
+        self.of_row.append(line)
         return line
 
+    def _new_line(self) -> str:
+        return read_line(self._stream, self.n_read + 1, self._name)
+
+    def unread(self, start: int) -> None:
+        """Put back the lines of the row from index ``start`` on."""
+        lines = self.of_row[start:]
+        self._waiting.extendleft(reversed(lines))
+        self.n_read -= len(lines)
+
+
+def csv_rows(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
+    """Yield the rows of a table below its header; a broken one loses only its first line."""
+    lines = _Lines(stream, name)
+    first = next(lines, "")
+    delimiter = max(",\t;|", key=re.sub(r'"[^"]*"?', "", first).count)
+    if named := re.fullmatch(r"\ufeff?sep=(.)\r?\n?", first):  # in Excel's files
+        delimiter = named[1]
+    else:
+        lines.unread(0)
     header: list[str] = []
     number = 0
     csv.field_size_limit(MAX_ROW_CHARS)  # a longer cell has an unclosed quote
     while True:
-        row: object
-        lines.clear()
-        where = f"(line {n_read + 1})"
+        lines.of_row.clear()
+        where = f"(line {lines.n_read + 1})"
         try:
-            cells = next(csv.reader(iter(next_line, ""), delimiter=delimiter, strict=True))
+            cells = next(csv.reader(lines, delimiter=delimiter, strict=True))
         except StopIteration:
             return
         except csv.Error as error:
             is_cut = "unexpected end" in str(error) or "field larger" in str(error)
             reason = "a quote in it is not closed" if is_cut else str(error)
             remedy = 'Within a quoted text, write a quote twice: "".'
-            row = BadRow(f"{where} is not CSV: {reason}", remedy)
+            row: object = BadRow(f"{where} is not CSV: {reason}", remedy)
         else:
             if not cells:
                 continue
             if not header:
-                header = [name.strip() for name in cells]
+                header = [cell.strip() for cell in cells]
                 continue
-            row = dict(zip(header, cells, strict=False))
-            if len(cells) != len(header):
-                reason = f"{where} has {len(cells)} cells, but the header has {len(header)}"
-                row = BadRow(reason, "Quote a text that has commas, quotes or line breaks.")
-            elif bad := undecodable(row.get(data.field, ""), data):
-                row = bad
+            row = _csv_row(cells, header, where, data)
         if isinstance(row, BadRow):  # an unclosed quote includes the lines after it
-            waiting.extendleft(reversed(lines[1:]))
-            n_read -= len(lines) - 1
+            lines.unread(1)
         number += 1
         yield number, row
+
+
+def _csv_row(cells: list[str], header: list[str], where: str, data: DataConfig) -> object:
+    """Return a row by column; a BadRow if it does not match the header or has invalid bytes."""
+    if len(cells) != len(header):
+        reason = f"{where} has {len(cells)} cells, but the header has {len(header)}"
+        return BadRow(reason, "Quote a text that has commas, quotes or line breaks.")
+    row = dict(zip(header, cells, strict=True))
+    return undecodable(row.get(data.field, ""), data) or row
 
 
 def is_table(lines: list[str]) -> bool:
