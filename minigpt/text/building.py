@@ -194,17 +194,7 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
     except DataError:
         tokenizer, shards, places = begin(folder, corpus), [], []
 
-    def write_record() -> None:
-        record = {
-            "schema_version": SCHEMA_VERSION,
-            "identity": corpus.identity,
-            "tokenizer_fingerprint": tokenizer.fingerprint,
-            "shards": list(map(asdict, shards)),
-            "places": list(map(asdict, places)),
-        }
-        write_json(folder / UNFINISHED, record)
-
-    write_record()
+    _write_record(folder, corpus, tokenizer, shards, places)
     place = places[-1] if places else Place()
     n_bytes_before = place.n_bytes
     report = reporter([*corpus.files, *corpus.val_files], "encode", corpus.report)
@@ -236,11 +226,25 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
         for shard, n_written in write_shards(folder, dtype, new_tokens(), len(shards)):
             shards.append(shard)
             places.append(replace(place, n_tokens=place.n_tokens + n_written))
-            write_record()
+            _write_record(folder, corpus, tokenizer, shards, places)
     manifest = _manifest(corpus, tokenizer, bad_rows.plus(place), dtype, shards)
     write_json(folder / MANIFEST, asdict(manifest))
     (folder / UNFINISHED).unlink(missing_ok=True)
     return Work(place.n_bytes - n_bytes_before, time.perf_counter() - started)
+
+
+def _write_record(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, shards: list[Shard], places: list[Place]
+) -> None:
+    """Write what ``_resumed`` reads."""
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "identity": corpus.identity,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "shards": list(map(asdict, shards)),
+        "places": list(map(asdict, places)),
+    }
+    write_json(folder / UNFINISHED, record)
 
 
 def _manifest(

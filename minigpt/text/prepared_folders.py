@@ -238,7 +238,11 @@ def _require_prepared_for(
                 f"{name} has no effect on {str(folder)!r}, which is already prepared. Leave it "
                 "out, or prepare the text again with it."
             )
-    # It can only be validated on the text that was held out when it was prepared.
+    _require_same_split(data, folder, manifest)
+
+
+def _require_same_split(data: DataConfig, folder: Path, manifest: Manifest) -> None:
+    """Raise ConfigError for validation on another text than was held out when preparing."""
     kind = "tail" if manifest.val_split == "none" else manifest.val_split
     target = {"tail": "its tail", "documents": "some of its documents", "own": "another text"}[kind]
     is_other = bool(data.val) or (data.val_split or kind) != kind
