@@ -134,7 +134,7 @@ def _inputs_and_targets(
     """Return the inputs of some windows, (B, n_inputs), and the targets of their last positions."""
     import torch
 
-    windows = span.marked_windows(starts, n_inputs + 1)
+    windows = span.windows(starts, n_inputs + 1)
     tokens = torch.from_numpy(windows % CONTEXT_ONLY)
     targets = torch.from_numpy(np.where(windows < CONTEXT_ONLY, windows, NO_TARGET))
     return tokens[:, :-1].contiguous(), targets[:, -n_targets:].contiguous()

@@ -131,11 +131,12 @@ class TokenSpan:
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
-        """Gather windows of tokens like ``marked_windows``, but without the mark."""
-        return self.marked_windows(starts, length) % CONTEXT_ONLY
+    def first_ids(self, n_tokens: int) -> list[int]:
+        """Return the ids of the first tokens."""
+        [tokens] = self.windows(np.zeros(1, np.int64), n_tokens)
+        return (tokens % CONTEXT_ONLY).tolist()
 
-    def marked_windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
+    def windows(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:
         """Gather windows of tokens, in which those without a loss have CONTEXT_ONLY added.
 
         Args: starts (B,), counted from the beginning of the span.

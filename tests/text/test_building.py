@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from filelock import FileLock
 
@@ -83,7 +82,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def tokens_of(data: PreparedData) -> list[int]:
     whole = TokenSpan(data.tokens, 0, len(data.tokens), "whole")
-    return whole.windows(np.array([0]), len(whole))[0].tolist()
+    return whole.first_ids(len(whole))
 
 
 def test_tokens_equal_a_plain_loop_for_any_number_of_workers(

@@ -54,7 +54,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Prepare:
 
 def tokens_of(data: PreparedData) -> list[int]:
     whole = TokenSpan(data.tokens, 0, len(data.tokens), "whole")
-    return whole.windows(np.array([0]), len(whole))[0].tolist()
+    return whole.first_ids(len(whole))
 
 
 def files(folder: Path) -> list[str]:
@@ -164,7 +164,7 @@ def test_shakespeare_is_split_as_in_nanogpt(shared: Path, tmp_path: Path) -> Non
     train, val = data.tokens.split(0.1)
     # nanoGPT: data[:int(n * 0.9)] trains, data[int(n * 0.9):] validates.
     border = int(len(text) * 0.9)
-    assert bytes(val.windows(np.array([0]), len(val))[0].tolist()) == text[border:]
+    assert bytes(val.first_ids(len(val))) == text[border:]
     assert bytes(train.windows(np.array([1]), len(train) - 1)[0].tolist()) == text[:border]
 
 

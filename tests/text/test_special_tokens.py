@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
@@ -107,7 +106,7 @@ def test_text_never_encodes_to_special_ids_unless_special_is_set(
 
 def ids(data: PreparedData) -> list[int]:
     whole = TokenSpan(data.tokens, 0, len(data.tokens), "whole")
-    return whole.windows(np.array([0]), len(whole))[0].tolist()
+    return whole.first_ids(len(whole))
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from minigpt.config import DataConfig
@@ -39,7 +38,7 @@ def prepared(*paths: str, **options: object) -> PreparedData:
 def texts_of(data: PreparedData, span: TokenSpan) -> list[str]:
     if not len(span):
         return []
-    ids = span.windows(np.array([0]), len(span))[0].tolist()
+    ids = span.first_ids(len(span))
     return [text for text in data.tokenizer.decode(ids).split("<|endoftext|>") if text]
 
 

@@ -3,7 +3,6 @@
 from dataclasses import fields
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from minigpt.config import DataConfig
@@ -15,7 +14,7 @@ from minigpt.text.tokens import PreparedData, prepare, prepare_in_memory
 
 def all_tokens(data: PreparedData) -> list[int]:
     (span, _) = data.tokens.split(0.0)
-    return span.windows(np.zeros(1, np.int64), len(span))[0].tolist()
+    return span.first_ids(len(span))
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300"])

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import typer
 from rich.text import Text
 
@@ -200,7 +199,7 @@ def _decoding_speeds(
         folders.setdefault(run.variant, latest.folder)
     _, val_tokens = data.tokens.split(base.data.val_fraction)
     n_prompt = min(len(val_tokens), base.model.context_length)
-    prompt = val_tokens.windows(np.zeros(1, np.int64), n_prompt)[0].tolist()
+    prompt = val_tokens.first_ids(n_prompt)
     return decoding_speeds(folders, prompt, resolve_device(base.training.device).type)
 
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 from torch import Tensor
 
@@ -219,7 +218,7 @@ def _text_bytes(data: PreparedData, span: TokenSpan) -> int:
     """
     if data.tokenizer.separator:
         return data.manifest.n_bytes
-    first = span.windows(np.zeros(1, np.int64), 1)[0, 0]
+    [first] = span.first_ids(1)
     return data.manifest.n_bytes - int(data.tokenizer.token_byte_lengths[first])
 
 

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 
 from minigpt.commands.display.progress import FREE_CELLS, LiveLines, ProgressLine
@@ -164,8 +163,7 @@ def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig =
     model.eval()
     # If no token starts a text, start with the first one of the validation or training text.
     span = trainer.val_tokens or trainer.train_tokens
-    first = span.windows(np.zeros(1, np.int64), 1)[0].tolist()
-    prompt = tokenizer.encode_prompt("") or first
+    prompt = tokenizer.encode_prompt("") or span.first_ids(1)
     decoder = Decoder(model, prompt, max_new_tokens=config.max_new_tokens)
     steps = decoder.generate(config, seed=trainer.config.training.seed)
     try:

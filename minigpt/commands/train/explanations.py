@@ -7,8 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from minigpt.checkpoint.folder import Pointer
 from minigpt.checkpoint.resolve import shown_name
 from minigpt.commands.process import command_line
@@ -194,7 +192,7 @@ def _opening_words(trainer: Trainer) -> str:
     tokenizer = trainer.data.tokenizer
     span = trainer.val_tokens if len(trainer.val_tokens) > 1 else trainer.train_tokens
     n_tokens = min(_N_OPENING_TOKENS, len(span) - 1)
-    ids = span.windows(np.zeros(1, np.int64), n_tokens)[0].tolist()
+    ids = span.first_ids(n_tokens)
     text = tokenizer.decode(ids).strip("\ufffd")  # of characters cut by the window
     for special in tokenizer.special_ids:
         text = text.replace(special, "\n")
