@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, BinaryIO
@@ -21,6 +21,7 @@ from minigpt.text.rows import (
     is_table,
     json_lines,
     json_values,
+    no_object,
 )
 from minigpt.text.tokenizer import well_formed
 
@@ -43,31 +44,15 @@ def texts(
         each skipped row, None to refuse such rows.
     Raises: DataError for a refused row, or a file that does not match its format.
     """
-    yield from _texts(_rows(file, kind, name, data), kind, name, data, on_skip)
-
-
-def _texts(
-    rows: Iterator[tuple[int, object]],
-    kind: str,
-    name: str,
-    data: DataConfig,
-    on_skip: Callable[[str], None] | None,
-) -> Iterator[str]:
-    has_objects, has_texts = False, False
+    rows = _rows(file, kind, name, data)
+    has_texts = False
     for number, row in rows:
         try:
-            if isinstance(row, BadRow):
-                raise row
-            if kind == "jsonl" and has_objects and isinstance(row, str):
-                raise _no_object(data.field)
-            has_objects = has_objects or isinstance(row, Mapping)
-            text = _conversation(row) if data.chat else row_text(row, data.field)
+            text = _text(row, data)
         except BadRow as error:
             message = f"{_UNITS[kind]} {number} of {name!r} {error.reason}"
             if on_skip is None:
-                others = _texts(islice(rows, _N_TRIED), kind, name, data, lambda _: None)
-                with suppress(DataError):  # of the rows that follow
-                    has_texts = has_texts or any(others)
+                has_texts = has_texts or _have_texts(islice(rows, _N_TRIED), data)
                 remedies = [error.remedy or ("" if has_texts else _remedy_without_texts(row, data))]
                 remedies += ["Leave such rows out with --skip-bad."] * has_texts
                 raise DataError(f"{message}. {' '.join(filter(None, remedies))}") from None
@@ -75,6 +60,23 @@ def _texts(
         else:
             has_texts = has_texts or bool(text)
             yield text
+
+
+def _text(row: object, data: DataConfig) -> str:
+    """Return the text of a row, or its conversation as JSON. Raises: BadRow if it has none."""
+    if isinstance(row, BadRow):
+        raise row
+    return _conversation(row) if data.chat else row_text(row, data.field)
+
+
+def _have_texts(rows: Iterable[tuple[int, object]], data: DataConfig) -> bool:
+    """Return whether one of these rows has text."""
+    with suppress(DataError):  # the rest of the file cannot be read
+        for _, row in rows:
+            with suppress(BadRow):
+                if _text(row, data):
+                    return True
+    return False
 
 
 def _remedy_without_texts(row: object, data: DataConfig) -> str:
@@ -90,10 +92,6 @@ def _remedy_without_texts(row: object, data: DataConfig) -> str:
     return f"Write each row as {json.dumps({data.field: '...'})}."
 
 
-def _no_object(field: str) -> BadRow:
-    return BadRow(f'is not an object with a "{field}" string')
-
-
 def row_text(row: object, field: str) -> str:
     """Return the text of a row.
 
@@ -102,7 +100,7 @@ def row_text(row: object, field: str) -> str:
     if isinstance(row, str):
         return well_formed(row)
     if not isinstance(row, Mapping):
-        raise _no_object(field)
+        raise no_object(field)
     text = _value(row, field)
     if isinstance(text, bytes):  # some programs write Parquet texts as bytes
         with suppress(UnicodeDecodeError):

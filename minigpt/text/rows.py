@@ -86,11 +86,19 @@ DECODER = json.JSONDecoder(parse_int=_integer)
 """Decodes any JSON; integers of thousands of digits become floats."""
 
 
+def no_object(field: str) -> BadRow:
+    """Return the error for a row of JSON that is neither an object nor a text."""
+    return BadRow(f'is not an object with a "{field}" string')
+
+
 def json_lines(stream: TextIO, name: str, data: DataConfig) -> Iterator[tuple[int, object]]:
-    number = 1
+    """Yield the rows of a JSONL file; after an object, a bare string is not a row."""
+    number, has_objects = 1, False
     while line := read_line(stream, number, name):
         if not line.isspace():
-            yield number, _json_line(line.removeprefix("\ufeff"), data)
+            row = _json_line(line.removeprefix("\ufeff"), data)
+            has_objects = has_objects or isinstance(row, dict)
+            yield number, no_object(data.field) if has_objects and isinstance(row, str) else row
         number += 1
 
 
