@@ -16,9 +16,15 @@ _MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_ICONV_NAMES = {"cp1252": "WINDOWS-1252", "latin-1": "LATIN1"} | {
-    name: name[:6].upper() + name[6:].replace("-", "").upper()
-    for name in ("utf-16", "utf-32", *_WIDE)
+_ICONV_NAMES = {
+    "cp1252": "WINDOWS-1252",
+    "latin-1": "LATIN1",
+    "utf-16": "UTF-16",
+    "utf-16-le": "UTF-16LE",
+    "utf-16-be": "UTF-16BE",
+    "utf-32": "UTF-32",
+    "utf-32-le": "UTF-32LE",
+    "utf-32-be": "UTF-32BE",
 }
 _EASTERN = ("gb18030", "big5", "shift_jis", "euc_jp", "euc_kr")
 # Bytes that cp1252 does not define, or its punctuation inside a word.

@@ -239,7 +239,8 @@ def _is_run_or_model(names: set[str]) -> bool:
 
 
 def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[FoundFile]:
-    found, fieldless = [], ""
+    found: list[FoundFile] = []
+    fieldless: list[FoundFile] = []
     entries = [entry for _, entries in _folders(str(folder), left_out) for entry in entries]
     for entry in sorted(entries, key=lambda entry: Path(entry.path)):
         path, is_file = Path(entry.path), os.path.isfile(entry.path)
@@ -255,7 +256,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
             file = _recognized(path, str(path), data)
             if not _has_text_field(file, data):
                 left_out[f'{suffix} without "{data.field}"'] += 1
-                fieldless = fieldless or str(path)
+                fieldless.append(file)
             else:
                 found.append(file)
     if found:
@@ -266,7 +267,7 @@ def _files_in(folder: Path, data: DataConfig, left_out: Counter[str]) -> list[Fo
             "--from fine-tunes a model, and --resume continues a run."
         )
     if fieldless:  # reading it raises an error that names its fields
-        return [_recognized(Path(fieldless), fieldless, data)]
+        return fieldless[:1]
     there = f" ({_counted(left_out)})" if left_out.total() else ""
     raise DataError(
         f"the folder {str(folder)!r} has no {', '.join((*TEXT_SUFFIXES, *FORMATS))} files{there}. "
