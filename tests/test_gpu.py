@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from laid_out import in_int8
 from pretend_cuda_models import SHAPES, make
 from test_pretend_cuda import SAMPLING
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.api import trace
@@ -51,8 +51,7 @@ def test_generated_tokens_equal_those_of_the_cpu(name: str, options: str) -> Non
 def test_tokens_of_the_compiled_graph_equal_those_of_the_cpu(name: str, way: str) -> None:
     models = [model_on(device, name) for device in ("cpu", "cuda")]
     if way == "int8":
-        for model in models:
-            quantize_int8(model)
+        models = [in_int8(model) for model in models]
     expected = tokens_of(models[0], {"temperature": 0.0})
     assert tokens_of(models[1], {"temperature": 0.0}) == expected
     assert tokens_of(models[1], {"temperature": 0.0}, compiles=True) == expected

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from knocking_out import knock_out
+from laid_out import in_int8
 from pretend_cuda import CUDA, PretendCuda
 from pretend_cuda_models import BASE, SHAPES, make
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,7 +16,7 @@ from minigpt.errors import ConfigError, MinigptWarning
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import compiled
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.quantize import quantize_int8, to_int8
+from minigpt.generation.fast.quantize import to_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis.recorder import MeasureRecorder
@@ -63,7 +64,7 @@ def test_a_decoded_token_waits_for_the_device_once(name: str, options: str, n_ro
             model = make("llama" if name == "int8" else name).to(device).eval()
             model.requires_grad_(False)
             if name == "int8":
-                quantize_int8(model)
+                model = in_int8(model)
             decoder = Decoder(model, [5, 6, 7], max_new_tokens=6, n_rows=n_rows)
             found[device], syncs, copies, _ = decode(decoder, config, seen, n_rows)
     assert found["cuda"] == found["cpu"]
@@ -89,7 +90,7 @@ def test_a_decoded_token_launches_few_kernels(name: str) -> None:
     with PretendCuda() as seen:
         model = make("llama" if name == "int8" else name).to("cuda").eval().requires_grad_(False)
         if name == "int8":
-            quantize_int8(model)
+            model = in_int8(model)
         decoder = Decoder(model, [5, 6, 7], max_new_tokens=9)
         *_, launches = decode(decoder, config, seen)
     assert sum(launches.values()) <= 2 * per_layer + others, launches
@@ -99,7 +100,7 @@ def test_int8_weights_are_not_dequantized_for_each_token() -> None:
     config = SamplingConfig(max_new_tokens=9, temperature=0.0)
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)
-        quantize_int8(model)
+        model = in_int8(model)
         decoder = Decoder(model, [5, 6, 7], max_new_tokens=9)
         *_, launches = decode(decoder, config, seen)
     products = {what: n for what, n in launches.items() if "fast/quantize.py" in what}
@@ -114,7 +115,8 @@ def test_int8_products_accept_noncontiguous_rows() -> None:
     with PretendCuda():
         results = []
         for device in ("cpu", "cuda"):
-            linear = to_int8(x[0].repeat(2, 1).to(device), None)
+            weight = x[0].repeat(2, 1).to(device)
+            linear = to_int8(weight, device=weight.device, dtype=weight.dtype)
             results.append(linear(x.to(device)[:, -1:]).cpu())
     torch.testing.assert_close(*results)
 
@@ -169,7 +171,7 @@ def test_the_query_key_and_value_products_have_equal_sizes(n_head: int, way: str
             model.init_weights(torch.Generator().manual_seed(0))
             model = model.to(device).eval().requires_grad_(False)
             if way == "int8":
-                quantize_int8(model)
+                model = in_int8(model)
             caches = [torch.zeros(1, 4, 32, 8, device=device) for _ in range(4)]
             tokens = torch.full((1,), 5, device=device)
             position, view = torch.zeros_like(tokens), torch.empty(16, device=device)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from family_configs import CONFIGS
 from knocking_out import knock_out
+from laid_out import in_int8
 from small_models import randomized
 
 from minigpt.checkpoint.families import model_config_from_hf
@@ -15,7 +16,6 @@ from minigpt.checkpoint.model_folder import read_model, write_model
 from minigpt.config import ModelConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import supports
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.attention import AttentionPass
 from minigpt.model.cache import KVCache
 from minigpt.model.cost import parameter_count, training_flops_per_token
@@ -182,7 +182,7 @@ def test_int8_weights_give_nearly_the_same_logits(model: LanguageModel) -> None:
     for parameter in model.parameters():
         parameter.mul_(0.3)
     before = model(TOKENS)
-    quantize_int8(model)
+    model = in_int8(model)
     after = model(TOKENS)
     assert 0 < (after - before).abs().max() < 0.1 * before.abs().max()
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from calls import Run, error_line
+from laid_out import in_int8
 from small_models import small_model
 
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.roles import head_effects, head_logits, head_roles
 
@@ -41,7 +41,7 @@ def test_json_has_the_scores_tag_and_cost_of_each_head(
     facts, ablated = found(run, *words), found(run, *words, "--ablate")
     model = read_model(folder).model
     if quantize:
-        quantize_int8(model)
+        model = in_int8(model)
     assert (facts["model"], facts["seed"], facts["n_repeated"]) == (str(folder), 3, 32)
     roles, effects = head_roles(model, seed=3), head_effects(model, seed=3)
     logits = head_logits(model, seed=3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from bfloat16_weights import use_float32_activations
+from laid_out import laid_out
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.errors import ConfigError
@@ -18,13 +18,10 @@ from minigpt.generation.fast import (
     background,
     compiled,
     compiled_matches_eager,
-    compiles_by_default,
     is_compiled,
-    prepare_for_decoding,
 )
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.packages import failure_path, lock_path
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.places import CACHE_VARIABLE
 
@@ -57,15 +54,13 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return words
 
 
-def model_of(kind: str, layout: str = "llama", **changes: Any) -> GPT:
-    model = small_model(layout, **changes).requires_grad_(False)
-    if kind == "int8":
-        quantize_int8(model)
-    elif kind == "bfloat16":
-        model.bfloat16()
-    elif kind == "bfloat16-weights":
-        use_float32_activations(model.bfloat16())
-    return model
+def model_of(kind: str, layout: str = "llama", *, joins: bool = False, **changes: Any) -> GPT:
+    options = {"quantizes": kind == "int8", "joins": joins}
+    if "bfloat16" in kind:
+        options["dtype"] = torch.bfloat16
+    if kind == "bfloat16":
+        options["activations"] = torch.bfloat16
+    return laid_out(small_model(layout, **changes), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,9 +68,8 @@ def model_of(kind: str, layout: str = "llama", **changes: Any) -> GPT:
 def test_a_graph_compiled_in_the_background_is_used_at_the_next_start(
     layout: str, kind: str, fake_compiler: list[Path], started: list[list[str]]
 ) -> None:
-    eager = model_of(kind, layout)
-    assert not compiles_by_default(eager, 1)
-    prepare_for_decoding(eager)
+    eager = model_of(kind, layout, joins=True)
+    assert not is_compiled(model_of(kind, layout), None)
     assert background.start(eager)
     [[_, _, module, work]] = started
     assert module == background.__name__
@@ -83,20 +77,19 @@ def test_a_graph_compiled_in_the_background_is_used_at_the_next_start(
     background.compile_described(json.loads(work))
     assert len(fake_compiler) == 1
     again = model_of(kind, layout)
-    assert compiles_by_default(again, 1)
     assert is_compiled(again, None)
     assert not is_compiled(again, False)
     assert not is_compiled(again, None, n_rows=2)  # would need another graph
     assert not background.start(again)
     assert len(started) == 1
-    assert not compiles_by_default(model_of(kind, layout, n_layer=1), 1)
+    assert not is_compiled(model_of(kind, layout, n_layer=1), None)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "bfloat16-weights"])
 def test_bfloat16_models_are_never_compiled_by_default(kind: str, started: list[list[str]]) -> None:
     model = model_of(kind)
     assert not background.start(model)
-    assert not compiles_by_default(model, 1)
+    assert not is_compiled(model, None)
     assert started == []
 
 
@@ -105,9 +98,8 @@ def test_bfloat16_models_are_never_compiled_by_default(kind: str, started: list[
 def test_a_graph_replaces_an_eager_step_only_if_both_round_like_float32(
     layout: str, kind: str
 ) -> None:
-    model, tokens = model_of(kind, layout), random_tokens(1, 12)
+    model, tokens = model_of(kind, layout, joins=True), random_tokens(1, 12)
     exact = model_of(kind, layout).float() if kind == "bfloat16" else model_of(kind, layout)
-    prepare_for_decoding(model)
     eager = EagerForward(model, capacity=12)
     eager.feed(tokens[:, :4])
     steps = torch.cat([eager.feed(tokens[:, i : i + 1]).clone() for i in range(4, 12)])

@@ -11,18 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from bfloat16_weights import use_float32_activations
+from laid_out import in_bfloat16, in_int8
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast import compiled, prepare_for_decoding
+from minigpt.generation.fast import compiled
 from minigpt.generation.fast.compiled import CompiledForward
 from minigpt.generation.fast.decode_step import Shown
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.places import CACHE_VARIABLE
 from minigpt.tracing.analysis.recorder import MeasureRecorder
@@ -94,11 +93,8 @@ def test_logits_equal_a_full_float32_forward_at_every_position(
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
 @pytest.mark.parametrize("layout", ["gpt2", "llama-grouped"])
 def test_the_graph_uses_the_quantized_weights_of_a_model(layout: str, kind: str) -> None:
-    model = small_model(layout)
-    if kind == "int8":
-        quantize_int8(model)
-    else:
-        use_float32_activations(model.bfloat16())
+    quantized = {"int8": in_int8, "bfloat16": in_bfloat16}[kind]
+    model = quantized(small_model(layout))
     tokens = random_tokens(1, 12)
     forward = CompiledForward(model, capacity=24)
     forward.feed(tokens[:, :3])
@@ -327,17 +323,6 @@ def test_greedy_tokens_equal_gpt_forward_and_the_graph_is_compiled_once(
     assert len(context) == 24
     monkeypatch.delattr(compiled, "_compile")
     assert tokens() == context[5:]
-
-
-def test_a_transposed_weight_is_made_contiguous_for_the_graph() -> None:
-    model = small_model("gpt2")
-    up = model.get_submodule("blocks.1.mlp.up")
-    assert isinstance(up, torch.nn.Linear)
-    before = up.weight.clone()
-    up.weight.data = up.weight.data.t().contiguous().t()
-    prepare_for_decoding(model, compiles=True)
-    assert up.weight.is_contiguous()
-    assert torch.equal(up.weight, before)
 
 
 class Loader:

@@ -2,23 +2,21 @@
 
 import copy
 import warnings
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from bfloat16_weights import use_float32_activations
 from kept_attention import KeptAttention
+from laid_out import in_bfloat16, in_int8, laid_out
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor, nn
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast import prepare_for_decoding, products, supports
+from minigpt.generation.fast import products, supports
 from minigpt.generation.fast.eager import EagerForward
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.generation.forward import PlainForward, make_forward
 from minigpt.model.gpt import GPT
 
@@ -51,9 +49,9 @@ def pair(kind: str, shape: str = "qwen3") -> tuple[GPT, GPT]:
         model = model.to(torch.bfloat16)
     plain = copy.deepcopy(model).float()
     if "widened" in kind:
-        use_float32_activations(model)
+        model = in_bfloat16(model)
     if "int8" in kind:
-        quantize_int8(model)
+        model = in_int8(model)
         copy_rounded_weights(model, plain)
     return model, plain
 
@@ -173,18 +171,13 @@ def storage_bytes(model: GPT) -> int:
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2"])
-def test_preparing_for_decoding_keeps_one_copy_of_each_weight_and_its_values(
+def test_laying_out_weights_for_decoding_keeps_one_copy_of_each_weight_and_its_values(
     shape: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: False)
     model, plain = pair("float32", shape)
     before, values = storage_bytes(model), copy.deepcopy(model.state_dict())
-    prepare_for_decoding(model)
-    storage_layout = {name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()}
-    prepare_for_decoding(model)
-    assert storage_layout == {
-        name: (p.data_ptr(), p.stride()) for name, p in model.named_parameters()
-    }
+    model = laid_out(model, joins=True)
     assert storage_bytes(model) == before
     for name, value in model.state_dict().items():
         assert torch.equal(value, values[name])
@@ -198,7 +191,7 @@ def test_preparing_for_decoding_keeps_one_copy_of_each_weight_and_its_values(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2", "qwen3"])
-def test_a_prepared_model_is_not_repacked_and_keeps_no_second_copy(
+def test_a_model_laid_out_for_decoding_is_not_repacked_and_keeps_no_second_copy(
     shape: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: True)
@@ -207,9 +200,8 @@ def test_a_prepared_model_is_not_repacked_and_keeps_no_second_copy(
     layout, changes = SHAPES[shape]
     model = small_model(layout, **changes).to(dtype)
     plain, tokens = copy.deepcopy(model), random_tokens(1, 9)
-    linears = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
-    prepare_for_decoding(model)
-    assert not any(weight() is not None for weight in linears)
+    model = laid_out(model, joins=True)
+    assert not any(isinstance(module, nn.Linear) for module in model.modules())
     monkeypatch.setattr(products, "MatvecTable", None)  # packing again would fail
     fused = EagerForward(model, capacity=24)
     for part in tokens.split([6, 1, 1, 1], dim=1):

@@ -1,15 +1,13 @@
 """Weights in int8 or bfloat16: their values, memory and accuracy, and unsupported models."""
 
-import copy
 import math
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bfloat16_weights import use_float32_activations
+from laid_out import in_bfloat16, in_int8, laid_out
 from live_bytes import LiveBytes
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import nn
@@ -19,11 +17,10 @@ from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.evaluation import evaluate
 from minigpt.generation import api, loading
-from minigpt.generation.fast import prepare_for_decoding, quantize
+from minigpt.generation.fast import quantize
 from minigpt.generation.fast.quantize import (
     WeightOnlyEmbedding,
     WeightOnlyLinear,
-    quantize_int8,
 )
 from minigpt.model.gpt import GPT
 
@@ -35,7 +32,7 @@ def test_int8_weights_are_rounded_to_the_nearest_of_255_steps_per_output(
 ) -> None:
     model = small_model(layout).to(dtype)
     before = {name: module for name, module in model.named_modules() if hasattr(module, "weight")}
-    quantize_int8(model)
+    model = in_int8(model)
     linears = dict(model.named_modules())
     assert not any(
         isinstance(module, (nn.Linear, nn.Embedding)) and name != "positions"
@@ -63,7 +60,8 @@ def test_an_int8_layer_equals_a_linear_layer_with_the_rounded_weight(n_outputs: 
     linear = nn.Linear(40, n_outputs)
     weight = torch.randint(-127, 128, (n_outputs, 40), dtype=torch.int8)
     scale = torch.rand(n_outputs) / 100
-    layer = WeightOnlyLinear(weight, linear.bias, scale)
+    layer = WeightOnlyLinear(weight, scale)
+    layer.bias = linear.bias
     linear.weight.copy_(weight.float() * scale[:, None])
     x = torch.randn(3, 5, 40)
     torch.testing.assert_close(layer(x), linear(x))
@@ -72,9 +70,10 @@ def test_an_int8_layer_equals_a_linear_layer_with_the_rounded_weight(n_outputs: 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_float32_activations_use_the_bfloat16_weights(layout: str) -> None:
-    model = small_model(layout).bfloat16()
-    plain = copy.deepcopy(model).float()
-    use_float32_activations(model)
+    plain = small_model(layout)
+    for parameter in plain.parameters():
+        parameter.copy_(parameter.bfloat16())
+    model = in_bfloat16(plain)
     assert model.dtype == torch.float32
     assert isinstance(model.embedding, WeightOnlyEmbedding)
     assert model.embedding.weight.dtype == torch.bfloat16
@@ -82,13 +81,10 @@ def test_float32_activations_use_the_bfloat16_weights(layout: str) -> None:
     torch.testing.assert_close(model(tokens), plain(tokens), rtol=1e-4, atol=1e-4)
 
 
-def quantized(kind: str, layout: str, **changes: Any) -> GPT:
-    model = small_model(layout, **changes)
-    if kind == "int8":
-        quantize_int8(model)
-    else:
-        use_float32_activations(model.bfloat16())
-    return model
+QUANTIZATIONS: dict[str, dict[str, Any]] = {
+    "int8": {"quantizes": True},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
 
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])
@@ -97,9 +93,9 @@ def quantized(kind: str, layout: str, **changes: Any) -> GPT:
 def test_moving_quantized_weights_into_tables_keeps_logits_and_weights(
     layout: str, kind: str
 ) -> None:
-    model = quantized(kind, layout)
-    before = copy.deepcopy(model)
-    prepare_for_decoding(model)
+    options = {"activations": torch.float32} | QUANTIZATIONS[kind]
+    before = laid_out(small_model(layout), **options)
+    model = laid_out(small_model(layout), **options, joins=True)
     tokens = random_tokens(2, 20)
     torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
     one = tokens[:, :1]  # short enough to use the tables, which round to their dtype
@@ -130,11 +126,10 @@ def test_quantized_weights_take_a_fraction_of_float32_memory(
     layout: str, kind: str, share: float
 ) -> None:
     shape = {"d_model": 256, "vocab_size": 512, "context_length": 8}
-    before = n_bytes(small_model(layout, **shape))
-    model = quantized(kind, layout, **shape)
-    assert n_bytes(model) < (share + 0.03) * before
-    prepare_for_decoding(model)
-    assert n_bytes(model) < (share + 0.07) * before  # int8 tables need 8 more bytes per row
+    plain, options = small_model(layout, **shape), QUANTIZATIONS[kind]
+    assert n_bytes(laid_out(plain, **options)) < (share + 0.03) * n_bytes(plain)
+    tables = laid_out(plain, **options, joins=True)
+    assert n_bytes(tables) < (share + 0.07) * n_bytes(plain)  # 8 more bytes per row of int8
 
 
 @pytest.mark.parametrize("has_instructions", [False, True])
@@ -160,8 +155,7 @@ def test_int8_loses_less_than_half_a_percent_on_a_published_model(shared: Path) 
     lengths = np.ones(loaded.model.config.vocab_size)
     batches = [(tokens[:, :-1], tokens[:, 1:])]
     before = evaluate(loaded.model, batches, lengths).nats
-    quantize_int8(loaded.model)
-    after = evaluate(loaded.model, batches, lengths).nats
+    after = evaluate(in_int8(loaded.model), batches, lengths).nats
     assert before / tokens.numel() < 1.5  # the model was trained on such stories
     assert after != before
     assert abs(after - before) < 0.005 * before
@@ -189,17 +183,17 @@ def test_loading_and_evaluating_in_int8_peaks_below_float32(
 
 def test_int8_raises_on_devices_without_int8_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "device", torch.device("mps"))
-    model = small_model()
     with pytest.raises(ConfigError, match="int8 is not available on mps"):
-        quantize_int8(model)
+        in_int8(small_model())
 
 
 def test_quantizing_a_large_weight_in_parts_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     weight = torch.randn(1000, 12_000).t()  # not contiguous, as GPT-2 stores its weights
     with LiveBytes() as live:
-        layer = quantize.to_int8(weight, None, dtype=torch.bfloat16)
-    at_once = quantize.to_int8(weight.bfloat16().contiguous(), None)
+        layer = quantize.to_int8(weight, device=weight.device, dtype=torch.bfloat16)
+    rounded = weight.bfloat16().contiguous()
+    at_once = quantize.to_int8(rounded, device=weight.device, dtype=torch.bfloat16)
     assert torch.equal(layer.weight, at_once.weight)
     assert layer.scale is not None
     assert at_once.scale is not None
@@ -208,20 +202,3 @@ def test_quantizing_a_large_weight_in_parts_gives_the_same_bits() -> None:
     assert (
         live.peak - weight.nbytes < 2 * layer.weight.nbytes
     )  # no float32 copy of the whole weight
-
-
-def test_quantizing_releases_each_block_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_model(n_layer=4)
-    weights = [weakref.ref(m.weight) for m in model.modules() if isinstance(m, nn.Linear)]
-    alive: list[int] = []
-    convert = quantize.to_int8
-
-    def counting(weight: torch.Tensor, bias: torch.Tensor | None) -> quantize.WeightOnlyLinear:
-        alive.append(sum(ref() is not None for ref in weights))
-        return convert(weight, bias)
-
-    monkeypatch.setattr(quantize, "to_int8", counting)
-    quantize.quantize_int8(model)
-    # At most the layers of one block are still referenced.
-    assert all(n <= len(weights) - max(i - 5, 0) for i, n in enumerate(alive))
-    assert alive[-1] < len(weights) / 4, alive

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from kept_attention import KeptAttention
+from laid_out import in_int8
 from small_models import random_tokens, randomized
 from torch import Tensor
 
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache, cache_bytes_per_token
 from minigpt.model.cost import parameter_count, training_flops_per_token
 from minigpt.model.language_model import LanguageModel, model_class
@@ -239,4 +239,4 @@ def test_settings_that_an_lstm_does_not_support_raise(
 
 def test_quantizing_an_lstm_raises() -> None:
     with pytest.raises(ConfigError, match="quantize int8 needs arch gpt"):
-        quantize_int8(model_of("lstm"))
+        in_int8(model_of("lstm"))

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from laid_out import in_int8
 from small_models import small_model
 
 from minigpt.config import SamplingConfig
 from minigpt.generation import fast
 from minigpt.generation.fast import compiled
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.intervention_config import InterventionConfig
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis_config import AnalysisConfig
@@ -47,7 +47,7 @@ def traced(
 ) -> Trace:
     model = small_model(layout, vocab_size=257)
     if kind == "int8":
-        quantize_int8(model)
+        model = in_int8(model)
     changed: Any = model
     if changes:
         changed, _ = intervene(

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from laid_out import in_int8
 from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import ModelConfig
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.variants.lstm import LSTM
@@ -100,7 +100,7 @@ def test_integration_steps_in_batches_equal_one_batch(monkeypatch: pytest.Monkey
 
 def test_quantized_models_have_the_gradients_of_their_dequantized_weights() -> None:
     model, plain, tokens = small_model("llama"), small_model("llama"), random_tokens(1, 6)
-    quantize_int8(model)
+    model = in_int8(model)
     with torch.no_grad():
         quantized = dict(model.named_modules())
         for name, layer in plain.named_modules():

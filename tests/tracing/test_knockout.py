@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from knocking_out import knock_out, last_query_without
+from laid_out import in_int8
 from small_models import LAYOUTS, any_model, random_tokens, small_model
 from torch import Tensor
 
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis import knockout
@@ -66,7 +66,7 @@ def test_knockout_effects_equal_a_full_forward_without_the_source(
 def test_int8_and_bfloat16_models_agree_within_rounding(kind: Knockout) -> None:
     tokens = random_tokens(1, 11)
     int8, half = small_model("llama-grouped"), small_model("llama-grouped").bfloat16()
-    quantize_int8(int8)
+    int8 = in_int8(int8)
     for model, tolerance in ((int8, 2e-4), (half, 0.3)):
         expected = expected_changes(model, tokens, kind)
         changes = knock_out(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from knocking_out import check_cause, last_query_without
+from laid_out import in_int8
 from small_models import small_model
 from small_traces import small_trace
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.fast import compiled
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis.knockout import choose_controls
@@ -54,7 +54,7 @@ def test_knockouts_change_no_token_and_no_bit_of_the_trace(
         if decoding == "bfloat16":
             model.bfloat16()
         elif decoding == "int8":
-            quantize_int8(model)
+            model = in_int8(model)
         return steps_of(
             model,
             list(b"to be or"),

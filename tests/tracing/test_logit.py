@@ -7,6 +7,7 @@ import pytest
 import torch
 from copying import CONTEXT, copying_model, doubled
 from kept_attention import KeptAttention
+from laid_out import in_int8
 from small_models import FAMILIES, LAYOUTS, any_model, random_tokens, small_model
 from small_traces import small_trace
 from torch import Tensor
@@ -16,7 +17,6 @@ from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.model.variants.lstm import LSTM
@@ -146,7 +146,7 @@ def test_attribution_in_decode_steps_equals_a_full_forward(layout: str) -> None:
 def test_int8_weights_are_attributed_with_their_dequantized_values() -> None:
     for layout in ("gpt2-tied", "llama"):
         model, tokens = small_model(layout), random_tokens(1, 9)
-        quantize_int8(model)
+        model = in_int8(model)
         measured = logit_of(model, tokens, 5)
         torch.testing.assert_close(measured.whole, model(tokens)[0, -1, 5], rtol=0, atol=1e-3)
         assert abs(float(measured.parts["rounding"])) < 1e-3

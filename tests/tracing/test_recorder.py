@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from kept_attention import KeptAttention, full_weights
+from laid_out import in_int8
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder, Step
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis.recorder import MeasureRecorder
@@ -222,7 +222,7 @@ def test_head_output_vectors_sum_to_the_attention_output() -> None:
 @torch.no_grad()
 def test_norms_of_int8_weights_use_dequantized_values() -> None:
     model = small_model("gpt2")
-    quantize_int8(model)
+    model = in_int8(model)
     recorder = MeasureRecorder(model, measures=("norm",))
     tokens = random_tokens(1, 9)
     model(tokens, recorder=recorder)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from copying import CONTEXT, INDUCTION, PREVIOUS, copying_model, doubled
 from kept_attention import full_weights
+from laid_out import in_int8
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor
 
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.fast.quantize import quantize_int8
 from minigpt.model.gpt import GPT
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
 from minigpt.tracing.analysis.roles import (
@@ -159,7 +159,7 @@ def test_int8_and_bfloat16_models_have_nearly_the_same_scores() -> None:
     for way in ("int8", "bfloat16"):
         model = small_model()
         if way == "int8":
-            quantize_int8(model)
+            model = in_int8(model)
         else:
             model.bfloat16()
         assert np.isfinite(head_effects(model)).all()

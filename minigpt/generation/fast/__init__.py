@@ -10,14 +10,8 @@ from torch import nn
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
 from minigpt.generation.fast.compiled import CompiledForward, is_cached
 from minigpt.generation.fast.eager import EagerForward
-from minigpt.generation.fast.idle import allow_idle_steps
-from minigpt.generation.fast.products import join_weights, max_table_rows
-from minigpt.generation.fast.prompts import PromptLinear, use_prompt_linears
-from minigpt.generation.fast.quantize import (
-    WeightOnlyEmbedding,
-    WeightOnlyLinear,
-    use_weight_only_layers,
-)
+from minigpt.generation.fast.prompts import PromptLinear
+from minigpt.generation.fast.quantize import WeightOnlyEmbedding, WeightOnlyLinear
 from minigpt.generation.forward import PlainForward
 from minigpt.model.attention import Attention, Recorder
 from minigpt.model.gpt import GPT, Block
@@ -69,12 +63,16 @@ def _has_own_modules(model: GPT) -> bool:
     return layers == list(range(model.config.n_layer))
 
 
-def compiles_by_default(model: LanguageModel, n_rows: int) -> bool:
-    """Return whether to decode with a compiled graph by default.
+def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) -> bool:
+    """Return whether to decode with a compiled graph.
 
-    On CUDA, if the model is supported; on a CPU, for one row, if its graph is in the cache and
-    computes the same as the eager step up to float32 rounding.
+    Args: compiles, whether the user requests it. None for the default: on CUDA, if the model is
+        supported; on a CPU, for one row, if its graph is in the cache and computes the same as the
+        eager step up to float32 rounding. If compiling then fails, ``make_forward`` warns and
+        decodes without it.
     """
+    if compiles is not None:
+        return compiles
     if model.device.type == "cuda":
         return supports(model, compiles=True)
     return n_rows == 1 and compiled_matches_eager(model) and is_cached(model)
@@ -99,27 +97,6 @@ def stored_dtype(model: LanguageModel) -> torch.dtype:
     return model.dtype
 
 
-@torch.no_grad()
-def prepare_for_decoding(model: LanguageModel, *, compiles: bool = False) -> None:
-    """Lay out the weights in memory as the decode step reads them, without changing any value.
-
-    For a model that was not prepared, a step copies the weights that it needs in another layout.
-    The model must not be trained afterwards.
-    """
-    if not supports(model, compiles=compiles):
-        return
-    if compiles:
-        for weight in model.parameters():
-            weight.data = weight.data.contiguous()
-        use_prompt_linears(model)
-    else:
-        if max_table_rows(model.dtype) and not isinstance(model.embedding, WeightOnlyEmbedding):
-            use_weight_only_layers(model)
-        for layers in joined_layers(model):
-            join_weights(layers)
-    allow_idle_steps(model)
-
-
 def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
     """Yield the layers of each matrix product of a decode step: those that share an input."""
     # The largest first, while there is still memory for a second copy of it.
@@ -132,15 +109,6 @@ def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
         yield [attention.output]
         yield up
         yield [mlp.down]
-
-
-def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) -> bool:
-    """Return whether to decode with a compiled graph.
-
-    Args: compiles, whether the user requests it; None for ``compiles_by_default``. If compiling
-        then fails, ``make_forward`` warns and decodes without it.
-    """
-    return compiles_by_default(model, n_rows) if compiles is None else compiles
 
 
 def make_forward(

@@ -80,27 +80,24 @@ def make_product(layers: Sequence[nn.Module], *, copies: bool = True) -> Product
     return MatrixProduct(weight_IO, bias_O)
 
 
-def join_weights(layers: Sequence[nn.Module]) -> None:
-    """Lay out the weights of these layers as ``make_product`` reads them, to avoid a copy there.
+def join_weights(weights: Sequence[Tensor | WeightOnlyLinear]) -> None:
+    """Lay out weights of the same input as ``make_product`` reads them, to avoid a copy there.
 
-    The weights become views of one tensor; their values do not change.
+    Layers move into one table; tensors become views of one. Their values do not change.
     """
-    quantized = [layer for layer in layers if isinstance(layer, WeightOnlyLinear)]
-    if quantized:
-        if quantized[0].table is None and has_matvec_kernels(quantized[0].weight.device):
-            table, start = MatvecTable(*[layer.weight for layer in quantized]), 0
-            for layer in quantized:
-                layer.move_into(table, start)
-                start += layer.out_features
+    layers = [weight for weight in weights if isinstance(weight, WeightOnlyLinear)]
+    if layers:
+        table, start = MatvecTable(*[layer.weight for layer in layers]), 0
+        for layer in layers:
+            layer.move_into(table, start)
+            start += layer.out_features
         return
-    weights = _weights(layers)
-    if max_table_rows(weights[0].dtype) or _transposed_view(weights) is not None:
-        return
-    sizes = [len(weight) for weight in weights]
-    joined_IO = weights[0].new_empty(weights[0].shape[1], sum(sizes))
-    for weight, part in zip(weights, joined_IO.split(sizes, dim=1), strict=True):
-        part.copy_(weight.detach().t())
-        weight.data = part.t()
+    tensors = [weight for weight in weights if isinstance(weight, Tensor)]
+    sizes = [len(tensor) for tensor in tensors]
+    joined_IO = tensors[0].new_empty(tensors[0].shape[1], sum(sizes))
+    for tensor, part in zip(tensors, joined_IO.split(sizes, dim=1), strict=True):
+        part.copy_(tensor.t())
+        tensor.data = part.t()  # releases its memory before the next is copied
 
 
 def _weights(layers: Sequence[nn.Module]) -> list[Tensor]:

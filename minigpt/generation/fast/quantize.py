@@ -6,9 +6,6 @@ half. Activations are not quantized (LLM.int8 and others quantize both, and lose
 Shapes: I inputs, O outputs, V vocabulary.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +27,6 @@ class WeightOnlyLinear(nn.Module):
     def __init__(
         self,
         weight: Tensor,
-        bias: Tensor | None = None,
         scale: Tensor | None = None,
         *,
         dtype: torch.dtype = torch.float32,
@@ -42,7 +38,7 @@ class WeightOnlyLinear(nn.Module):
         self.scale: Tensor | None
         self.register_buffer("_weight", weight.detach())
         self.register_buffer("scale", scale)
-        self.bias = bias
+        self.bias: Tensor | None = None
         self.dtype = dtype
         self.table: MatvecTable | None = None
         """Table that contains the weight after ``move_into``."""
@@ -134,18 +130,6 @@ class WeightOnlyEmbedding(nn.Module):
         return self.linear.rows(tokens)
 
 
-@torch.no_grad()
-def quantize_int8(model: LanguageModel) -> None:
-    """Quantize the weights of all linear layers and the embedding to int8, in-place.
-
-    Each output has a scale, by which its largest weight is 127 or -127. Norms, biases and learned
-    positions stay as they are. The model can decode and be evaluated, but not be trained or saved.
-    Raises: ConfigError for a device without int8 products, or for an LSTM.
-    """
-    require_int8(model.config, model.device)
-    _replace_layers(model, to_int8)
-
-
 def require_int8(config: ModelConfig, device: torch.device) -> None:
     """Raise ConfigError for a device without int8 products, or for an LSTM."""
     if config.arch != "gpt":
@@ -159,23 +143,6 @@ def require_int8(config: ModelConfig, device: torch.device) -> None:
         )
 
 
-@torch.no_grad()
-def use_weight_only_layers(model: LanguageModel) -> None:
-    """Replace all linear layers and the embedding by WeightOnly ones with the same weights."""
-    _replace_layers(model, partial(WeightOnlyLinear, dtype=model.dtype))
-
-
-def _replace_layers(
-    model: LanguageModel, quantize: Callable[[Tensor, Tensor | None], WeightOnlyLinear]
-) -> None:
-    # No reference is kept to a replaced layer: the weights of a block are released before the next.
-    for module in [module for module in model.modules() if not isinstance(module, nn.Linear)]:
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, quantize(child.weight, child.bias))
-    put_embedding(model, quantize(model.embedding.weight, None))
-
-
 def put_embedding(model: LanguageModel, embedding: WeightOnlyLinear) -> None:
     """Use a weight as the embedding of a model and, if tied, as its output projection."""
     if model.config.tie_embeddings:
@@ -183,22 +150,17 @@ def put_embedding(model: LanguageModel, embedding: WeightOnlyLinear) -> None:
     setattr(model, "embedding", WeightOnlyEmbedding(embedding))  # noqa: B010  another type
 
 
-def to_int8(
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-) -> WeightOnlyLinear:
-    """Return a layer with a weight (O, I) in int8.
+def to_int8(weight: Tensor, *, device: torch.device, dtype: torch.dtype) -> WeightOnlyLinear:
+    """Return a layer with a weight (O, I) in int8; its bias is set later.
 
-    Args: device and dtype, to which the weight is moved before rounding; None to keep its own.
+    Each output has a scale, by which its largest weight is 127 or -127.
+
+    Args: device and dtype, to which the weight is moved before rounding.
     """
-    device, dtype = device or weight.device, dtype or weight.dtype
     steps = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=dtype, device=device)
     if weight.is_meta:  # on meta, a norm would import the compiler: 80 MB of memory
-        return WeightOnlyLinear(steps, bias, scale, dtype=dtype)
+        return WeightOnlyLinear(steps, scale, dtype=dtype)
     n_rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
     parts = (tensor.split(n_rows) for tensor in (weight, steps, scale))
     for rows, rounded, unit in zip(*parts, strict=True):
@@ -208,4 +170,4 @@ def to_int8(
         unit.copy_(largest / _MAX_INT8)  # round with the scale as it is stored
         exact = exact / unit.float()[:, None]
         rounded.copy_(exact.round_().clamp_(-_MAX_INT8, _MAX_INT8))
-    return WeightOnlyLinear(steps, bias, scale, dtype=dtype)
+    return WeightOnlyLinear(steps, scale, dtype=dtype)

@@ -6,7 +6,7 @@ soon as the last of them is read: only one group is in memory twice at any time.
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,13 +42,13 @@ class WeightReader:
         device: torch.device,
         dtype: torch.dtype,
         activations: torch.dtype,
-        quantizes: bool,
-        joins: bool,
+        quantizes: bool = False,
+        joins: bool = False,
         compiles: bool = False,
     ) -> None:
         """Args: dtype, of the weights; quantizes, whether to quantize them to int8; joins, whether
-        to lay them out for the eager decode step, if it supports the model; compiles, whether the
-        model will be decoded through a compiled graph.
+        to lay them out for the eager decode step of a GPT on a CPU; compiles, whether the model
+        will be decoded through a compiled graph.
 
         Raises: ConfigError if int8 is not available.
         """
@@ -57,7 +57,6 @@ class WeightReader:
         model = model_class(config).without_weights(config)
         self._device, self._dtype, self._activations = device, dtype, activations
         self._quantizes, self._compiles = quantizes, compiles
-        joins = joins and type(model) is GPT and device.type == "cpu"
         self._is_apart = quantizes or dtype != activations or (joins and max_table_rows(dtype) > 0)
         self._joins = joins and (has_matvec_kernels(device) or not self._is_apart)
         self._groups: dict[str, list[str]] = {}
@@ -66,7 +65,7 @@ class WeightReader:
                 self._groups |= dict.fromkeys(group, group)
         if self._is_apart and not config.tie_embeddings:
             self._groups["embedding"] = []  # only looked up
-        self._layers: dict[str, nn.Module] = {}
+        self._weights: dict[str, Tensor | WeightOnlyLinear] = {}
         self._last = ""  # layer whose weight was read last
         _set_mmap_threshold(_MMAP_THRESHOLD)
 
@@ -77,15 +76,12 @@ class WeightReader:
         if kind != "weight" or layer not in self._groups:
             return placed(tensor, self._device, self._activations)
         if self._quantizes:
-            kept = to_int8(tensor, None, device=self._device, dtype=self._dtype)
-            self._layers[layer] = kept
+            self._weights[layer] = to_int8(tensor, device=self._device, dtype=self._dtype)
         else:
             place = Tensor.to if self._joins else placed  # joining copies it anyway
             weight = place(tensor, self._device, self._dtype)
-            if self._is_apart:
-                self._layers[layer] = WeightOnlyLinear(weight, dtype=self._activations)
-            else:
-                self._layers[layer] = nn.Embedding.from_pretrained(weight)  # only stores it
+            is_apart, kept = self._is_apart, self._weights
+            kept[layer] = WeightOnlyLinear(weight, dtype=self._activations) if is_apart else weight
         self._last = layer
         placeholder = torch.empty(1, device=self._device, dtype=self._activations)
         return placeholder.expand(tensor.shape)
@@ -93,8 +89,8 @@ class WeightReader:
     def _join(self) -> None:
         """Join a complete group of layers, after the tensor read last has been released."""
         group = self._groups.get(self._last, []) if self._joins else []
-        if group and all(layer in self._layers for layer in group):
-            join_weights([self._layers[layer] for layer in group])
+        if group and all(layer in self._weights for layer in group):
+            join_weights([self._weights[layer] for layer in group])
         self._last = ""
 
     def finish(self, model: LanguageModel) -> None:
@@ -103,17 +99,16 @@ class WeightReader:
         _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
         if self._compiles:
             use_prompt_linears(model)
-        for name, kept in self._layers.items():
+        for name, weight in self._weights.items():
             layer = model.get_submodule(name)
-            if not isinstance(kept, WeightOnlyLinear):
-                layer.weight = kept.weight
-                continue
-            parent, _, child = name.rpartition(".")
-            kept.bias = getattr(layer, "bias", None)
-            if name != "embedding":
-                setattr(model.get_submodule(parent), child, kept)
+            if isinstance(weight, Tensor):
+                layer.weight = nn.Parameter(weight, requires_grad=False)
+            elif name == "embedding":
+                put_embedding(model, weight)
             else:
-                put_embedding(model, kept)
+                weight.bias = getattr(layer, "bias", None)
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, weight)
         if self._joins or self._compiles:
             allow_idle_steps(model)
 
@@ -154,15 +149,23 @@ def make_reader(
 
 
 def model_of_zeros(config: ModelConfig, *, device: torch.device, **kinds: Any) -> LanguageModel:
-    """Return a model with zero weights, as a reader builds it for a compiled graph.
+    """Return a model with zero weights; the arguments are those of ``build_model``.
 
-    Args: device, meta to use no memory; kinds, as for ``WeightReader``.
+    On the meta device, it uses no memory.
     """
-    reader = WeightReader(config, device=device, joins=False, **kinds)
-    kind = model_class(config)
-    shapes = kind.without_weights(config).state_dict()
-    tensors = {n: reader(n, torch.zeros(t.shape, device=device)) for n, t in shapes.items()}
-    model = kind.from_tensors(config, tensors).eval().requires_grad_(False)
+    shapes = model_class(config).without_weights(config).state_dict()
+    zeros = {name: torch.zeros(shape.shape, device=device) for name, shape in shapes.items()}
+    return build_model(config, zeros, device=device, **kinds)
+
+
+def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], **kinds: Any) -> LanguageModel:
+    """Return a model for inference with these weights, laid out as when they are read from files.
+
+    Args: kinds, as for ``WeightReader``.
+    """
+    reader = WeightReader(config, **kinds)
+    read = {name: reader(name, tensor) for name, tensor in tensors.items()}
+    model = model_class(config).from_tensors(config, read).eval().requires_grad_(False)
     reader.finish(model)
     return model
 
