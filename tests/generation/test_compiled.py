@@ -161,9 +161,7 @@ def test_different_graphs_have_different_keys() -> None:
         layout: str = "llama", n_rows: int = 1, *, shown: Shown = "residual", **changes: Any
     ) -> str:
         model = small_model(layout, **changes)
-        step = GraphStep(model, shown)
-        tensors = dict(step.named_parameters())
-        return compiled._key(step, tensors, torch.float32, is_batch=n_rows > 1)
+        return compiled._key(GraphStep(model, shown), is_batch=n_rows > 1)
 
     assert key() == key(seed=8)  # the values of the weights are not part of the key
     keys = [
@@ -296,7 +294,7 @@ def test_identical_layers_share_kernels_without_size_checks_or_aliases(
 def test_a_linear_layer_is_one_node_of_the_exported_graph(layout: str) -> None:
     model = small_model(layout, n_layer=2)
     with torch.no_grad():
-        program = compiled._export(GraphStep(model), model.dtype, is_batch=False)
+        program = compiled._export(GraphStep(model), is_batch=False)
     products = torch.ops.minigpt.sum_of_products.default
     n_products = sum(node.target is products for node in program.graph.nodes)
     n_linear = sum(isinstance(module, torch.nn.Linear) for module in model.modules())
@@ -351,8 +349,7 @@ def test_a_loaded_package_is_reused_with_the_weights_of_the_next_model(
     models = [small_model(seed=seed) for seed in range(3)]
 
     def load(model: GPT) -> compiled.Run:
-        step = GraphStep(model)
-        return compiled.load_step(step, cache_dtype=torch.float32, is_batch=False)
+        return compiled.load_step(GraphStep(model), is_batch=False)
 
     first, second = load(models[0]), load(models[1])
     for run, model in zip((first, second), models, strict=False):

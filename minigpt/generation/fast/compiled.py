@@ -154,7 +154,7 @@ def _kind(shown: Shown = "residual", *, is_batch: bool = False) -> tuple[Any, ..
 
 
 def _make_step(model: GPT, shown: Shown, *, is_batch: bool) -> tuple[Run, PromptStep | None]:
-    run = load_step(GraphStep(model, shown), cache_dtype=model.dtype, is_batch=is_batch)
+    run = load_step(GraphStep(model, shown), is_batch=is_batch)
     if model.device.type != "cpu":
         return run, None
     return run, PromptStep(model, EagerKernels(model, copies=False), "nothing")
@@ -170,8 +170,7 @@ def is_cached(model: GPT) -> bool:
 
 def package_key(model: GPT) -> str:
     """Return the cache key of the package of a model's step for one row."""
-    step = GraphStep(model)
-    return _key(step, _tensors(step), model.dtype, is_batch=False)
+    return _key(GraphStep(model), is_batch=False)
 
 
 def compile_step(model: GPT) -> Path:
@@ -179,14 +178,12 @@ def compile_step(model: GPT) -> Path:
 
     Raises: as ``load_step``.
     """
-    return _package(GraphStep(model), model.dtype, is_batch=False)
+    return _package(GraphStep(model), is_batch=False)
 
 
-def _package(step: GraphStep, cache_dtype: torch.dtype, *, is_batch: bool) -> Path:
-    key = _key(step, _tensors(step), cache_dtype, is_batch=is_batch)
-    return cached_package(
-        key, lambda path: _compile(step, path, cache_dtype=cache_dtype, is_batch=is_batch)
-    )
+def _package(step: GraphStep, *, is_batch: bool) -> Path:
+    key = _key(step, is_batch=is_batch)
+    return cached_package(key, lambda path: _compile(step, path, is_batch=is_batch))
 
 
 def _tensors(step: GraphStep) -> dict[str, Tensor]:
@@ -195,13 +192,13 @@ def _tensors(step: GraphStep) -> dict[str, Tensor]:
     return tensors | dict(step.named_parameters(remove_duplicate=False))
 
 
-def load_step(step: GraphStep, *, cache_dtype: torch.dtype, is_batch: bool) -> Run:
+def load_step(step: GraphStep, *, is_batch: bool) -> Run:
     """Return the compiled step, for one row or for two or more; it is cached on disk.
 
     Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder
         cannot be used.
     """
-    path, tensors = _package(step, cache_dtype, is_batch=is_batch), _tensors(step)
+    path, tensors = _package(step, is_batch=is_batch), _tensors(step)
     idle = _idle_loaders[path]
     loader = idle.pop() if idle else _loader(path)
     names = loader.get_constant_fqns()
@@ -230,11 +227,9 @@ def _loader(path: Path) -> Any:
         ) from error
 
 
-def _key(
-    step: GraphStep, tensors: dict[str, Tensor], cache_dtype: torch.dtype, *, is_batch: bool
-) -> str:
+def _key(step: GraphStep, *, is_batch: bool) -> str:
     """Return everything that the machine code depends on, as text."""
-    device = tensors["model.final_norm.weight"].device
+    device = step.model.device
     hardware: Any = [dict(torch.cpu.get_capabilities()), torch.get_num_threads()]
     if device.type == "cuda":
         hardware = torch.cuda.get_device_properties(device).name
@@ -244,8 +239,8 @@ def _key(
             "code": _code_digests(),
             "options": _OPTIONS,
             "config": asdict(step.model.config),
-            "tensors": {n: [str(t.dtype), t.shape] for n, t in tensors.items()},
-            "cache": [str(cache_dtype), is_batch],
+            "tensors": {n: [str(t.dtype), t.shape] for n, t in _tensors(step).items()},
+            "cache": [str(step.model.dtype), is_batch],
             "shown": step.shown,
             "device": hardware,
         },
@@ -259,15 +254,13 @@ def _code_digests() -> list[str]:
     return [hashlib.sha256(source.encode()).hexdigest() for source in sources]
 
 
-def _export(
-    step: GraphStep, cache_dtype: torch.dtype, *, is_batch: bool
-) -> torch.export.ExportedProgram:
+def _export(step: GraphStep, *, is_batch: bool) -> torch.export.ExportedProgram:
     """Return GraphStep.forward with a dynamic number of positions, and of rows in a batch."""
     config, device = step.model.config, step.model.device
     n_rows, n_view, n_room = 1 + is_batch, 16, 32
     shape = (n_rows, config.n_kv_head, n_room, config.d_head)
     caches = [
-        [torch.zeros(shape, device=device, dtype=cache_dtype) for _ in range(config.n_layer)]
+        [torch.zeros(shape, device=device, dtype=step.model.dtype) for _ in range(config.n_layer)]
         for _ in range(2)
     ]
     tokens = torch.zeros(n_rows, dtype=torch.int64, device=device)
@@ -280,7 +273,7 @@ def _export(
     return torch.export.export(step, inputs, dynamic_shapes=dynamic, strict=False)
 
 
-def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch: bool) -> None:
+def _compile(step: GraphStep, path: Path, *, is_batch: bool) -> None:
     """Write the package of a step's graph."""
     # Imported here because it takes a second, and only the first run needs it.
     import torch._inductor
@@ -305,7 +298,7 @@ def _compile(step: GraphStep, path: Path, *, cache_dtype: torch.dtype, is_batch:
             warnings.simplefilter("ignore")  # the compiler warns about its own code
             nodes.register_lowerings()
             torch._inductor.aoti_compile_and_package(
-                _export(step, cache_dtype, is_batch=is_batch),
+                _export(step, is_batch=is_batch),
                 package_path=str(path),
                 inductor_configs=dict(_OPTIONS),  # it adds some
             )
