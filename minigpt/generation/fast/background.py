@@ -11,8 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -113,8 +111,7 @@ def compile_described(properties: dict[str, Any]) -> None:
     lock_path(key).unlink(missing_ok=True)
 
 
-@contextmanager
-def _ending_cleanly() -> Iterator[None]:
+def _raise_on_signals() -> None:
     """Turn signals and a deadline into an exception, so that temporary files are removed."""
 
     def stop(number: int, frame: Any) -> NoReturn:
@@ -125,15 +122,14 @@ def _ending_cleanly() -> Iterator[None]:
         signal.signal(number, stop)
     if hasattr(signal, "alarm"):
         signal.alarm(_GIVE_UP_S)
-    yield
 
 
 def main() -> None:
     """Compile the step that the command line describes."""
     if hasattr(os, "nice"):
         os.nice(19)
-    with _ending_cleanly():
-        compile_described(json.loads(sys.argv[1]))
+    _raise_on_signals()
+    compile_described(json.loads(sys.argv[1]))
 
 
 if __name__ == "__main__":

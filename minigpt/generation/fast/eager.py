@@ -331,10 +331,8 @@ def append_views(cache: KVCache) -> Iterator[tuple[Tensor, Tensor, Tensor, Tenso
 
     Returns: the new key and value, each (B, G, D), and the keys (N, D, S) and values (N, S, D) of
         all positions including the new one.
-    Raises: ValueError if it does not fit.
     """
     end = cache.length + 1
-    cache.require_room(end)
     new = [kind.select(3, cache.length).unbind() for kind in (cache.keys_LBGSD, cache.values_LBGSD)]
     k_LNSD, v_LNSD = (
         kind.narrow(3, 0, end).flatten(1, 2) for kind in (cache.keys_LBGSD, cache.values_LBGSD)
