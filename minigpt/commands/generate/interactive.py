@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from minigpt.commands.generate.samples import SampleDisplay
@@ -82,50 +83,65 @@ def converse(
     """
     decoder: Conversation | None = None
     tokenizer, chat = ready.tokenizer, ready.chat
-    is_noted = False
-    text = ready.text if has_prompt else _typed()
-    while text is not None:
+    is_noted = special or chat is not None
+    texts = chain([ready.text] if has_prompt else [], iter(_typed, None))
+    for index, text in enumerate(texts):
+        is_prompt = has_prompt and index == 0
         if chat is not None and not text:
-            text = _typed()
             continue
-        if not (special or chat or has_prompt or is_noted):
+        if not (is_noted or is_prompt):
             is_noted = note_special(tokenizer, text)
-        answer: list[str] = []
         try:
-            if chat is not None:
-                ids = _chat_ids(chat, text, ready.model.config.context_length, sampling)
-            elif decoder is None:
-                ids = encode_prompt(tokenizer, text, special=special)
-            else:
-                ids = tokenizer.encode(text, is_start=False, special=special)
-            if decoder is None:
-                slides = None if chat else sampling.overflow  # a message is not cut
-                compiles = source.compile
-                with compiling(ready.model, compiles):
-                    decoder = Conversation(ready.model, ids, compiles=compiles, overflow=slides)
-            elif chat is not None:
-                decoder.replace(ids)
-            else:
-                decoder.extend(ids, overflow=sampling.overflow)
+            decoder = _continued(decoder, text, ready, sampling, source, special=special)
         except DataError as error:  # too long; the next one may fit
             note(str(error))
-            text, has_prompt = _typed(), False
             continue
         steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
+        answer: list[str] = []
         display.show(
             _collected(stream_text(steps, tokenizer, sampling.stop), answer),
             seed=seed,
             prompt=text,
             n_prompt_tokens=len(decoder.prompt),
-            is_prompt_shown=has_prompt and chat is None,
+            is_prompt_shown=is_prompt and chat is None,
         )
         if chat is not None:
             chat.answered("".join(answer))
         if decoder.is_full and sampling.overflow == "stop":
             note("the context window is full: the next text starts a new one; see --overflow slide")
             decoder = None
-        seed, has_prompt = seed + 1, False
-        text = _typed()
+        seed += 1
+
+
+def _continued(
+    decoder: Conversation | None,
+    text: str,
+    ready: Ready,
+    sampling: SamplingConfig,
+    source: ModelSource,
+    *,
+    special: bool,
+) -> Conversation:
+    """Return the decoder, or a new one, with a text or message added to its prompt.
+
+    Raises: DataError if it does not fit into the context; the decoder is unchanged.
+    """
+    tokenizer, chat = ready.tokenizer, ready.chat
+    if chat is not None:
+        ids = _chat_ids(chat, text, ready.model.config.context_length, sampling)
+    elif decoder is None:
+        ids = encode_prompt(tokenizer, text, special=special)
+    else:
+        ids = tokenizer.encode(text, is_start=False, special=special)
+    if decoder is None:
+        overflow = None if chat else sampling.overflow  # a message is not cut
+        with compiling(ready.model, source.compile):
+            return Conversation(ready.model, ids, compiles=source.compile, overflow=overflow)
+    if chat is not None:
+        decoder.replace(ids)
+    else:
+        decoder.extend(ids, overflow=sampling.overflow)
+    return decoder
 
 
 def _chat_ids(chat: Any, text: str, context_length: int, sampling: SamplingConfig) -> list[int]:
