@@ -61,10 +61,10 @@ def heads(
     from minigpt.tracing.analysis.roles import head_logits, head_roles, repeated_sequences
     from minigpt.tracing.wrapping import wrapped
 
-    folder, loaded = load_model(source)
+    loaded = load_model(source)
     roles = head_roles(loaded.model, seed=seed)
     logits_LH = head_logits(loaded.model, seed=seed)
-    show_model(folder)
+    show_model(loaded.folder)
     effects_LH = _ablated(loaded.model, seed, sum(map(len, roles))) if ablate else None
     n_repeated = repeated_sequences(loaded.model, seed=seed).shape[1] // 2
     if as_json:
@@ -75,7 +75,12 @@ def heads(
             for layer, roles_H in enumerate(roles)
             for head, role in enumerate(roles_H)
         ]
-        facts = {"model": str(folder), "seed": seed, "n_repeated": n_repeated, "heads": records}
+        facts = {
+            "model": str(loaded.folder),
+            "seed": seed,
+            "n_repeated": n_repeated,
+            "heads": records,
+        }
         tables.write_json(facts)
         return
     console = make_console(is_stderr=False)

@@ -74,7 +74,8 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
     templates = ring("text.chat") if form.chat else None
     if templates:  # before the model is loaded, which takes longer
         template = templates.read_chat_template(resolve_model(source.model), form.chat_template)
-    folder, loaded = load_model(source, decodes=True, n_rows=n_rows)
+    loaded = load_model(source, decodes=True, n_rows=n_rows)
+    folder = loaded.folder
     tokenizer = models.tokenizer_of(loaded)
     if templates:
         tokenizer = templates.ending_turns(tokenizer, template)
@@ -97,14 +98,11 @@ def note_special(tokenizer: Tokenizer, text: str) -> bool:
     return bool(found)
 
 
-def load_model(
-    source: ModelSource, *, decodes: bool = False, n_rows: int = 1
-) -> tuple[Path, LoadedModel]:
-    """Find and load a model; return its folder and the model. Args: as for ``models.load``."""
+def load_model(source: ModelSource, *, decodes: bool = False, n_rows: int = 1) -> LoadedModel:
+    """Find and load a model. Args: as for ``models.load``."""
     use_threads(source.threads)
-    folder = resolve_model(source.model)
-    loaded = models.load(
-        folder,
+    return models.load(
+        resolve_model(source.model),
         device=source.device,
         dtype=source.dtype,
         quantize=source.quantize,
@@ -112,7 +110,6 @@ def load_model(
         compile=source.compile,
         n_rows=n_rows,
     )
-    return folder, loaded
 
 
 def show_model(folder: Path) -> None:
