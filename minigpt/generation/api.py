@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,35 +124,25 @@ def generate(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
     seed = fresh_seed() if config.seed is None else config.seed
-    encoded = [
-        prompt_ids(tokenizer, one, folder, special=special, chat_template=chat_template)
-        for one in prompts_of(prompt)
-    ]
+    encode = partial(
+        prompt_ids, tokenizer, folder=folder, special=special, chat_template=chat_template
+    )
+    prompts, _ = prompts_of(prompt)
+    encoded = [encode(one) for one in prompts]
     forced = [forced_ids(ending, config, network, ids, special=special) for ids, ending in encoded]
-    (ids, tokenizer), *others = encoded
 
-    def decoder_of(ids: list[int], ending: Tokenizer) -> Decoder:
-        changed, _ = intervened(
-            network,
-            interventions,
-            ids,
-            lambda one: prompt_ids(
-                ending, one, folder, special=special, chat_template=chat_template
-            )[0],
-            ending,
-            source,
-        )
+    def decoder_of(ids: list[int]) -> Decoder:
+        changed, _ = intervened(network, interventions, ids, encode, tokenizer, source)
         return make_decoder(changed, ids, config, compile=compile)
 
-    decoder = decoder_of(ids, tokenizer)
+    first_decoder = decoder_of(encoded[0][0])
 
     def steps() -> Iterator[TextStep]:
-        yield from stream_samples(decoder, tokenizer, config, seed=seed, forced=forced[0])
-        for number, (ids, ending) in enumerate(others, start=1):
+        for number, (ids, ending) in enumerate(encoded):
             first = number * config.num_samples
-            next_decoder = decoder_of(ids, ending)
+            decoder = decoder_of(ids) if number else first_decoder
             for item in stream_samples(
-                next_decoder, ending, config, seed=seed + first, forced=forced[number]
+                decoder, ending, config, seed=seed + first, forced=forced[number]
             ):
                 yield replace(item, sample=first + item.sample)
 
@@ -190,7 +181,7 @@ def interventions_in(
     config = configs.InterventionConfig
     names = {f.name for f in fields(config)}
     chosen = {name: options.pop(name) for name in names & options.keys()}
-    source = as_list(chosen.get("patch_from"))
+    source = _as_list(chosen.get("patch_from"))
     if source is None or isinstance(source, str):
         return build(config, chosen), None
     _require_prompt(source)
@@ -201,51 +192,52 @@ def intervened(
     model: LanguageModel,
     config: "InterventionConfig | None",
     prompt: Sequence[int],
-    encode: Callable[[Prompt], list[int]],
+    encode: Callable[[Prompt], tuple[list[int], Tokenizer]],
     tokenizer: Tokenizer,
     source: Prompt | None,
 ) -> tuple[LanguageModel, "InterventionConfig | None"]:
     """Return a model with interventions, and their config with its position; None if none are set.
 
-    Args: encode, which returns the tokens of a prompt; source, a ``patch_from`` that is not text.
+    Args: encode, ``prompt_ids`` of a prompt; source, a ``patch_from`` that is not text.
     """
     if config is None or not config.is_any:
         return model, None
-    if source is None:
-        found = ring("tracing.interventions").intervene(model, config, prompt, encode)
-    else:
-        ids = encode(source)
+    if source is not None:
+        ids, _ = encode(source)
         if any(not 0 <= token < model.config.vocab_size for token in ids):
             raise ConfigError(
                 f"patch_from has token ids outside 0 to {model.config.vocab_size - 1}."
             )
         config = replace(config, patch_from=tokenizer.decode(ids))
-        found = ring("tracing.interventions").intervene(model, config, prompt, lambda _: ids)
-    return found
+
+    def encode_source(text: str) -> list[int]:
+        return encode(text)[0] if source is None else ids
+
+    return ring("tracing.interventions").intervene(model, config, prompt, encode_source)
 
 
-def prompts_of(prompt: Prompts) -> list[Prompt]:
-    """Return the prompts in a list of texts or of lists of token ids, or a list of the one prompt.
+def prompts_of(prompt: Prompts) -> tuple[list[Prompt], bool]:
+    """Return the prompts, and whether they were given as a list of texts or of lists of token ids.
 
     Raises: ConfigError for a list that mixes them.
     """
-    prompt = as_list(prompt)
+    prompt = _as_list(prompt)
     _require_prompt(prompt)
     if isinstance(prompt, str):
-        return [prompt]
+        return [prompt], False
     is_text = [isinstance(one, str) for one in prompt]
     is_nested = [isinstance(one, Sequence) and not isinstance(one, str) for one in prompt]
     if prompt and (all(is_text) or all(is_nested)):
-        return list(prompt)
+        return list(prompt), True
     if any(is_text) or any(is_nested):
         raise ConfigError(
             "a list of prompts must be all texts or all lists of token ids. Use one call for "
             "each kind."
         )
-    return [prompt]  # type: ignore[list-item]
+    return [prompt], False  # type: ignore[list-item]
 
 
-def as_list(prompt: Any) -> Any:
+def _as_list(prompt: Any) -> Any:
     """Return a prompt, with the token ids of a tensor or an array as a list."""
     return prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt
 
@@ -301,10 +293,10 @@ def model_and_tokenizer(
 def prompt_ids(
     tokenizer: Tokenizer,
     prompt: Prompt,
-    folder: str,
     *,
-    special: bool = False,
-    chat_template: str | None = None,
+    folder: str,
+    special: bool,
+    chat_template: str | None,
 ) -> tuple[list[int], Tokenizer]:
     """Return the token ids of a prompt, and the tokenizer with the tokens that end its answer.
 

@@ -76,21 +76,15 @@ def trace(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
     seed = fresh_seed() if sampling.seed is None else sampling.seed
+    encode = partial(
+        api.prompt_ids, tokenizer, folder=name, special=special, chat_template=chat_template
+    )
     traces = []
-    prompt = api.as_list(prompt)
-    for number, one in enumerate(api.prompts_of(prompt)):
-        ids, ending = api.prompt_ids(
-            tokenizer, one, name, special=special, chat_template=chat_template
-        )
+    prompts, is_list = api.prompts_of(prompt)
+    for number, one in enumerate(prompts):
+        ids, ending = encode(one)
         changed, intervention = api.intervened(
-            network,
-            interventions,
-            ids,
-            lambda other, ending=ending: api.prompt_ids(  # type: ignore[misc]
-                ending, other, name, special=special, chat_template=chat_template
-            )[0],
-            ending,
-            source,
+            network, interventions, ids, encode, tokenizer, source
         )
         forced = forced_ids(ending, sampling, network, ids, special=special)
         kept: list[NDArray[np.float32]] = []
@@ -109,8 +103,7 @@ def trace(
             dense=partial(_keep, kept) if dense else None,
         )
         traces.append(Trace.of(events, kept))
-    is_one = not prompt or isinstance(prompt, str) or api.prompts_of(prompt)[0] is prompt
-    return traces[0] if is_one else traces
+    return traces if is_list else traces[0]
 
 
 def _keep(kept: list[NDArray[np.float32]], weights_LHS: Tensor) -> None:
