@@ -121,7 +121,13 @@ def generate(
     config = build(SamplingConfig, options)
     require_new_tokens(config)
     network, tokenizer, folder = model_and_tokenizer(
-        model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
+        model,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        quantize=quantize,
+        compile=compile,
+        n_rows=config.num_samples,
     )
     seed = fresh_seed() if config.seed is None else config.seed
     encode = partial(
@@ -270,6 +276,7 @@ def model_and_tokenizer(
     dtype: str,
     quantize: str | None,
     compile: bool | None,
+    n_rows: int = 1,
 ) -> tuple[LanguageModel, Tokenizer, str]:
     """Return a model, its tokenizer and its folder ("" for a LanguageModel); see ``generate``."""
     given: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
@@ -286,7 +293,7 @@ def model_and_tokenizer(
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
         folder = resolve_model(model_name(model))
-        model = loading.load(folder, decodes=True, compile=compile, **given)
+        model = loading.load(folder, decodes=True, compile=compile, n_rows=n_rows, **given)
     return model.model, tokenizer or tokenizer_of(model), str(model.folder)
 
 

@@ -13,7 +13,9 @@ import minigpt
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, MinigptError
+from minigpt.generation import api, fast
 from minigpt.generation.decoder import Decoder
+from minigpt.generation.fast.prompts import PromptLinear
 from minigpt.generation.samples import stream_samples
 from minigpt.generation.stream import TextStep, stream_text
 from minigpt.text.tokenizer import BytesTokenizer
@@ -66,6 +68,19 @@ def test_each_of_several_samples_equals_a_single_sample_with_its_seed() -> None:
     finishes = {item.step.finish for item in items} - {None}
     assert "stop" in finishes
     assert len({max(i.step.index for i in items if i.sample == n) for n in range(6)}) > 2
+
+
+def test_weights_are_laid_out_for_all_samples_together(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row would use the compiled graph in the cache; several use the eager step."""
+    monkeypatch.setattr(fast, "is_cached", lambda model: True)
+    models = []
+    monkeypatch.setattr(api, "make_decoder", lambda model, *_, **__: models.append(model))
+    for num_samples in (1, 2):
+        minigpt.generate(folder, "x", num_samples=num_samples, device="cpu")
+    is_graph = [any(type(m) is PromptLinear for m in model.modules()) for model in models]
+    assert is_graph == [True, False]
 
 
 def test_more_samples_than_rows_are_decoded_in_several_batches() -> None:
