@@ -160,11 +160,7 @@ class Decoder:
             is_forced = index < len(forced)
             tokens = sampler.draw(logits, forced[index] if is_forced else None)
             position = self.n_prompt + index
-            limit: FinishReason | None = None
-            if index + 1 == config.max_new_tokens:
-                limit = "length"
-            elif config.overflow == "stop" and self.cache.length == self.context_length:
-                limit = "context"
+            limit = self._limit(config, index)
             results = to_host(logits, tokens, config.logprobs)
             for row, result in zip(rows, results, strict=True):
                 require_finite(result, position)
@@ -183,6 +179,13 @@ class Decoder:
                 sampler.keep(places)
                 self.forward.keep(places)
             logits = self._feed(rows, tokens)
+
+    def _limit(self, config: SamplingConfig, index: int) -> FinishReason | None:
+        """Return the limit that ends every row after token ``index``; None if there is none."""
+        if index + 1 == config.max_new_tokens:
+            return "length"
+        is_full = self.cache.length == self.context_length
+        return "context" if is_full and config.overflow == "stop" else None
 
     def prefill(self, n_cached: int = 0) -> None:
         """Feed the prompt, except for its first ``n_cached`` tokens, which are in the cache."""

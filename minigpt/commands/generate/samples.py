@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import typer
@@ -44,13 +44,16 @@ _LONGEST_HELD = 40
 """Maximum number of characters held back until their word ends; some scripts have no spaces."""
 
 
+@dataclass
 class Sample:
     """One sample and its steps so far."""
 
-    def __init__(self, seed: int, began_at: float) -> None:
-        self.seed = seed
-        self.steps: list[TextStep] = []
-        self._began_at = self.ended_at = began_at
+    seed: int
+    began_at: float
+    """Time at which its first token was begun, in seconds."""
+    ended_at: float = 0.0
+    """Time at which its newest token was complete."""
+    steps: list[TextStep] = field(default_factory=list)
 
     @property
     def text(self) -> str:
@@ -58,18 +61,28 @@ class Sample:
         return "".join(item.text for item in self.steps)
 
     @property
+    def last(self) -> Step | None:
+        """Newest step. None if there is none yet."""
+        return self.steps[-1].step if self.steps else None
+
+    @property
     def finish(self) -> str | None:
         """Reason that generation ended. None if it has not."""
-        return self.steps[-1].step.finish if self.steps else None
+        return self.last.finish if self.last else None
 
     @property
     def tokens_per_s(self) -> float:
         """Speed of this sample alone."""
-        return len(self.steps) / (self.ended_at - self._began_at) if self.steps else 0.0
+        return len(self.steps) / (self.ended_at - self.began_at) if self.steps else 0.0
+
+    @property
+    def forced(self) -> list[float]:
+        """Log-probability of each forced token."""
+        return [item.step.log_probability for item in self.steps if item.step.is_forced]
 
     def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return the sample's fields of the JSON."""
-        last = self.steps[-1].step if self.steps else None
+        last = self.last
         facts: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish or "interrupted",
@@ -79,24 +92,19 @@ class Sample:
             "n_forgotten": last.n_forgotten if last else 0,
             "seed": self.seed,
         }
-        if forced := self._forced:
+        if forced := self.forced:
             facts["n_forced"] = len(forced)
-            facts["forced_log_probability"] = round(sum(s.log_probability for s in forced), 6)
+            facts["forced_log_probability"] = round(sum(forced), 6)
         if last and last.best:
             facts["steps"] = [_logprobs(item.step, tokenizer) for item in self.steps]
         return facts
 
-    @property
-    def _forced(self) -> list[Step]:
-        return [item.step for item in self.steps if item.step.is_forced]
-
     def summary(self) -> str:
         """Return a line with its length, speed, seed and end."""
         line = f"{count(len(self.steps), 'token')}, {self.tokens_per_s:.4g} tok/s, seed {self.seed}"
-        if forced := self._forced:
-            log_probability = sum(step.log_probability for step in forced)
-            line += f"; ln p of the {count(len(forced), 'forced token')} {log_probability:.2f}"
-        last = self.steps[-1].step if self.steps else None
+        if forced := self.forced:
+            line += f"; ln p of the {count(len(forced), 'forced token')} {sum(forced):.2f}"
+        last = self.last
         if last and last.n_slides:
             times = "once" if last.n_slides == 1 else f"{last.n_slides} times"
             line += f"; the window slid {times} and dropped {last.n_forgotten} tokens"
