@@ -1,7 +1,6 @@
 """Fast decoding of a GPT: a step with few kernel calls, compiled graphs, quantized weights."""
 
 import warnings
-from collections.abc import Iterator, Sequence
 from typing import TypeGuard
 
 import torch
@@ -14,7 +13,7 @@ from minigpt.generation.fast.prompts import PromptLinear
 from minigpt.generation.fast.quantize import WeightOnlyEmbedding, WeightOnlyLinear
 from minigpt.generation.forward import PlainForward
 from minigpt.model.attention import Attention, Recorder
-from minigpt.model.gpt import GPT, Block
+from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.layers import MLP, GatedMLP, RMSNorm
 
@@ -95,20 +94,6 @@ def stored_dtype(model: LanguageModel) -> torch.dtype:
     if isinstance(embedding, WeightOnlyEmbedding):
         return embedding.linear.stored_dtype
     return model.dtype
-
-
-def joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
-    """Yield the layers of each matrix product of a decode step: those that share an input."""
-    # The largest first, while there is still memory for a second copy of it.
-    yield [model.unembedding or model.embedding]
-    for block in model.blocks:
-        assert isinstance(block, Block)
-        attention, mlp = block.attention, block.mlp
-        up = [mlp.gate, mlp.up] if isinstance(mlp, GatedMLP) else [mlp.up]
-        yield [attention.query, attention.key, attention.value]
-        yield [attention.output]
-        yield up
-        yield [mlp.down]
 
 
 def make_forward(

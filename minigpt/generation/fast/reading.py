@@ -6,7 +6,7 @@ soon as the last of them is read: only one group is in memory twice at any time.
 
 import ctypes
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from minigpt.checkpoint.model_folder import placed
 from minigpt.config import ModelConfig
-from minigpt.generation.fast import is_compiled, joined_layers
+from minigpt.generation.fast import is_compiled
 from minigpt.generation.fast.idle import allow_idle_steps
 from minigpt.generation.fast.matvec import has_matvec_kernels
 from minigpt.generation.fast.products import join_weights, max_table_rows
@@ -25,8 +25,9 @@ from minigpt.generation.fast.quantize import (
     require_int8,
     to_int8,
 )
-from minigpt.model.gpt import GPT
+from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel, model_class
+from minigpt.model.layers import GatedMLP
 
 _MMAP_THRESHOLD = 2**18
 _LARGEST_MMAP_THRESHOLD = 2**25  # the most to which glibc itself raises the threshold
@@ -173,8 +174,23 @@ def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], **kinds: Any
 def _groups(model: LanguageModel, *, joins: bool) -> Iterator[list[str]]:
     """Yield the names of the layers whose weights are laid out together."""
     names = {module: name for name, module in model.named_modules()}
-    if joins and isinstance(model, GPT):
-        for layers in joined_layers(model):
+    if joins:
+        assert isinstance(model, GPT)
+        for layers in _joined_layers(model):
             yield [names[layer] for layer in layers]
     else:
         yield from ([n] for m, n in names.items() if isinstance(m, nn.Linear) or n == "embedding")
+
+
+def _joined_layers(model: LanguageModel) -> Iterator[Sequence[nn.Module]]:
+    """Yield the layers of each matrix product of a decode step: those that share an input."""
+    # The largest first, while there is still memory for a second copy of it.
+    yield [model.unembedding or model.embedding]
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        attention, mlp = block.attention, block.mlp
+        up = [mlp.gate, mlp.up] if isinstance(mlp, GatedMLP) else [mlp.up]
+        yield [attention.query, attention.key, attention.value]
+        yield [attention.output]
+        yield up
+        yield [mlp.down]
