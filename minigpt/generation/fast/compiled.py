@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import warnings
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -30,7 +29,7 @@ from minigpt.generation.fast import decode_step, graph, nodes, toolchain
 from minigpt.generation.fast.decode_step import Shown, StepForward
 from minigpt.generation.fast.eager import EagerKernels, PromptStep
 from minigpt.generation.fast.graph import GraphStep
-from minigpt.generation.fast.idle import borrow, has_idle_step
+from minigpt.generation.fast.idle import borrow, has_idle_step, lend
 from minigpt.generation.fast.packages import cached_package, find_package
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
@@ -198,20 +197,22 @@ def load_step(step: GraphStep, *, is_batch: bool) -> Run:
     Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder
         cannot be used.
     """
-    path, tensors = _package(step, is_batch=is_batch), _tensors(step)
-    idle = _idle_loaders[path]
-    loader = idle.pop() if idle else _loader(path)
-    names = loader.get_constant_fqns()
-    assert tensors.keys() >= set(names), "the weights were prepared for eager decoding"
-    weights = {name: tensors[name].detach().contiguous() for name in names}
-    loader.load_constants(weights, False, True, True)  # require all of them; do not copy
+    return LoadedStep(_package(step, is_batch=is_batch), _tensors(step))
 
-    def run(inputs: list[Tensor]) -> list[Tensor]:
-        assert weights  # keeps them alive: the loader only has pointers
-        return loader.run(inputs)
 
-    weakref.finalize(run, idle.append, loader).atexit = False
-    return run
+class LoadedStep:
+    """A loaded package with the weights of a model."""
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        self._loader = lend(_idle_loaders[path], self, lambda: _loader(path))
+        names = self._loader.get_constant_fqns()
+        assert tensors.keys() >= set(names), "the weights were prepared for eager decoding"
+        # Keeps them alive, because the loader only has pointers.
+        self._weights = {name: tensors[name].detach().contiguous() for name in names}
+        self._loader.load_constants(self._weights, False, True, True)  # require all; do not copy
+
+    def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
+        return self._loader.run(inputs)
 
 
 def _loader(path: Path) -> Any:

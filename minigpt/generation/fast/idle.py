@@ -37,14 +37,16 @@ def borrow(user: object, model: LanguageModel, kind: Hashable, make: Callable[[]
 
     Args: make, returns a step that has no reference to the model, which would keep it alive.
     """
-    if model not in _idle:
-        return make()
-    steps = _idle[model].of(kind)
+    return lend(_idle[model].of(kind), user, make) if model in _idle else make()
+
+
+def lend(idle: list[Step], user: object, make: Callable[[], Step]) -> Step:
+    """Return one of the idle steps, or a new one; it is idle again when ``user`` is deleted."""
     try:
-        step: Step = steps.pop()  # not after a check: another thread may take the last one
+        step = idle.pop()  # not after a check: another thread may take the last one
     except IndexError:
         step = make()
-    weakref.finalize(user, steps.append, step).atexit = False
+    weakref.finalize(user, idle.append, step).atexit = False
     return step
 
 
