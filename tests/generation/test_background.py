@@ -55,7 +55,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def model_of(kind: str, layout: str = "llama", *, joins: bool = False, **changes: Any) -> GPT:
-    options = {"quantizes": kind == "int8", "joins": joins}
+    options: dict[str, Any] = {"quantizes": kind == "int8", "joins": joins}
     if "bfloat16" in kind:
         options["dtype"] = torch.bfloat16
     if kind == "bfloat16":
