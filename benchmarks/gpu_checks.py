@@ -264,7 +264,7 @@ def warm_up(setup: Setup) -> Facts:
     breaks = sum(counters["graph_break"].values())
     require(len(set(lengths)) == 2, f"the context did not grow: {sorted(set(lengths))}")
     require(breaks == 0, f"{breaks} graph breaks: {list(counters['graph_break'])[:1]}")
-    speed = trainer.step_tokens / statistics.median(seconds[-max(1, n_steps // 4) :])
+    speed = trainer.config.step_tokens / statistics.median(seconds[-max(1, n_steps // 4) :])
     return {
         "graph breaks": breaks,
         "graphs": counters["stats"]["unique_graphs"],

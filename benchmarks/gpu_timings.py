@@ -78,7 +78,7 @@ def train_small(setup: Setup, name: str, options: Facts) -> None:
     trainer = trainer_of(setup, f"small-{name}", settings)
     if setup.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    speed = trainer.step_tokens / setup.seconds(trainer.take_step, setup.pick(10, 1))
+    speed = trainer.config.step_tokens / setup.seconds(trainer.take_step, setup.pick(10, 1))
     peak = peak_flops(setup.device, trainer.dtype)
     config = trainer.config
     setup.facts[f"{name}, tokens/s"] = round(speed)

@@ -93,3 +93,8 @@ class RunConfig:
     def sequence_length(self) -> int:
         """Tokens per training sequence after context warm-up."""
         return self.training.sequence_length or self.model.context_length
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens per optimizer step, across all ranks."""
+        return self.training.batch_size * self.sequence_length

@@ -34,8 +34,8 @@ def is_compiled(
     if device.type != "cpu" or n_ranks > 1 or config.model.arch != "gpt":
         return False
     limits = [60 * training.max_minutes]
-    tokens = training.max_steps * training.batch_size * config.sequence_length
-    limits.append(6 * n_parameters * tokens / (THREAD_FLOP_S * torch.get_num_threads()))
+    flops = 6 * n_parameters * training.max_steps * config.step_tokens
+    limits.append(flops / (THREAD_FLOP_S * torch.get_num_threads()))
     return min(limit for limit in limits if limit) >= LONG_S
 
 

@@ -47,8 +47,8 @@ def suited_to_text(
 ) -> RunConfig:
     """Set the settings that depend on text size, such as dropout, unless the user set them."""
     n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
-    step_tokens = config.training.batch_size * config.sequence_length
-    suited = for_text(max(n_train_tokens, 1), parameter_count(config.model), step_tokens)
+    n_parameters = parameter_count(config.model)
+    suited = for_text(max(n_train_tokens, 1), n_parameters, config.step_tokens)
     if given(overrides, "model", "dropout") is not None:
         suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
     own = {
@@ -94,7 +94,7 @@ def with_evaluations(config: RunConfig, n_train_tokens: int, n_val_tokens: int) 
         n_steps = min(n_steps, by_clock) if n_steps else by_clock
     # A forward pass is a third of a training step. The averaged weights need one too.
     share = 3 * EVAL_SHARE / (2 if training.average else 1)
-    step_tokens = training.batch_size * config.sequence_length
+    step_tokens = config.step_tokens
     every, n_tokens = training.eval_every, training.eval_tokens
     if every is None:
         often = min(math.ceil(n_train_tokens / step_tokens), max(SHORT_RUN, n_steps // 20))
@@ -210,7 +210,7 @@ class EarlyStop:
         patience = run.config.training.patience
         if not patience:
             return False
-        n_steps = math.ceil(patience * len(run.train_tokens) / run.step_tokens)
+        n_steps = math.ceil(patience * len(run.train_tokens) / run.config.step_tokens)
         return self.evaluated_step - self.best_step >= max(MIN_PATIENCE, n_steps)
 
     def event(self, run: Run) -> EarlyStopEvent:

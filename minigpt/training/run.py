@@ -144,14 +144,9 @@ class Run:
         is_warm = is_warm or bool(self.seam and self.seam.is_warm)
         return full if is_warm else config.context_warmup_length or full
 
-    @property
-    def step_tokens(self) -> int:
-        """Tokens per step."""
-        return self.config.training.batch_size * self.config.sequence_length
-
     def epochs(self, n_steps: int) -> float:
         """Return the number of passes over the training text in some steps."""
-        return n_steps * self.step_tokens / len(self.train_tokens)
+        return n_steps * self.config.step_tokens / len(self.train_tokens)
 
     @property
     def is_early_stop_due(self) -> bool:

@@ -15,8 +15,7 @@ def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
     training = config.training
     if not training.max_epochs:
         return config
-    step_tokens = training.batch_size * config.sequence_length
-    max_steps = max(1, math.ceil(training.max_epochs * n_train_tokens / step_tokens))
+    max_steps = max(1, math.ceil(training.max_epochs * n_train_tokens / config.step_tokens))
     max_steps = min(max_steps, training.max_steps or max_steps)
     return replace(config, training=replace(training, max_steps=max_steps))
 

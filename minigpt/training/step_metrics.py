@@ -88,7 +88,7 @@ class Metrics:
         n_steps, seconds, _ = (a - b for a, b in zip(now, self._logged, strict=True))
         _, all_seconds, used = (a - b for a, b in zip(now, self._begun, strict=True))
         self._logged = now
-        tokens_per_s = n_steps * run.step_tokens / seconds
+        tokens_per_s = n_steps * run.config.step_tokens / seconds
         mfu = None
         if cost := find_ring("model.cost"):
             model = replace(run.config.model, context_length=run.context_length)

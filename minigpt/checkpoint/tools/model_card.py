@@ -77,7 +77,7 @@ def model_card(
     """
     model_type = config.model.model_type
     names = "\n".join(f"- {_code(name)}" for name in _names(config))
-    n_seen = step * config.training.batch_size * config.sequence_length
+    n_seen = step * config.step_tokens
     # AutoTokenizer splits text as Qwen2 does in every qwen2 folder, whatever tokenizer.json says.
     tokenizer = "PreTrainedTokenizerFast" if model_type == "qwen2" else "AutoTokenizer"
     others = _NOWHERE_ELSE if model_type == OWN_TYPE else _ELSEWHERE.format(tokenizer=tokenizer)

@@ -139,7 +139,7 @@ def notes(config: RunConfig, overrides: Mapping[str, Any], data: PreparedData) -
     # Too little text is refused later, with its own error.
     if is_limited or any(0 < n <= config.sequence_length for n in n_tokens):
         return []
-    epochs = training.max_steps * training.batch_size * config.sequence_length / max(n_tokens[0], 1)
+    epochs = training.max_steps * config.step_tokens / max(n_tokens[0], 1)
     line = (
         f"{training.max_steps} steps are the default of --from, here {epochs:.3g} epochs "
         "(--max-steps, --max-epochs)"

@@ -72,7 +72,6 @@ def read_curves(run: Path) -> LossCurves:
         config = build(RunConfig, read_toml(run / CONFIG_FILE))
     except ConfigError:  # missing, or of another version
         config = None
-    step_tokens = config.training.batch_size * config.sequence_length if config else None
     curves: dict[str, list[LossPoint]] = {name: [] for name in _LOSSES.values()}
     path = run / METRICS_FILE
     try:
@@ -92,7 +91,7 @@ def read_curves(run: Path) -> LossCurves:
             steps, bits = int(event["step"]), event.get("bits_per_byte")
             point = LossPoint(
                 steps,
-                tokens=None if step_tokens is None else steps * step_tokens,
+                tokens=steps * config.step_tokens if config else None,
                 seconds=float(event["elapsed_s"]),
                 loss=float(event[name]),
                 bits_per_byte=None if bits is None else float(bits),
