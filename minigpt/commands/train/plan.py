@@ -12,7 +12,6 @@ from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import joined, make_display
 from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
-from minigpt.rings import ring
 from minigpt.training.reports.plan import make_plan
 from minigpt.training.state import read_state
 
@@ -39,8 +38,6 @@ def plan_training(
             lines = _rows(plan, replace(job.config, data=data))
             rows = [[Text(cell) for cell in line] for line in lines]
             show(aligned(rows, ["left", "right", "left"], line_width()))
-        if world.size > 1:
-            ring("commands.train.ranks").release(world)
 
 
 def _rows(plan: dict[str, Any], config: RunConfig) -> Iterator[tuple[str, str, str]]:

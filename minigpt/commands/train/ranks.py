@@ -32,14 +32,8 @@ def joined() -> Iterator[DistributedWorld]:
         raise typer.Exit
     try:
         yield world
-    except BaseException:
-        release(world)
-        raise
-
-
-def release(world: DistributedWorld) -> None:
-    """Make the other ranks exit if they are waiting for a plan."""
-    world.send_plan({})
+    finally:
+        world.send_plan({})  # makes ranks that are still waiting for a plan exit
 
 
 @contextmanager
