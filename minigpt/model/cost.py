@@ -1,20 +1,39 @@
 """The cost of a model: parameters and FLOPs, from the meta device, and the peak FLOP/s of GPUs."""
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
-from minigpt.model.language_model import model_class
+from minigpt.model.language_model import LanguageModel, model_class
 
 
+def with_one_block(config: ModelConfig) -> LanguageModel:
+    """Build a model with one block on the meta device: all blocks have the same shapes."""
+    config = replace(config, n_layer=1)
+    return model_class(config).without_weights(config)
+
+
+def parameters(config: ModelConfig) -> Iterator[tuple[str, Tensor, int]]:
+    """Yield the name of each parameter, the parameter on the meta device, and how often it occurs.
+
+    The parameters of the only block that is built occur n_layer times.
+    """
+    for name, parameter in with_one_block(config).named_parameters():
+        yield name, parameter, config.n_layer if name.startswith("blocks.") else 1
+
+
+@lru_cache(maxsize=64)
 def parameter_count(config: ModelConfig) -> int:
     """Return the number of parameters, tied ones counted once."""
-    return _counts(config)[0]
+    return sum(n * parameter.numel() for _, parameter, n in parameters(config))
 
 
+@lru_cache(maxsize=64)
 def training_flops_per_token(config: ModelConfig) -> int:
     """Return the FLOPs of a forward and backward pass over one token of a full context.
 
@@ -22,24 +41,18 @@ def training_flops_per_token(config: ModelConfig) -> int:
     per attention weight: half the context on average, as it is causal, or less with a window.
     Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B.
     """
-    return _counts(config)[1]
-
-
-@lru_cache(maxsize=64)
-def _counts(config: ModelConfig) -> tuple[int, int]:
     model = model_class(config).without_weights(config)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     n_lookups = sum(embedding.weight.numel() for embedding in embeddings)
     if config.tie_embeddings:
         n_lookups -= model.embedding.weight.numel()
-    flops = 6 * (n_parameters - n_lookups)
+    flops = 6 * (parameter_count(config) - n_lookups)
     width = config.n_head * config.d_head
     for attention in model.attentions:
         seen = min(attention.score.window or config.context_length, config.context_length)
         seen_on_average = seen * (2 * config.context_length - seen) // (2 * config.context_length)
         flops += attention.score.flops_per_weight * width * seen_on_average
-    return n_parameters, flops
+    return flops
 
 
 # Dense bfloat16 tensor-core peaks, FLOP/s, from NVIDIA's datasheets (without sparsity). The first

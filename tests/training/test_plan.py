@@ -112,12 +112,12 @@ def test_timed_steps_are_long_enough_to_hide_kernel_launches(
 ) -> None:
     monkeypatch.setattr(plan_module, "_MEASURED_S", 1.0)
 
-    def token_s(n_tokens: int) -> float:
-        """Return a time per token: 20 ms per step for kernel launches plus 1 us per token."""
-        return (0.02 + 1e-6 * n_tokens) / n_tokens
+    def pass_s(n_tokens: int) -> float:
+        """Return a time: 20 ms for kernel launches plus 1 us per token."""
+        return 0.02 + 1e-6 * n_tokens
 
-    n_tokens = tokens_to_measure(token_s, 64, 10_000_000)
-    assert token_s(n_tokens) == pytest.approx(1e-6, rel=0.05)
-    assert n_tokens * token_s(n_tokens) < 2
-    assert tokens_to_measure(token_s, 64, 4096) == 4096
+    n_tokens = tokens_to_measure(pass_s, 64, 10_000_000)
+    assert pass_s(n_tokens) / n_tokens == pytest.approx(1e-6, rel=0.1)
+    assert pass_s(n_tokens) < 2
+    assert tokens_to_measure(pass_s, 64, 4096) == 4096
     assert tokens_to_measure(lambda n: 10.0, 64, 4096) == 64

@@ -2,18 +2,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.errors import ResourceError
 from minigpt.evaluation import windows_at_once
 from minigpt.format import with_unit
+from minigpt.model.cost import parameter_count, parameters, with_one_block
 from minigpt.model.gpt import Block
-from minigpt.model.language_model import model_class
 from minigpt.model.layers import GatedMLP
 from minigpt.model_config import ATTENTIONS
 from minigpt.rings import find_ring, load_class
@@ -50,7 +48,7 @@ def estimate_memory(
     """
     model, training, length = config.model, config.training, config.sequence_length
     n_shares = n_ranks if training.shard else 1
-    n_parameters = sum(n * parameter.numel() for _, parameter, n in parameters(model))
+    n_parameters = parameter_count(model)
     gradients = n_parameters * _FLOAT32 // n_shares
     cast_bytes = 0 if dtype == torch.float32 else dtype.itemsize
     copies = n_parameters * cast_bytes
@@ -72,10 +70,6 @@ def estimate_memory(
         n_hidden = n_tokens * length * model.n_head * model.d_head
         hidden = 3 * _FLOAT32 * min(n_hidden, _MAX_HIDDEN)
     earlier = gradients if n_local > training.micro_batch_size else 0
-    matrices: Counter[torch.Size] = Counter()
-    for name, parameter, n in parameters(model):
-        if training.optimizer == "muon" and is_muon_parameter(name, parameter):
-            matrices[parameter.shape] += n * parameter.numel()
     n_eval_tokens = min(n_val_tokens, training.eval_tokens or n_val_tokens)
     n_windows = max(1, n_eval_tokens // length)
     n_windows = min(n_windows, windows_at_once(model.vocab_size, length, device_type))
@@ -84,7 +78,7 @@ def estimate_memory(
     peak = max(
         kept + max(output, hidden) + earlier + copies,
         n_tokens * (stream + block) + hidden + gradients + copies,
-        gradients + 5 * _FLOAT32 * max(matrices.values(), default=0),
+        gradients + 5 * _FLOAT32 * max(_muon_values(config).values(), default=0),
         n_windows * length * max(logits, mlp) + copies,
     )
     n_averages = n_parameters if training.average else 0
@@ -112,9 +106,7 @@ def _block_bytes_per_token(
     if model.arch != "gpt":
         n_values = _LSTM_VALUES + (_ATTENTION_VALUES if model.n_attention_layer else 0)
         return n_values * model.d_model * _FLOAT32
-    one = replace(model, n_layer=1)
-    built = model_class(one).without_weights(one)
-    block = built.blocks[0]
+    block = with_one_block(model).blocks[0]
     assert isinstance(block, Block)
     n_norms = sum(isinstance(child, nn.LayerNorm | nn.RMSNorm) for child in block.children())
     per_norm = (2 if isinstance(block.mlp_norm, nn.LayerNorm) else 3) * _FLOAT32
@@ -140,21 +132,17 @@ def _has_hidden_values(model: ModelConfig) -> bool:
 
 def optimizer_values(config: RunConfig) -> int:
     """Return the size of the optimizers' state: one value per Muon parameter, else two."""
-    has_muon = config.training.optimizer == "muon"
-    return sum(
-        n * parameter.numel() * (1 if has_muon and is_muon_parameter(name, parameter) else 2)
-        for name, parameter, n in parameters(config.model)
-    )
+    return 2 * parameter_count(config.model) - _muon_values(config).total()
 
 
-def parameters(model: ModelConfig) -> Iterator[tuple[str, Tensor, int]]:
-    """Yield the name of each parameter, the parameter on the meta device, and how often it occurs.
-
-    All blocks have the same shapes, so only one is built, and its parameters occur n_layer times.
-    """
-    one = replace(model, n_layer=1)
-    for name, parameter in model_class(one).without_weights(one).named_parameters():
-        yield name, parameter, model.n_layer if name.startswith("blocks.") else 1
+def _muon_values(config: RunConfig) -> Counter[torch.Size]:
+    """Return the number of values in all matrices of a shape that Muon updates together."""
+    values: Counter[torch.Size] = Counter()
+    if config.training.optimizer == "muon":
+        for name, parameter, n in parameters(config.model):
+            if is_muon_parameter(name, parameter):
+                values[parameter.shape] += n * parameter.numel()
+    return values
 
 
 def machine_bytes(device: torch.device) -> int | None:
@@ -177,8 +165,7 @@ def require_memory(config: RunConfig, device: torch.device, n_ranks: int = 1) ->
     if available is None:
         return
     model, training = config.model, config.training
-    n_parameters = sum(n * parameter.numel() for _, parameter, n in parameters(model))
-    state = 3 * _FLOAT32 * n_parameters // (n_ranks if training.shard else 1)
+    state = 3 * _FLOAT32 * parameter_count(model) // (n_ranks if training.shard else 1)
     n_sequences = training.batch_size // n_ranks
     per_token = model.vocab_size * _FLOAT32 + 2 * model.n_layer * model.d_model
     n_together = min(n_sequences, training.micro_batch_size)

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 
 from minigpt.config import ModelConfig, RunConfig
-from minigpt.model.cost import parameter_count, peak_flops, training_flops_per_token
+from minigpt.model.cost import (
+    parameter_count,
+    parameters,
+    peak_flops,
+    training_flops_per_token,
+)
 from minigpt.model.device import autocast, has_fast_bfloat16, resolve_device, resolve_dtype
 from minigpt.model.language_model import model_class
 from minigpt.rings import find_ring
 from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
-from minigpt.training.reports.memory import (
-    estimate_memory,
-    machine_bytes,
-    optimizer_values,
-    parameters,
-)
+from minigpt.training.reports.memory import estimate_memory, machine_bytes, optimizer_values
 from minigpt.training.run import with_text
 from minigpt.training.state import TrainingState
 from minigpt.training.world import ALONE, World
@@ -38,7 +38,7 @@ _PARTS = {
 _FIRST_TOKENS = 64
 _MEASURED_S = 1.0
 _MAX_STEPS = 20
-_MAX_GROWTH = 4
+_GROWTH = 4
 
 
 def make_plan(
@@ -58,7 +58,6 @@ def make_plan(
     dtype = resolve_dtype(config.training.dtype, device)
     config, train_tokens, val_tokens = with_text(config, data)
     training = config.training
-    step_tokens = training.batch_size * config.sequence_length
     micro_batch_size = world.micro_batch_size(training.batch_size, training.micro_batch_size)
     memory = estimate_memory(config, len(val_tokens), dtype, world.size, device.type)
     available = machine_bytes(device)
@@ -82,11 +81,11 @@ def make_plan(
         "parameters": parameters_by_part(config.model),
         "n_train_tokens": len(train_tokens),
         "n_val_tokens": len(val_tokens),
-        "step_tokens": step_tokens,  # over all ranks
+        "step_tokens": config.step_tokens,  # over all ranks
         "n_micro_batches": training.batch_size // world.size // micro_batch_size,
         "max_steps": max_steps,
         "n_steps_left": max_steps - done.step,
-        "epochs": max_steps * step_tokens / len(train_tokens),
+        "epochs": max_steps * config.step_tokens / len(train_tokens),
         "training_flops": flops,  # of the remaining steps
         "memory": memory,
         "machine_bytes": available,
@@ -135,13 +134,16 @@ def _measure(
     product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     optimizers = make_optimizers(model, config.training, product_dtype)
 
+    length = config.sequence_length
+
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def step(n_sequences: int, length: int) -> tuple[float, float]:
-        tokens = torch.zeros((n_sequences, length), dtype=torch.long, device=device)
+    def step(n_tokens: int) -> tuple[float, float]:
+        """Return the seconds of forward and backward pass, and of the update."""
+        tokens = torch.zeros(shape_of(n_tokens), dtype=torch.long, device=device)
         started = now()
         with autocast(device, dtype):
             logits = model(tokens, recompute=config.training.recompute)
@@ -150,41 +152,33 @@ def _measure(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        n_flops = n_sequences * length * _flops_per_token(config, length)
-        return (between - started) / n_flops, now() - between
-
-    length = config.sequence_length
-    few = min(_FIRST_TOKENS, length)
-    step(1, few)  # creates the optimizer state
+        return between - started, now() - between
 
     def shape_of(n_tokens: int) -> tuple[int, int]:
         return max(1, n_tokens // length), min(length, n_tokens)
 
-    def token_s(n_tokens: int) -> float:
-        return step(*shape_of(n_tokens))[0] * _flops_per_token(config, length)
-
-    shape = shape_of(tokens_to_measure(token_s, few, max_sequences * length))
-    step(*shape)
+    few = min(_FIRST_TOKENS, length)
+    step(few)  # creates the optimizer state
+    n_tokens = tokens_to_measure(lambda n: step(n)[0], few, max_sequences * length)
+    step(n_tokens)  # the first step of a size allocates memory
     end = now() + _MEASURED_S
-    times = [step(*shape)]
+    times = [step(n_tokens)]
     while len(times) < _MAX_STEPS and now() < end:
-        times.append(step(*shape))
-    flop_times, update_times = zip(*times, strict=True)
-    return statistics.median(flop_times), statistics.median(update_times)
+        times.append(step(n_tokens))
+    pass_s, update_s = map(statistics.median, zip(*times, strict=True))
+    n_sequences, n_positions = shape_of(n_tokens)
+    n_flops = n_sequences * n_positions * _flops_per_token(config, n_positions)
+    return pass_s / n_flops, update_s
 
 
-def tokens_to_measure(token_s: Callable[[int], float], few: int, most: int) -> int:
-    """Return how many tokens take about a second, from ``few`` to ``most``.
+def tokens_to_measure(pass_s: Callable[[int], float], few: int, most: int) -> int:
+    """Return how many tokens take about a second or a little less, from ``few`` to ``most``.
 
-    The number grows until the time is proportional to it: on a GPU, a step on few tokens takes only
-    the time to launch its kernels.
+    On a GPU, a step on few tokens takes only the time to launch its kernels.
 
-    Args: token_s, which measures the seconds per token for a number of tokens.
+    Args: pass_s, which measures the seconds of a forward and backward pass over some tokens.
     """
     n_tokens = few
-    while n_tokens < most:
-        wanted = min(most, int(_MEASURED_S / token_s(n_tokens)))
-        if wanted <= _MAX_GROWTH * n_tokens:
-            return max(n_tokens, wanted)
-        n_tokens = min(wanted, _MAX_GROWTH**2 * n_tokens)
+    while n_tokens < most and pass_s(n_tokens) < _MEASURED_S / _GROWTH:
+        n_tokens = min(most, _GROWTH * n_tokens)
     return n_tokens
