@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from minigpt.checkpoint.carried import read_carried
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
-from minigpt.commands.train.job import LIMITS, one_budget
+from minigpt.commands.train.job import LIMITS, Request, Start, one_budget, require_memory
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
@@ -18,7 +19,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring
 from minigpt.settings import build, flat, given, merge, to_dict
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.text.tokens import PreparedData, prepared_settings
+from minigpt.text.tokens import PreparedData, prepare, prepared_settings
 
 _LONGEST_SEQUENCE = 512  # default limit, because a large model's full context may not fit
 
@@ -86,6 +87,24 @@ def read_base(spec: str) -> Base:
     return Base(source, loaded.model, tokenizer, folder)
 
 
+def start_from_model(request: Request) -> Start:
+    """Read the model, the settings and the text of a fine-tuning run.
+
+    Raises: ConfigError, CheckpointError and ResourceError, as ``open_job``.
+    """
+    base = read_base(request.overrides["from"])
+    config = finetuning_config(request.overrides, base)
+    require_memory(config, request)  # before the text is read
+    data = prepare(
+        config.data,
+        on_progress=request.on_progress,
+        tokenizer=base.tokenizer,
+        chat_model=base.folder,
+    )
+    notes = _budget_notes(config, request.overrides, data)
+    return Start(config, data, base.name, base.model, read_carried(base.folder), notes)
+
+
 def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
     """Merge the user's settings over the model's own and the defaults for fine-tuning.
 
@@ -131,7 +150,7 @@ def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
     return replace(config, training=replace(config.training, micro_batch_size=size))
 
 
-def notes(config: RunConfig, overrides: Mapping[str, Any], data: PreparedData) -> list[str]:
+def _budget_notes(config: RunConfig, overrides: Mapping[str, Any], data: PreparedData) -> list[str]:
     """Return a line about the length of a run with the default budget of fine-tuning."""
     training = config.training
     is_limited = any(given(overrides, "training", name) is not None for name in LIMITS)

@@ -45,6 +45,22 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The settings of a new run, its text, and the model that it is fine-tuned from, if any."""
+
+    config: RunConfig
+    data: PreparedData
+    name: str
+    """Name of the preset or of the model, part of the run's derived name."""
+    model: LanguageModel | None = None
+    """Model to fine-tune. None for random weights."""
+    carried: Any = None
+    """Files and tensors of the model to keep, a ``checkpoint.carried.Carried``."""
+    notes: Sequence[str] = ()
+    """Notes for the user about fine-tuning, one per line."""
+
+
+@dataclass(frozen=True)
 class Job:
     """A run and where it starts: from random weights, a model, or a checkpoint."""
 
@@ -90,29 +106,12 @@ def _new_job(request: Request) -> Iterator[Job]:
     name, overrides = request.name, request.overrides
     if name is not None:
         _require_new(RunFolder(ROOT / checked_name(name)))
-    base: Any = None
     if overrides.get("from") is not None:
-        finetune = ring("commands.train.finetune")
-        base = finetune.read_base(overrides["from"])
-        config = finetune.finetuning_config(overrides, base)
+        start = ring("commands.train.finetune").start_from_model(request)
     else:
-        settings = settings_of(overrides)
-        config = with_vocabulary(settings, 1)
-    require_memory(config, request)  # before the text is read
-    data = prepare(
-        config.data,
-        on_progress=request.on_progress,
-        tokenizer=base.tokenizer if base else None,
-        chat_model=base.folder if base else None,
-    )
-    if base is None:
-        config = with_vocabulary(settings, data.tokenizer.vocab_size)
-        if overfitting := find_ring("training.overfitting"):
-            config = overfitting.suited_to_text(config, overrides, data)
-        require_memory(config, request)
-    notes = notes_on(config, overrides) + (finetune.notes(config, overrides, data) if base else [])
-    config = replace(config, data=data.manifest.with_split(config.data))
-    names = fresh_names(config.data, base.name if base else config.preset)
+        start = _start_from_preset(request)
+    config = replace(start.config, data=start.data.manifest.with_split(start.config.data))
+    names = fresh_names(config.data, start.name)
     with ExitStack() as held:
         while True:
             run = RunFolder(ROOT / (name or next(names)))
@@ -124,9 +123,27 @@ def _new_job(request: Request) -> Iterator[Job]:
                 if name:
                     raise
                 held.close()
-        carried = ring("checkpoint.carried").read_carried(base.folder) if base else None
-        start = base.model if base else None
-        yield Job(config, data, run, start_from=start, carried=carried, notes=notes)
+        notes = [*notes_on(start.config, overrides), *start.notes]
+        yield Job(
+            config,
+            start.data,
+            run,
+            start_from=start.model,
+            carried=start.carried,
+            notes=notes,
+        )
+
+
+def _start_from_preset(request: Request) -> Start:
+    settings = settings_of(request.overrides)
+    config = with_vocabulary(settings, 1)
+    require_memory(config, request)  # before the text is read
+    data = prepare(config.data, on_progress=request.on_progress)
+    config = with_vocabulary(settings, data.tokenizer.vocab_size)
+    if overfitting := find_ring("training.overfitting"):
+        config = overfitting.suited_to_text(config, request.overrides, data)
+    require_memory(config, request)
+    return Start(config, data, config.preset)
 
 
 def notes_on(config: RunConfig, overrides: dict[str, Any]) -> list[str]:
