@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -95,40 +96,47 @@ class Checkpoints:
 
         Args: state, the optimizers' tensors; None for weights that a run cannot resume from.
         """
-        run, config = self._run, self._run.config
+        run = self._run
         step, losses = run.step, {}
         if evaluation:
             step = evaluation.step
             losses = {"val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
-        facts: dict[str, Any] = {WEIGHTS_ONLY: True} if state is None else {}
+        facts: dict[str, Any] = dict(losses)
+        if state is None:
+            facts[WEIGHTS_ONLY] = True
         if evaluation and evaluation.is_averaged:
             facts["is_averaged"] = True
-        with run.folder.writing_step(step, **losses, **facts) as folder:
-            tokenizer, dtype, is_rounded = run.data.tokenizer, config.training.save_dtype, False
-            if run.carried or dtype != "auto":
-                write_as = ring("checkpoint.rewriting").write_as
-                is_rounded = write_as(folder, model, tokenizer, run.carried, dtype)
-            else:
-                write_model(folder, model, tokenizer)
-            if template := run.data.manifest.chat_template:
-                (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        with run.folder.writing_step(step, **facts) as folder:
+            is_rounded = self._write_model(folder, model)
             if cards := find_ring("checkpoint.tools.model_card"):
                 cards.write_card(folder, run, step, losses)
             if self._resume and state is not None:
                 exact = model if is_rounded else None
                 self._resume.write_state(folder, state, self._resume.training_state(run), exact)
         if state is not None:
-            run.folder.point("latest", step, **losses, **facts)
+            run.folder.point("latest", step, **facts)
         if not evaluation:  # without a validation text, the latest checkpoint counts as the best
             run.folder.point("best", step)
         best = run.folder.best()
         assert best is not None
         run.folder.point("best", best.step, **best.facts)
         if state is not None and (pruning := find_ring("checkpoint.tools.pruning")):
-            pruning.prune(run.folder, config.training.keep)
+            pruning.prune(run.folder, run.config.training.keep)
         return SaveEvent(
             step=step,
             folder=run.folder.step_folder(step),
             val_loss=evaluation.val_loss if evaluation else None,
             is_best=best.step == step,
         )
+
+    def _write_model(self, folder: Path, model: LanguageModel) -> bool:
+        """Write the files of a Hugging Face model; return whether its weights were rounded."""
+        run, dtype, is_rounded = self._run, self._run.config.training.save_dtype, False
+        if run.carried or dtype != "auto":
+            write_as = ring("checkpoint.rewriting").write_as
+            is_rounded = write_as(folder, model, run.data.tokenizer, run.carried, dtype)
+        else:
+            write_model(folder, model, run.data.tokenizer)
+        if template := run.data.manifest.chat_template:
+            (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        return is_rounded
