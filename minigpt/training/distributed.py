@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from minigpt.config import TrainingConfig
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.evaluation import Evaluation
 from minigpt.model.language_model import LanguageModel, model_class
@@ -68,17 +69,17 @@ class DistributedWorld(World):
         mesh = init_device_mesh(device.type, (self.size,))
         return replace(self, device=device, mesh=mesh, is_sharded=shard)
 
-    def micro_batch_size(self, batch_size: int, largest: int) -> int:
+    def micro_batch_size(self, config: TrainingConfig) -> int:
         """Return the sequences per forward pass of a rank.
 
         Raises: ConfigError if the batch cannot be divided equally among the ranks.
         """
-        if batch_size % self.size:
+        if config.batch_size % self.size:
             raise ConfigError(
-                f"--batch-size {batch_size} cannot be divided among {self.size} processes. Use a "
-                f"multiple of {self.size}."
+                f"--batch-size {config.batch_size} cannot be divided among {self.size} processes. "
+                f"Use a multiple of {self.size}."
             )
-        return super().micro_batch_size(batch_size, largest)
+        return super().micro_batch_size(config)
 
     def send_plan(self, plan: dict[str, Any]) -> None:
         """Send the plan of a run from rank 0 to the others. An empty plan tells them to exit."""

@@ -38,6 +38,29 @@ def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSp
 class Run:
     """The state that training steps read and update; each process of a run has its own."""
 
+    step = 0
+    """Number of steps taken."""
+    elapsed_s = 0.0
+    """Seconds of training, without evaluation and saving."""
+    n_skipped = 0
+    """Number of steps skipped because of NaN or inf."""
+    last_lr_scale: float | None = None
+    """Learning rate of the last step as a fraction of the peak."""
+    saved_step: int | None = None
+    """Step of the latest checkpoint."""
+    average: Any = None
+    """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
+    early_stop: Any = None
+    """Early stopping, an ``overfitting.EarlyStop``. None without it."""
+    seam: Any = None
+    """Latest change of the schedule, a ``state.Seam``. None if it never changed."""
+    moved_from: str | None = None
+    """Where the checkpoint was computed, if resuming is not bit-exact because of that."""
+    is_compiled = False
+    """Whether the training step is compiled."""
+    compile_failed = False
+    """Whether the compiler failed, so that the run continued uncompiled."""
+
     def __init__(
         self,
         config: RunConfig,
@@ -64,43 +87,17 @@ class Run:
         self.device, self.dtype = self.world.device, dtype
         self.config, self.train_tokens, self.val_tokens = with_text(config, data)
         training = config.training
-        self.micro_batch_size = world.micro_batch_size(
-            training.batch_size, training.micro_batch_size
-        )
+        self.micro_batch_size = world.micro_batch_size(training)
         """Sequences per forward pass of a rank."""
-        if resume_from:
-            start_from = read_model(resume_from, dtype=torch.float32, is_exact=True).model
         self.model = self.world.place(self._make_model(start_from, resume_from))
-        self.is_compiled = False
-        """Whether the training step is compiled."""
-        self.compile_failed = False
-        """Whether the compiler failed, so that the run continued uncompiled."""
         find = ring if training.compile else find_ring
         if compiling := find("training.compiling"):
             compiling.use_kernels(self)
         product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
         self.optimizers = make_optimizers(self.model, training, product_dtype, self.world)
-        self.step = 0
-        """Number of steps taken."""
-        self.elapsed_s = 0.0
-        """Seconds of training, without evaluation and saving."""
-        self.n_skipped = 0
-        """Number of steps skipped because of NaN or inf."""
-        self.last_lr_scale: float | None = None
-        """Learning rate of the last step as a fraction of the peak."""
-        self.saved_step: int | None = None
-        """Step of the latest checkpoint."""
-        self.average: Any = None
-        """Moving average of the weights, an ``overfitting.WeightAverage``. None without one."""
-        self.early_stop: Any = None
-        """Early stopping, an ``overfitting.EarlyStop``. None without it."""
         find = ring if training.average or training.patience else find_ring
         if overfitting := find("training.overfitting"):
             overfitting.enable(self)
-        self.seam: Any = None
-        """Latest change of the schedule, a ``state.Seam``. None if it never changed."""
-        self.moved_from: str | None = None
-        """Where the checkpoint was computed, if resuming is not bit-exact because of that."""
         if resume_from:
             ring("training.state").restore(self, resume_from)
 
@@ -108,6 +105,8 @@ class Run:
         self, start_from: LanguageModel | None, resume_from: Path | None
     ) -> LanguageModel:
         config = self.config.model
+        if resume_from:
+            start_from = read_model(resume_from, dtype=torch.float32, is_exact=True).model
         if start_from is None:
             model = model_class(config)(config)
             # On the CPU, so that every device starts from the same weights.

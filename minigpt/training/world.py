@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from minigpt.config import TrainingConfig
 from minigpt.evaluation import Evaluation
 from minigpt.model.language_model import LanguageModel
 
@@ -41,9 +42,9 @@ class World:
         """
         return replace(self, device=device)
 
-    def micro_batch_size(self, batch_size: int, largest: int) -> int:
-        """Return the sequences per forward pass of a rank: equal parts, at most ``largest``."""
-        return gcd(batch_size // self.size, largest)
+    def micro_batch_size(self, config: TrainingConfig) -> int:
+        """Return the sequences per forward pass of a rank, which divide its part of a batch."""
+        return gcd(config.batch_size // self.size, config.micro_batch_size)
 
     def broadcast(self, number: float) -> float:
         """Return rank 0's number on every rank."""

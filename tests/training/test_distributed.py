@@ -16,6 +16,7 @@ from small_runs import differing
 import minigpt
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
+from minigpt.config import TrainingConfig
 from minigpt.errors import ConfigError
 from minigpt.text.tokens import PreparedData
 from minigpt.training.distributed import DistributedWorld
@@ -255,17 +256,18 @@ def test_ranks_use_different_dropout_masks(seen: RankResults) -> None:
 
 @pytest.mark.parametrize(
     ("batch_size", "wanted", "n_ranks", "size"),
-    [(12, 3, 1, 3), (12, 3, 2, 3), (12, 12, 3, 4), (12, 3, 4, 3), (128, 16, 8, 16), (8, 3, 2, 1)],
+    [(12, 3, 1, 3), (12, 3, 2, 3), (12, 12, 3, 4), (12, 3, 4, 3), (128, 16, 8, 16), (8, 4, 8, 1)],
 )
 def test_micro_batches_are_equal_and_at_most_the_requested_size(
     batch_size: int, wanted: int, n_ranks: int, size: int
 ) -> None:
-    assert World(size=n_ranks).micro_batch_size(batch_size, wanted) == size
+    config = TrainingConfig(max_steps=1, batch_size=batch_size, micro_batch_size=wanted)
+    assert World(size=n_ranks).micro_batch_size(config) == size
 
 
 def test_a_batch_size_not_divisible_by_the_ranks_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match=r"--batch-size 12 cannot be divided among 5 processes\."):
-        DistributedWorld(size=5).micro_batch_size(12, 3)
+        DistributedWorld(size=5).micro_batch_size(TrainingConfig(max_steps=1, batch_size=12))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

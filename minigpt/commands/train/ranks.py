@@ -39,9 +39,8 @@ def joined() -> Iterator[DistributedWorld]:
 @contextmanager
 def leading(job: Job, world: DistributedWorld, resume: str, display: Display) -> Iterator[None]:
     """Send a job's plan to the other ranks; if one of them is lost, print how to resume."""
-    training = job.config.training
     # Refuse an invalid batch size before the other ranks begin.
-    world.micro_batch_size(training.batch_size, training.micro_batch_size)
+    world.micro_batch_size(job.config.training)
     display.note(f"if one process dies, all of them end; resume with: {resume}")
     assert isinstance(job.data, StoredData), "tokens that every rank can open"
     plan = {"config": to_dict(job.config), "data": str(job.data.folder), "run": str(job.run.path)}

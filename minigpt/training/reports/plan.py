@@ -58,7 +58,7 @@ def make_plan(
     dtype = resolve_dtype(config.training.dtype, device)
     config, train_tokens, val_tokens = with_text(config, data)
     training = config.training
-    micro_batch_size = world.micro_batch_size(training.batch_size, training.micro_batch_size)
+    micro_batch_size = world.micro_batch_size(training)
     memory = estimate_memory(config, len(val_tokens), dtype, world.size, device.type)
     available = machine_bytes(device)
     is_tight = available is not None and memory["total"] > available
