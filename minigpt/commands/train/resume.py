@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.folder import CONFIG_FILE, Pointer, RunFolder
@@ -70,29 +71,40 @@ def resumed_job(request: Request) -> Iterator[Job]:
         require_memory(config, request)
         # With a changed byte, training would continue but not end with the same bits.
         latest = _require_checkpoint(run, hashes=True)
-        # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
-        tokenizer = read_model(latest.folder).tokenizer if is_tuned else None
+        data = _prepare_again(request, run, saved, config.data, latest.folder)
         carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
-        text = to_dict(config.data)
-        text.pop("chat_template", None)  # the checkpoint has it
-        try:
-            data = prepare(
-                build(DataConfig, text),
-                on_progress=request.on_progress,
-                tokenizer=tokenizer,
-                chat_model=latest.folder,
-            )
-        except DataError as error:
-            names = (fixed.rpartition(".")[2].replace("_", "-") for fixed in _FIXED)
-            if any(f"--{name}" in str(error) for name in names):  # its remedy would be refused
-                raise _other_text(run, saved, request.overrides) from error
-            if given(request.overrides, "data", "paths"):
-                raise
-            raise DataError(f"the run's own text: {error} If it has moved, give DATA.") from None
-        if read_state(latest.folder).corpus != data.tokens.fingerprint:
-            raise _other_text(run, saved, request.overrides)
         notes += _lifted_limit(saved, config, data)
         yield Job(config, data, run, resume_from=latest.folder, carried=carried, notes=notes)
+
+
+def _prepare_again(
+    request: Request, run: RunFolder, saved: RunConfig, text: DataConfig, checkpoint: Path
+) -> PreparedData:
+    """Prepare the text of a resumed run.
+
+    Raises: DataError if it cannot be read, or is not the one that the run started with.
+    """
+    settings = to_dict(text)
+    settings.pop("chat_template", None)  # the checkpoint has it
+    # The model that a run was fine-tuned from may be gone; the checkpoint has its tokenizer.
+    tokenizer = read_model(checkpoint).tokenizer if saved.from_ is not None else None
+    try:
+        data = prepare(
+            build(DataConfig, settings),
+            on_progress=request.on_progress,
+            tokenizer=tokenizer,
+            chat_model=checkpoint,
+        )
+    except DataError as error:
+        names = (fixed.rpartition(".")[2].replace("_", "-") for fixed in _FIXED)
+        if any(f"--{name}" in str(error) for name in names):  # its remedy would be refused
+            raise _other_text(run, saved, request.overrides) from error
+        if given(request.overrides, "data", "paths"):
+            raise
+        raise DataError(f"the run's own text: {error} If it has moved, give DATA.") from None
+    if read_state(checkpoint).corpus != data.tokens.fingerprint:
+        raise _other_text(run, saved, request.overrides)
+    return data
 
 
 def _require_checkpoint(run: RunFolder, *, hashes: bool) -> Pointer:
