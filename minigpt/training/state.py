@@ -19,6 +19,7 @@ from torch.optim import Muon, Optimizer
 from minigpt.checkpoint.model_folder import (
     STATE_FOLDER,
     WEIGHTS,
+    name_of,
     save_tensors,
     weights_to_hf,
 )
@@ -113,7 +114,7 @@ def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) 
     elif name == "cpu":
         threads = f"threads: {torch.get_num_threads()}"
         name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads})"
-    precision = ("compiled, " if is_compiled else "") + str(dtype).removeprefix("torch.")
+    precision = ("compiled, " if is_compiled else "") + name_of(dtype)
     return f"{ranks}{name}, {shards}{precision}, torch {torch.__version__}"
 
 
@@ -123,7 +124,7 @@ def training_tensors(run: Run) -> Iterator[tuple[str, Tensor]]:
     The average of the weights is ``.../average``. While it is in the model, the step's own weights
     are yielded instead, as ``.../step_weight``.
     """
-    for name, optimizer, parameter in _optimized(run.model, run.optimizers):
+    for name, optimizer, parameter in _optimized(run):
         for key, tensor in optimizer.state[parameter].items():
             yield f"{name}/{key}", tensor
         if run.average:
@@ -152,11 +153,13 @@ def training_state(run: Run) -> TrainingState:
 
 
 def restore(run: Run, folder: Path) -> None:
-    """Restore a run, whose model is already loaded, from a checkpoint.
+    """Restore a run, whose model and average have the checkpoint's weights, from a checkpoint.
 
-    Raises: CheckpointError as ``restore_state``; DataError if the corpus differs.
+    Raises: CheckpointError if the state is missing, damaged, or of another model or optimizer;
+        DataError if the corpus differs.
     """
-    state = restore_state(folder, run.model, run.optimizers, run.average)
+    state = read_state(folder)
+    _restore_tensors(run, folder / STATE_FOLDER, has_steps=state.step > 0)
     if state.corpus != run.data.tokens.fingerprint:
         raise DataError(
             "the corpus is not the one that this run started with. Give the same text, or "
@@ -179,12 +182,10 @@ def restore(run: Run, folder: Path) -> None:
         run.seam = Seam(step=run.step, lr_scale=state.lr_scale, is_warm=state.is_warm)
 
 
-def _optimized(
-    model: nn.Module, optimizers: list[Optimizer]
-) -> Iterator[tuple[str, Optimizer, nn.Parameter]]:
+def _optimized(run: Run) -> Iterator[tuple[str, Optimizer, nn.Parameter]]:
     """Yield each parameter with its name and its optimizer."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    for optimizer in optimizers:
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield names[parameter], optimizer, parameter
@@ -224,51 +225,52 @@ def _not_resumable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def restore_state(
-    folder: Path, model: nn.Module, optimizers: list[Optimizer], average: Any = None
-) -> TrainingState:
-    """Load the optimizers' state from a checkpoint, and return its counters.
+def _restore_tensors(run: Run, path: Path, *, has_steps: bool) -> None:
+    """Load the optimizers' state and the weights of the last step or their average.
 
-    Args: model, with the checkpoint's weights: averaged ones are replaced by those of the step;
-        average, initialized with the same weights.
-    Raises: CheckpointError if it is missing, damaged, or of another model or optimizer.
+    Args: path, training_state/ of a checkpoint; has_steps, whether the optimizers took steps.
     """
-    path, counters = folder / STATE_FOLDER, read_state(folder)
-    try:
-        check_header(path / _OPTIMIZER_FILE)
-        tensors = load_file(path / _OPTIMIZER_FILE)
-    except (OSError, SafetensorError) as error:
-        raise _not_resumable(path, error) from None
-    found: dict[str, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        found.setdefault(name, {})[key] = tensor
-    for name, optimizer, parameter in _optimized(model, optimizers):
-        state = found.pop(name, {})
-        other = {key: state.pop(key) for key in (_STEP_KEY, _AVERAGE_KEY) if key in state}
+    stored = _read_tensors(path)
+    for name, optimizer, parameter in _optimized(run):
+        state = stored.pop(name, {})
+        weights = {key: state.pop(key) for key in (_STEP_KEY, _AVERAGE_KEY) if key in state}
         keys = _MUON_KEYS if isinstance(optimizer, Muon) else _ADAMW_KEYS
-        has_keys = not counters.step or state.keys() == keys
+        has_keys = not has_steps or state.keys() == keys
         if not has_keys or not all(
             value.is_floating_point() and value.shape == (() if key == "step" else parameter.shape)
-            for key, value in (state | other).items()
+            for key, value in (state | weights).items()
         ):
             raise CheckpointError(
                 f"{str(path)!r} has no {type(optimizer).__name__} state for {name} of shape "
                 f"{tuple(parameter.shape)}. Resume with the run's own settings."
             )
         with torch.no_grad():
-            if _STEP_KEY in other:
-                parameter.copy_(_shard_like(other[_STEP_KEY], parameter))
-            if average and _AVERAGE_KEY in other:
-                average.tensors[parameter].copy_(_shard_like(other[_AVERAGE_KEY], parameter))
+            if _STEP_KEY in weights:  # the model was loaded with averaged weights
+                parameter.copy_(_shard_like(weights[_STEP_KEY], parameter))
+            if run.average and _AVERAGE_KEY in weights:
+                average = run.average.tensors[parameter]
+                average.copy_(_shard_like(weights[_AVERAGE_KEY], parameter))
         for key, tensor in state.items():
             optimizer.state[parameter][key] = _shard_like(tensor, parameter)
-    if found:
+    if stored:
         raise CheckpointError(
-            f"{str(path)!r} has state for {min(found)!r}, which the model does not have. "
+            f"{str(path)!r} has state for {min(stored)!r}, which the model does not have. "
             "Resume with the run's own settings."
         )
-    return counters
+
+
+def _read_tensors(path: Path) -> dict[str, dict[str, Tensor]]:
+    """Read the tensors of ``training_tensors``, by parameter and by key."""
+    try:
+        check_header(path / _OPTIMIZER_FILE)
+        tensors = load_file(path / _OPTIMIZER_FILE)
+    except (OSError, SafetensorError) as error:
+        raise _not_resumable(path, error) from None
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        by_parameter.setdefault(name, {})[key] = tensor
+    return by_parameter
 
 
 def _shard_like(tensor: Tensor, parameter: Any) -> Tensor:

@@ -35,7 +35,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.file import to_json_line
 from minigpt.training.metrics import MetricsLog
 from minigpt.training.reports.curves import read_curves
-from minigpt.training.state import STATE_FOLDER, read_state, restore_state
+from minigpt.training.state import STATE_FOLDER, read_state, restore
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
 
@@ -164,7 +164,7 @@ def test_a_training_state_in_a_special_file_is_refused(
     assert latest is not None
     put(kind, latest.folder / STATE_FOLDER / name)
     with pytest.raises(CheckpointError, match="cannot resume"):
-        restore_state(latest.folder, trainer.model, trainer.optimizers)
+        restore(trainer, latest.folder)
     if name == "progress.json":
         with pytest.raises(CheckpointError, match="cannot resume"):
             read_state(latest.folder)

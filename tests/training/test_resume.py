@@ -14,7 +14,7 @@ from minigpt.errors import CheckpointError, DataError, ResourceError
 from minigpt.text.tokens import PreparedData
 from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
-from minigpt.training.state import STATE_FOLDER, restore_state
+from minigpt.training.state import STATE_FOLDER, restore
 
 HARD = {"micro_batch_size": 3, "weight_decay": 0.1}
 
@@ -152,7 +152,7 @@ def test_the_state_of_another_model_is_a_checkpoint_error(
     folder = RunFolder(tmp_path / "one").step_folder(2)
     other = trainer_of(config_of(layout), data, tmp_path / "two")
     with pytest.raises(CheckpointError):
-        restore_state(folder, other.model, other.optimizers)
+        restore(other, folder)
     for optimizer in other.optimizers:
         for state in optimizer.state.values():
             assert all(tensor.isfinite().all() for tensor in state.values())
@@ -215,10 +215,10 @@ def test_a_damaged_state_is_a_one_line_checkpoint_error(
     trainer = trainer_of(config_of(), data, tmp_path)
     run_until(trainer, 1)
     folder = RunFolder(tmp_path).step_folder(1)
-    assert restore_state(folder, trainer.model, trainer.optimizers).step == 1
+    restore(trainer, folder)
     break_state(kind, folder / STATE_FOLDER)
     with pytest.raises(CheckpointError) as caught:
-        restore_state(folder, trainer.model, trainer.optimizers)
+        restore(trainer, folder)
     assert "\x1b" not in str(caught.value)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt.checkpoint.folder import Pointer
+from minigpt.checkpoint.model_folder import name_of
 from minigpt.checkpoint.resolve import shown_name
 from minigpt.commands.process import command_line
 from minigpt.errors import DataError
@@ -83,8 +84,8 @@ def _budget(trainer: Trainer) -> str:
     shards = ", weights in shards," if world.is_sharded else ""
     device = f"{n_ranks}{world.device.type}{shards}"
     where = f", from step {trainer.step} on" if trainer.step else ""
-    dtype = str(trainer.dtype).removeprefix("torch.")
-    return f"{trainer.folder.path}: {' or '.join(limits)} on {device} in {dtype}{where}"
+    on = f"{device} in {name_of(trainer.dtype)}"
+    return f"{trainer.folder.path}: {' or '.join(limits)} on {on}{where}"
 
 
 def _limits(trainer: Trainer) -> Iterator[str]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from minigpt.checkpoint.model_folder import name_of
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import (
     parameter_count,
@@ -95,7 +96,7 @@ def make_plan(
         "training_s": training_s,  # of the remaining steps, without evaluation and saving
         "is_compiled": is_compiled,
         "device": device.type,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_of(dtype),
         "n_ranks": world.size,
         "peak_flops": peak,
         "n_parameters": n_parameters,
