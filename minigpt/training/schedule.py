@@ -6,18 +6,20 @@ from dataclasses import replace
 from minigpt.config import RunConfig, TrainingConfig
 
 
-def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
-    """Convert ``max_epochs`` to ``max_steps``, rounded up.
+def steps_of_max_epochs(config: RunConfig, n_train_tokens: int) -> int:
+    """Return ``max_epochs`` as a number of steps, rounded up; 0 for no limit.
 
-    An epoch is the number of steps that process ``n_train_tokens`` tokens. If both limits are set,
-    the lower one applies.
+    An epoch is the number of steps that process ``n_train_tokens`` tokens.
     """
-    training = config.training
-    if not training.max_epochs:
-        return config
-    max_steps = max(1, math.ceil(training.max_epochs * n_train_tokens / config.step_tokens))
-    max_steps = min(max_steps, training.max_steps or max_steps)
-    return replace(config, training=replace(training, max_steps=max_steps))
+    n_epochs = config.training.max_epochs
+    return max(1, math.ceil(n_epochs * n_train_tokens / config.step_tokens)) if n_epochs else 0
+
+
+def with_max_steps(config: RunConfig, n_train_tokens: int) -> RunConfig:
+    """Convert ``max_epochs`` to ``max_steps``. If both are set, the lower limit applies."""
+    limits = (config.training.max_steps, steps_of_max_epochs(config, n_train_tokens))
+    max_steps = min((limit for limit in limits if limit), default=0)
+    return replace(config, training=replace(config.training, max_steps=max_steps))
 
 
 def progress(config: TrainingConfig, step: int, elapsed_s: float) -> float:

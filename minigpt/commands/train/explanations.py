@@ -4,7 +4,6 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from minigpt.checkpoint.folder import Pointer
@@ -16,7 +15,7 @@ from minigpt.format import count, duration, short
 from minigpt.model.cost import parameter_count
 from minigpt.rings import find_ring, ring
 from minigpt.training.events import EvalEvent
-from minigpt.training.schedule import with_max_steps
+from minigpt.training.schedule import steps_of_max_epochs
 from minigpt.training.trainer import Trainer
 
 _OVERFITTED = 0.6
@@ -105,10 +104,8 @@ def _limits(trainer: Trainer) -> Iterator[str]:
 
 def _ends_by_epochs(trainer: Trainer) -> bool:
     """Return whether ``max_epochs`` sets the number of steps."""
-    training = trainer.config.training
-    unlimited = replace(trainer.config, training=replace(training, max_steps=0, max_minutes=1.0))
-    limit = with_max_steps(unlimited, len(trainer.train_tokens)).training.max_steps
-    return bool(training.max_epochs) and limit == training.max_steps
+    limit = steps_of_max_epochs(trainer.config, len(trainer.train_tokens))
+    return limit > 0 and limit == trainer.config.training.max_steps
 
 
 def _perplexity(loss: float) -> str:
