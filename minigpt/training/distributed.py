@@ -24,7 +24,7 @@ from minigpt.config import TrainingConfig
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.evaluation import Evaluation
 from minigpt.model.language_model import LanguageModel, model_class
-from minigpt.training.world import Batches, World, is_sharded
+from minigpt.training.world import Batches, World, full_tensor, is_sharded
 
 # torch.distributed's tensor and fsdp modules take a second to import, so methods import them.
 
@@ -159,7 +159,7 @@ class DistributedWorld(World):
         gathered = {}
         for name, tensor in tensors:
             # Moved to the CPU one at a time: all full tensors together may not fit on the device.
-            full = self.full_tensor(tensor).cpu() if self.is_sharded else tensor
+            full = full_tensor(tensor).cpu() if self.is_sharded else tensor
             if self.rank == 0:
                 gathered[name] = full
         return gathered
@@ -170,9 +170,6 @@ class DistributedWorld(World):
             if self.rank == 0:
                 return model_class(model.config).from_tensors(model.config, tensors)
         return model if self.rank == 0 else None
-
-    def full_tensor(self, tensor: Tensor) -> Tensor:
-        return cast("Any", tensor).full_tensor() if is_sharded(tensor) else tensor
 
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], matrices: Tensor, parameter: Tensor

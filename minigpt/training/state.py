@@ -30,7 +30,7 @@ from minigpt.files import read_bytes
 from minigpt.model.language_model import LanguageModel
 from minigpt.settings import build
 from minigpt.training.run import Run
-from minigpt.training.world import World, is_sharded
+from minigpt.training.world import is_sharded
 
 MAX_LR_RISE = 1.2
 """Maximum factor by which the learning rate rises per step after a change of the schedule."""
@@ -100,11 +100,12 @@ class TrainingState(Checked):
     """Latest change of the schedule. None if it never changed."""
 
 
-def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) -> str:
+def computed_on(run: Run) -> str:
     """Describe everything except the config that affects rounding; if equal, resume is bit-exact.
 
     Other kernels, or sums in another order, round differently.
     """
+    world = run.world
     ranks = f"{world.size} ranks of " if world.size > 1 else ""
     shards = "in shards, " if world.is_sharded else ""
     name = world.device.type
@@ -114,7 +115,7 @@ def computed_on(world: World, dtype: torch.dtype, *, is_compiled: bool = False) 
     elif name == "cpu":
         threads = f"threads: {torch.get_num_threads()}"
         name = f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads})"
-    precision = ("compiled, " if is_compiled else "") + name_of(dtype)
+    precision = ("compiled, " if run.is_compiled else "") + name_of(run.dtype)
     return f"{ranks}{name}, {shards}{precision}, torch {torch.__version__}"
 
 
@@ -140,7 +141,7 @@ def training_state(run: Run) -> TrainingState:
         elapsed_s=run.elapsed_s,
         n_skipped=run.n_skipped,
         corpus=run.data.tokens.fingerprint,
-        computed_on=computed_on(run.world, run.dtype, is_compiled=run.is_compiled),
+        computed_on=computed_on(run),
         compile_failed=run.compile_failed,
         lr_scale=run.last_lr_scale,
         next_lr_scale=run.lr_scale,
@@ -169,8 +170,7 @@ def restore(run: Run, folder: Path) -> None:
     run.elapsed_s, run.n_skipped = state.elapsed_s, state.n_skipped
     if state.compile_failed and run.config.training.compile is None:
         run.is_compiled, run.compile_failed = False, True
-    now = computed_on(run.world, run.dtype, is_compiled=run.is_compiled)
-    if state.computed_on not in ("", now):
+    if state.computed_on not in ("", computed_on(run)):
         run.moved_from = state.computed_on
     if run.early_stop:
         run.early_stop.best_step = state.lowest.step

@@ -15,6 +15,7 @@ from minigpt.errors import DivergedError
 from minigpt.rings import find_ring
 from minigpt.training.events import StepEvent
 from minigpt.training.run import Run
+from minigpt.training.world import full_tensor
 
 DIVERGED_LOSS = 100
 """Divergence threshold of the loss, as a multiple of ln(vocab_size), the untrained loss."""
@@ -72,7 +73,7 @@ class Metrics:
         steps, lrs, losses, norms = zip(*self._pending, strict=True)
         self._pending = []
         loss = world.mean(torch.stack(losses))
-        norm = torch.stack([world.full_tensor(norm) for norm in norms])
+        norm = torch.stack([full_tensor(norm) for norm in norms])
         for values in zip(steps, lrs, *torch.stack([loss, norm]).tolist(), strict=True):
             self._last = metrics = StepMetrics(*values)
             if not metrics.is_finite and config.training.on_nan == "stop":

@@ -84,10 +84,6 @@ class World:
         """Return the model with full parameters on rank 0, and None on the others."""
         return model
 
-    def full_tensor(self, tensor: Tensor) -> Tensor:
-        """Return the full tensor, which may be sharded."""
-        return tensor
-
 
 ALONE = World()
 """The world of a single process."""
@@ -96,6 +92,11 @@ ALONE = World()
 def is_sharded(tensor: Tensor) -> bool:
     """Return whether this rank has only a shard of a tensor: a DTensor."""
     return hasattr(tensor, "placements")
+
+
+def full_tensor(tensor: Any) -> Tensor:
+    """Return the full tensor, gathered from all ranks if it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def to_local(tensor: Any) -> Tensor:

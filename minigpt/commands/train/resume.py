@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from minigpt.format import count
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build, flat, given, merge, read_toml, to_dict
 from minigpt.text.tokens import PreparedData, prepare
-from minigpt.training.schedule import lr_scale, with_max_steps
+from minigpt.training.schedule import lr_scale, steps_of_max_epochs
 from minigpt.training.state import MAX_LR_RISE, computed_on, read_state
 from minigpt.training.trainer import Trainer
 
@@ -175,9 +174,7 @@ def _lifted_limit(saved: RunConfig, config: RunConfig, data: PreparedData) -> li
     epochs, budget = saved.training.max_epochs, config.training
     if not epochs or budget.max_epochs:
         return []
-    n_tokens = len(data.tokens.split(config.data.val_fraction)[0])
-    limit = with_max_steps(replace(saved, training=replace(saved.training, max_steps=0)), n_tokens)
-    n_steps = limit.training.max_steps
+    n_steps = steps_of_max_epochs(saved, len(data.tokens.split(config.data.val_fraction)[0]))
     if 0 < budget.max_steps <= n_steps:
         return []
     wanted = f"--max-steps {budget.max_steps}" if budget.max_steps else "--max-minutes"
@@ -189,10 +186,9 @@ def resumed_notes(trainer: Trainer) -> Iterator[str]:
     """Yield how a resumed run differs from an uninterrupted one."""
     training, seam = trainer.config.training, trainer.seam
     if trainer.moved_from is not None:
-        now = computed_on(trainer.world, trainer.dtype, is_compiled=trainer.is_compiled)
         yield (
-            f"saved on {trainer.moved_from}, and resumed on {now}: the run continues, but rounds "
-            "differently from here on"
+            f"saved on {trainer.moved_from}, and resumed on {computed_on(trainer)}: the run "
+            "continues, but rounds differently from here on"
         )
     is_limited = lr_scale(training, trainer.progress) > trainer.lr_scale
     if seam and seam.step == trainer.step and is_limited:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from minigpt.checkpoint.model_folder import name_of
 from minigpt.config import ModelConfig, RunConfig
@@ -26,6 +25,7 @@ from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import estimate_memory, machine_bytes, optimizer_values
 from minigpt.training.run import with_text
 from minigpt.training.state import TrainingState
+from minigpt.training.trainer import TrainingLoss
 from minigpt.training.world import ALONE, World
 
 _PARTS = {
@@ -135,6 +135,7 @@ def _measure(
     product_dtype = torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     optimizers = make_optimizers(model, config.training, product_dtype)
 
+    loss_of = TrainingLoss(model)
     length = config.sequence_length
 
     def now() -> float:
@@ -147,8 +148,8 @@ def _measure(
         tokens = torch.zeros(shape_of(n_tokens), dtype=torch.long, device=device)
         started = now()
         with autocast(device, dtype):
-            logits = model(tokens, recompute=config.training.recompute)
-        F.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()).backward()
+            loss = loss_of(tokens, tokens, recompute=config.training.recompute)
+        loss.backward()
         between = now()
         for optimizer in optimizers:
             optimizer.step()
