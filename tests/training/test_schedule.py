@@ -107,4 +107,4 @@ def test_the_lower_of_max_steps_and_max_epochs_applies() -> None:
         assert resolved.training.max_steps == expected
         assert with_max_steps(resolved, 1000) == resolved, "resuming must not change the limit"
     plain = config_of(max_steps=5)
-    assert with_max_steps(plain, 1000) is plain
+    assert with_max_steps(plain, 1000) == plain
