@@ -75,7 +75,8 @@ def run_training(
                 display.note(line)
             again = ""
             if stopping := find_ring(_STOPPING):
-                job, again = stopping.with_commands(job, world)
+                job = stopping.with_command(job, world)
+                again = stopping.resume_command(job, world)
             ranks = ring("commands.train.ranks") if world.size > 1 else None
             with ranks.leading(job, world, again, display) if ranks else nullcontext():
                 trainer, signal_number = train_job(job, display, report_to, world)

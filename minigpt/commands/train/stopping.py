@@ -66,9 +66,9 @@ def resume_command(job: Job, world: World) -> str:
     return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command
 
 
-def with_commands(job: Job, world: World) -> tuple[Job, str]:
-    """Return a job that records the command that started it, and the command that resumes it."""
-    if job.resume_from is None:
-        command = launch_command(world, *sys.argv[1:])
-        job = replace(job, config=replace(job.config, command=command))
-    return job, resume_command(job, world)
+def with_command(job: Job, world: World) -> Job:
+    """Return a job that records the command that started it."""
+    if job.resume_from is not None:
+        return job
+    command = launch_command(world, *sys.argv[1:])
+    return replace(job, config=replace(job.config, command=command))
