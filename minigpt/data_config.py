@@ -4,6 +4,7 @@ import codecs
 from dataclasses import dataclass
 from typing import Literal
 
+from minigpt.errors import cut
 from minigpt.fields import check_fields, option, require
 
 DEFAULT_TEXT = "builtin:tales"
@@ -63,7 +64,7 @@ class DataConfig:
             is_text = False
         require(
             is_text,
-            f"unknown encoding {self.encoding!r}. Use a name that Python knows, such as utf-8, "
+            f"unknown encoding {cut(self.encoding)}. Use a name that Python knows, such as utf-8, "
             "utf-16, cp1252, latin-1, gb18030, big5 or shift_jis.",
         )
         require(

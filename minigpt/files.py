@@ -22,13 +22,13 @@ MAX_READ_BYTES = 2**28
 
 
 @contextmanager
-def resource_errors(path: Path | None, remedy: str = "") -> Iterator[None]:
+def resource_errors(path: Path, remedy: str = "") -> Iterator[None]:
     """Convert OSErrors about disk space, memory, permissions or file names to ResourceError.
 
     Any other OSError passes through.
 
-    Args: path, named in the message if the error names no file; None to name none. remedy, the
-        alternative to freeing space or changing permissions there, as the end of a sentence.
+    Args: path, named in the message if the error names no file; remedy, the alternative to freeing
+        space or changing permissions there, as the end of a sentence.
     """
     try:
         yield

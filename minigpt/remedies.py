@@ -29,7 +29,8 @@ _REMEDIES = {
 def disk_message(error: OSError, path: Path | None, remedy: str, writing: str) -> str | None:
     """Return the message and remedy for an OSError; None if no remedy is known.
 
-    Args: path and remedy, as for ``files.resource_errors``; writing, ``files.WRITING``.
+    Args: path and remedy, as for ``files.resource_errors``, but the path may be None; writing,
+        ``files.WRITING``.
     """
     advice = _REMEDIES.get(error.errno or 0, "")
     if writing in str(error.filename):  # in /proc, no file can be created

@@ -48,7 +48,7 @@ def _checked(hint: Any, value: Any, name: str) -> Any:
     if value in words or (value is None and may_be_none):
         return value
     if kind is None:
-        require_choice(name, value, words)
+        require_choice(name, value, words)  # raises, because the value is none of the words
     expected = f"of type {' or '.join([kind.__name__, *words])}"
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if isinstance(value, Mapping):
@@ -109,7 +109,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
     name, equals, raw = text.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
-        raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {text!r}.")
+        raise ConfigError(f"--set takes name=value, as in model.n_layer=4: it is {cut(text)}.")
     try:
         (value,) = tomllib.loads(f"value = {raw}").values()  # fails if raw has a second assignment
     except (ValueError, RecursionError):
