@@ -18,7 +18,7 @@ Shapes: B rows, T new tokens, H query heads, D head dim, P positions of the prom
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,36 +53,45 @@ def intervene(
         selection = _selected(model, config.ablate, "--ablate")
         means = [x.mean(dim=0) for x in head_outputs(model, prompt)] if config.ablate_mean else None
         _ablate(changed, selection, means)
-    if config.patch_from is not None and config.patch is not None:
-        parts = config.patch.split(",")
-        heads = ",".join(part for part in parts if "." in part)
-        layers = ",".join(part for part in parts if "." not in part)
-        patched = _selected(model, heads, "--patch") if heads else None
-        whole = _selected(model, "*.*", "--patch", layers) if layers or not heads else None
-        source = encode(config.patch_from)
-        if len(source) != len(prompt):
-            raise ConfigError(
-                f"--patch-from needs a prompt of as many tokens as the first: it has "
-                f"{len(source)}, and the first has {len(prompt)}. Change one of them."
-            )
-        position = config.patch_position
-        if position is None:
-            position = len(prompt) - 1
-        if isinstance(position, int) and position >= len(prompt):
-            raise ConfigError(
-                f"--patch-position must be a position of the prompt, 0 to {len(prompt) - 1}, or "
-                f"all: it is {position}."
-            )
-        positions = (
-            range(len(prompt)) if position == "all" else range(int(position), int(position) + 1)
-        )
-        sites = _PatchSites(changed, positions)
-        if patched is not None:
-            _patch_heads(changed, patched, head_outputs(model, source), sites)
-        if whole is not None:
-            _patch_layers(changed, whole, residual_streams(model, source), sites)
+    if config.patch_from is not None:
+        position = _patch(changed, model, config, len(prompt), encode(config.patch_from))
         config = replace(config, patch_position=position)
     return changed, config
+
+
+def _patch(
+    changed: GPT, model: GPT, config: InterventionConfig, n_prompt: int, source: Sequence[int]
+) -> int | Literal["all"]:
+    """Patch heads or layers of ``changed`` from a run of ``model``; return the position.
+
+    Args: n_prompt, length of the prompt to continue; source, the tokens to patch from.
+    """
+    parts = (config.patch or "").split(",")
+    heads = ",".join(part for part in parts if "." in part)
+    layers = ",".join(part for part in parts if "." not in part)
+    patched = _selected(model, heads, "--patch") if heads else None
+    whole = _selected(model, "*.*", "--patch", layers) if layers or not heads else None
+    if len(source) != n_prompt:
+        raise ConfigError(
+            f"--patch-from needs a prompt of as many tokens as the first: it has "
+            f"{len(source)}, and the first has {n_prompt}. Change one of them."
+        )
+    position = n_prompt - 1 if config.patch_position is None else config.patch_position
+    if position == "all":
+        positions = range(n_prompt)
+    elif position < n_prompt:
+        positions = range(position, position + 1)
+    else:
+        raise ConfigError(
+            f"--patch-position must be a position of the prompt, 0 to {n_prompt - 1}, or "
+            f"all: it is {position}."
+        )
+    sites = _PatchSites(changed, positions)
+    if patched is not None:
+        _patch_heads(changed, patched, head_outputs(model, source), sites)
+    if whole is not None:
+        _patch_layers(changed, whole, residual_streams(model, source), sites)
+    return position
 
 
 def _selected(model: GPT, heads: str, option: str, layers: str | None = None) -> HeadSelection:
@@ -152,26 +161,25 @@ class _PatchSites:
         cache = args[1] if len(args) > 1 else kwargs.get("cache")
         self._first = 0 if cache is None else cache.length
 
-    def has_last(self, x_BTX: Tensor) -> bool:
-        """Return whether the last position of the current forward pass is patched."""
-        return self._first + x_BTX.shape[1] - 1 in self._positions
+    def put(self, x_BTX: Tensor, source_PX: Tensor, is_chosen: Tensor | None = None) -> bool:
+        """Overwrite the activations at the patched positions, for the chosen heads or for all.
 
-    def put(self, x_BTX: Tensor, source_PX: Tensor, is_chosen: Tensor | None = None) -> None:
-        """Overwrite the activations at the patched positions, for the chosen heads or for all."""
+        Returns: whether the last position of the forward pass is one of them.
+        """
         for position in self._positions:
             if self._first <= position < self._first + x_BTX.shape[1]:
                 x_BX, source_X = x_BTX[:, position - self._first], source_PX[position].to(x_BTX)
                 x_BX.copy_(
                     source_X if is_chosen is None else torch.where(is_chosen, source_X, x_BX)
                 )
+        return self._first + x_BTX.shape[1] - 1 in self._positions
 
 
 def _patch_heads(
     model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], sites: _PatchSites
 ) -> None:
     def put(x_BTHD: Tensor, layer: int, is_chosen_H1: Tensor) -> bool:
-        sites.put(x_BTHD, outputs[layer], is_chosen_H1)
-        return sites.has_last(x_BTHD)
+        return sites.put(x_BTHD, outputs[layer], is_chosen_H1)
 
     _on_heads(model, selection, put)
 
@@ -184,9 +192,9 @@ def _patch_layers(
     def hook(layer: int) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def change(_: nn.Module, inputs: tuple[Any, ...], x_BTC: Tensor) -> Tensor:
             x_BTC = x_BTC.clone()
-            sites.put(x_BTC, streams[layer])
+            has_last = sites.put(x_BTC, streams[layer])
             collector = inputs[3] if len(inputs) > 3 else None
-            if collector is not None and collector.residual_BC and sites.has_last(x_BTC):
+            if collector is not None and collector.residual_BC and has_last:
                 collector.residual_BC[-1] = x_BTC[:, -1].detach().clone()
                 collector.first_state = len(collector.residual_BC) - 1
             return x_BTC

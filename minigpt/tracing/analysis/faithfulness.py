@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.generation.decoder import Decoder
+from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.analysis.knockout import Knockouts, Query
@@ -25,7 +26,7 @@ from minigpt.tracing.analysis.measures import find
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import MEASURES, AnalysisConfig
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Trace, TraceStep
 from minigpt.tracing.head_lists import select_heads
 from minigpt.tracing.tracer import trace
 
@@ -142,88 +143,123 @@ def compare_measures(
         n_positions = min(len(prompt) + sampling.max_new_tokens, model.config.context_length)
         left_out = _impossible(model, config, n_positions)
         measures = [name for name in measure_names() if name not in left_out]
-    plain = tuple(name for name in measures if name != ROLLOUT)
     knockouts = Knockouts(model, config.knockout)
     found: dict[str, list[list[float]]] = {name: [] for name in (*measures, *CONTROLS)}
     generator = np.random.default_rng(seed)
     counts: list[int] = []
-    n_knockouts, first_text = 0, ""
+    first_text = ""
     for sample in range(sampling.num_samples):
 
         def show(share: float, what: str, sample: int = sample) -> None:
             progress((sample + share) / sampling.num_samples, what)
 
-        rows: dict[str, list[NDArray[np.float32]]] = {}
-        passes: dict[str, AnalysisConfig] = {}
-        if plain:
-            passes["measuring"] = _Measures(**vars(config) | {"compared": plain})
-        if ROLLOUT in measures:
-            passes["rolling out"] = replace(config, measure="weight", reduce="rollout")
-        for number, (what, one) in enumerate(passes.items()):
-            events: list[Any] = []
-            for event in trace(model, tokenizer, prompt, sampling, one, seed=seed + sample):
-                done = min(len(events) / (sampling.max_new_tokens + 2), 1)  # + header, footer
-                show(0.5 * (number + done) / len(passes), what)
-                events.append(event)
-            traced = Trace.of(events)
-            if traced.footer.finish is None:  # Ctrl-C ends a trace with a footer
-                raise KeyboardInterrupt
-            names = plain if isinstance(one, _Measures) else (ROLLOUT,)
-            for i, name in enumerate(names):
-                rows[name] = [step.rows[i].weights_S for step in traced.steps]
-        sink, steps = traced.header.sink, traced.steps
+        traced, rows = _trace_by(
+            measures, model, tokenizer, prompt, sampling, config, seed=seed + sample, progress=show
+        )
         first_text = first_text or traced.text
+        steps = traced.steps
         tokens = [*prompt, *(step.token.id for step in steps)]
         cache = Decoder(model, tokens[:-1] or tokens, max_new_tokens=1).cache
         for number, step in enumerate(steps):
-            candidates = np.delete(np.arange(step.token.position), sink)
-            if len(candidates) < MIN_POSITIONS:
+            positions = np.delete(np.arange(step.token.position), traced.header.sink)
+            if len(positions) < MIN_POSITIONS:
                 continue
             show(0.5 + 0.5 * number / len(steps), "knocking out")
-            strengths = {name: abs(rows[name][number][candidates]) for name in measures}
-            strengths[DISTANCE] = candidates.astype(np.float32)
-            strengths[RANDOM] = generator.random(len(candidates), dtype=np.float32)
-            last = step.token.position - 1
-            query = Query(last, tokens[last], step.token.id, [])
-            single = replace(query, hidden=[[position] for position in candidates.tolist()])
-            [changes] = knockouts.changes(cache, [single])
-            effects = strengths[EXACT] = abs(changes[:, 0])
-            orders = {name: np.argsort(-one, kind="stable") for name, one in strengths.items()}
-            hidden = [
-                candidates[order[: ceil(share * len(order))]].tolist()
-                for order in orders.values()
-                for share in SHARES
-            ]
-            [together] = knockouts.changes(cache, [replace(query, hidden=hidden)])
-            n_knockouts += len(candidates) + len(hidden)
-            drops = step.probability - np.exp(step.log_probability + together[:, 0])
-            for (name, order), drop in zip(
-                orders.items(), drops.reshape(-1, len(SHARES)).mean(axis=1), strict=True
-            ):
-                found[name].append(_numbers(strengths[name], effects, order, float(drop)))
-            counts.append(len(candidates))
+            strengths = {name: abs(rows[name][number][positions]) for name in measures}
+            strengths[DISTANCE] = positions.astype(np.float32)
+            strengths[RANDOM] = generator.random(len(positions), dtype=np.float32)
+            metrics = _compare_at(step, tokens, positions, strengths, knockouts, cache)
+            for name, numbers in metrics.items():
+                found[name].append(numbers)
+            counts.append(len(positions))
     if not counts:
         raise DataError(
             f"no generated token has {MIN_POSITIONS} positions besides the sink before it. Give a "
             "longer prompt, or generate more tokens."
         )
+    intervals = {
+        name: [bootstrap(column, seed=seed) for column in np.array(numbers).T]
+        for name, numbers in found.items()
+    }
     return Comparison(
         tuple(
-            Faithfulness(
-                name,
-                {
-                    metric: bootstrap(column, seed=seed)
-                    for metric, column in zip(METRICS, np.array(numbers).T, strict=True)
-                },
-            )
-            for name, numbers in found.items()
+            Faithfulness(name, dict(zip(METRICS, of_metrics, strict=True)))
+            for name, of_metrics in intervals.items()
         ),
         n_tokens=len(counts),
-        n_knockouts=n_knockouts,
+        n_knockouts=sum(counts) + len(counts) * len(found) * len(SHARES),
         mean_positions=float(np.mean(counts)),
         text=first_text,
         left_out=left_out,
     )
+
+
+def _trace_by(
+    measures: Sequence[str],
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    sampling: SamplingConfig,
+    config: AnalysisConfig,
+    *,
+    seed: int,
+    progress: Progress,
+) -> tuple[Trace, dict[str, list[NDArray[np.float32]]]]:
+    """Continue a prompt, and return its trace and the row of each step by each measure."""
+    plain = tuple(name for name in measures if name != ROLLOUT)
+    passes: list[tuple[str, tuple[str, ...], AnalysisConfig]] = []
+    if plain:
+        passes.append(("measuring", plain, _Measures(**vars(config) | {"compared": plain})))
+    if ROLLOUT in measures:
+        rollout = replace(config, measure="weight", reduce="rollout")
+        passes.append(("rolling out", (ROLLOUT,), rollout))
+    rows: dict[str, list[NDArray[np.float32]]] = {}
+    for number, (what, names, of_pass) in enumerate(passes):
+        events: list[Any] = []
+        for event in trace(model, tokenizer, prompt, sampling, of_pass, seed=seed):
+            done = min(len(events) / (sampling.max_new_tokens + 2), 1)  # + header, footer
+            progress(0.5 * (number + done) / len(passes), what)
+            events.append(event)
+        traced = Trace.of(events)
+        if traced.footer.finish is None:  # Ctrl-C ends a trace with a footer
+            raise KeyboardInterrupt
+        for i, name in enumerate(names):
+            rows[name] = [step.rows[i].weights_S for step in traced.steps]
+    return traced, rows
+
+
+def _compare_at(
+    step: TraceStep,
+    tokens: Sequence[int],
+    positions_S: NDArray[np.int64],
+    strengths: dict[str, NDArray[np.float32]],
+    knockouts: Knockouts,
+    cache: KVCache,
+) -> dict[str, list[float]]:
+    """Return the metrics of each ranking at one token, and those of the exact effects.
+
+    Args: tokens, of the whole text; positions_S, to rank; strengths, of the positions by each
+        ranking; cache, of the whole text.
+    """
+    query_position = step.token.position - 1
+    query = Query(query_position, tokens[query_position], step.token.id, [])
+    single = replace(query, hidden=[[position] for position in positions_S.tolist()])
+    [changes] = knockouts.changes(cache, [single])
+    effects_S = abs(changes[:, 0])
+    strengths = strengths | {EXACT: effects_S}
+    orders = {name: np.argsort(-one, kind="stable") for name, one in strengths.items()}
+    hidden = [
+        positions_S[order_S[: ceil(share * len(order_S))]].tolist()
+        for order_S in orders.values()
+        for share in SHARES
+    ]
+    [together] = knockouts.changes(cache, [replace(query, hidden=hidden)])
+    drops = step.probability - np.exp(step.log_probability + together[:, 0])
+    mean_drops = drops.reshape(-1, len(SHARES)).mean(axis=1)
+    return {
+        name: _numbers(strengths[name], effects_S, order_S, float(drop))
+        for (name, order_S), drop in zip(orders.items(), mean_drops, strict=True)
+    }
 
 
 def _impossible(model: LanguageModel, config: AnalysisConfig, n_positions: int) -> dict[str, str]:
