@@ -248,7 +248,7 @@ def test_recording_attention_adds_no_wait(name: str) -> None:
         decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
         config = SamplingConfig(max_new_tokens=9, temperature=0.0)
         _, syncs, copies, _ = decode(decoder, config, seen)
-        assert recorder.rows_LHS("norm").device == CUDA
+        assert recorder.measured("norm").rows.device == CUDA
         assert sum(syncs.values()) == 1
         kinds = ["key"] if name.startswith("lstm") else ["key", "value"]
         for kind in kinds:

@@ -16,9 +16,6 @@ from minigpt.tracing.config import GROUP, TraceConfig
 
 Measure = str
 """Name of a measure: weight, the attention weight, or a module of tracing/analysis/measures."""
-Need = Literal["residual", "token", "gradients"]
-"""Input of a measure besides the weights and values of a pass: the residual stream, the generated
-token, or a separate forward pass with gradients."""
 Reduce = Literal["mean", "max", "rollout"]
 """Reduction of the rows of several heads to one. rollout: attention propagated through the layers
 (Abnar & Zuidema 2020, arXiv:2005.00928)."""
@@ -55,7 +52,10 @@ class MeasureFacts:
     """Description of the total that a row and its parts add up to. Empty if there is none."""
     other_parts: str = "parts from no position"
     """Description of the parts that come from no position."""
-    needs: tuple[Need, ...] = ()
+    needs_token: bool = False
+    """Whether a row depends on the generated token, not only on the forward pass."""
+    needs_residual: bool = False
+    """Whether it reads the residual stream, besides the weights and values of a pass."""
     is_batched: bool = False
     """Whether its function takes a batch of predictions, and returns a row for each."""
     caveat: str = ""

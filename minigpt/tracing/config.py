@@ -36,6 +36,11 @@ class TraceConfig(Checked):
         return ("weight",)
 
 
+def has_prompt_rows(config: TraceConfig, sampling: SamplingConfig) -> bool:
+    """Return whether tokens of the prompt have rows too: on request, or if none are generated."""
+    return getattr(config, "prompt_rows", False) or sampling.max_new_tokens == 0
+
+
 def config_class() -> type[TraceConfig]:
     """Return AnalysisConfig if the analysis ring is installed, else TraceConfig."""
     ring = find_ring("tracing.analysis_config")

@@ -12,12 +12,11 @@ from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.stream import TextStep
 from minigpt.model.attention import AttentionPass
-from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import ring
 from minigpt.text.tokenizer import Tokenizer
-from minigpt.tracing.config import TraceConfig
-from minigpt.tracing.events import Row, Token, TraceHeader, TraceStep
+from minigpt.tracing.config import TraceConfig, has_prompt_rows
+from minigpt.tracing.events import Row, Token, TraceHeader
 from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.rows import RowReader
 from minigpt.tracing.signals import signals_later
@@ -39,7 +38,7 @@ def make_observer(
 ) -> "BurstObserver":
     """Return the observer for a config. Args: as for ``BurstObserver``."""
     make: Callable[..., BurstObserver] = BurstObserver
-    if not (config.is_plain and sampling.max_new_tokens):
+    if not config.is_plain or has_prompt_rows(config, sampling):
         make = ring("tracing.analysis.observer").AnalysisObserver
     return make(model, config, n_prompt, sampling, tokenizer, **options)
 
@@ -116,26 +115,6 @@ class BurstObserver(AttentionObserver):
             self.recorder.record(attention)
         self.reader = RowReader(sink=self.sink, n_prompt=self.n_prompt, n_sources=self.n_sources)
         return super().header(**facts)
-
-    def steps(
-        self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
-    ) -> Iterator[TraceStep]:
-        """Yield the steps of a trace. Args: as for ``AttentionObserver.steps``."""
-        steps = super().steps(self.items(decoder, items), tokens, decoder)
-        return self.verified(steps, tokens, decoder.cache)
-
-    def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
-        """Return the steps to observe, given the generated ones."""
-        return generated
-
-    def verified(
-        self, steps: Iterator[TraceStep], tokens: Sequence[Token], cache: KVCache
-    ) -> Iterator[TraceStep]:
-        """Yield steps with the effects of knockouts, if any.
-
-        Args: tokens, at least those that the newest step's query sees.
-        """
-        return steps
 
     def observed(
         self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder

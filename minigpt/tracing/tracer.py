@@ -18,7 +18,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
-from minigpt.tracing.config import N_SOURCES, TraceConfig, config_class
+from minigpt.tracing.config import N_SOURCES, TraceConfig, config_class, has_prompt_rows
 from minigpt.tracing.events import EndTrace, Row, Source, Token, TraceEvent, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 
@@ -66,7 +66,7 @@ def trace(
         )
     make_observer: Callable[..., AttentionObserver] = AttentionObserver
     # Only that ring can trace the prompt's own tokens or pass dense weights on.
-    find = find_ring if sampling.max_new_tokens and dense is None else ring
+    find = ring if has_prompt_rows(config, sampling) or dense is not None else find_ring
     if observers := find("tracing.observers"):
         make_observer = partial(observers.make_observer, special=special, dense=dense)
     observer = make_observer(model, config, len(prompt), sampling, tokenizer)

@@ -141,7 +141,7 @@ def test_attention_rows_of_the_graph_equal_recomputed_rows_and_change_no_token()
         assert inside.weights_LHS.shape == (2, 4, forward.cache.length)
         torch.testing.assert_close(inside.weights_LHS, beside.weights_LHS, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(
-            inside.rows_LHS("norm"), beside.rows_LHS("norm"), rtol=1e-4, atol=1e-5
+            inside.measured("norm").rows, beside.measured("norm").rows, rtol=1e-4, atol=1e-5
         )
 
 

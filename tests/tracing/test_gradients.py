@@ -13,7 +13,7 @@ from minigpt.config import ModelConfig
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
 from minigpt.model.variants.lstm import LSTM
-from minigpt.tracing.analysis.measures import Measured
+from minigpt.tracing.analysis.measures import Measured, Prediction
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 from minigpt.tracing.analysis_config import AnalysisConfig
 
@@ -30,7 +30,9 @@ def measured(model: LanguageModel, tokens: Tensor, **config: Any) -> Measured:
     with torch.inference_mode():
         model(tokens, recorder=recorder)
         against = 11 if config.get("against") else None
-        return recorder.measured(config["measure"], tokens[0].tolist(), 5, against)
+        prediction = Prediction(recorder.attention, tokens[0].tolist(), 5, against)
+        [found] = recorder.measured_late(config["measure"], [prediction])
+    return found
 
 
 def from_embeddings(model: LanguageModel, n: int, against: int | None) -> Callable[..., Tensor]:

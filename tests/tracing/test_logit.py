@@ -22,7 +22,7 @@ from minigpt.model.gpt import GPT
 from minigpt.model.variants.lstm import LSTM
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing.analysis import roles
-from minigpt.tracing.analysis.measures import Measured
+from minigpt.tracing.analysis.measures import Measured, Prediction
 from minigpt.tracing.analysis.observer import find_alternative
 from minigpt.tracing.analysis.recorder import MeasureRecorder
 
@@ -30,7 +30,15 @@ from minigpt.tracing.analysis.recorder import MeasureRecorder
 def logit_of(model: GPT, tokens: Tensor, target: int, against: int | None = None) -> Measured:
     recorder = MeasureRecorder(model, measures=("logit",))
     model(tokens, recorder=recorder)
-    return recorder.measured("logit", tokens[0].tolist(), target, against)
+    return last_logit(recorder, tokens[0].tolist(), target, against)
+
+
+def last_logit(
+    recorder: MeasureRecorder, tokens: list[int], target: int, against: int | None = None
+) -> Measured:
+    prediction = Prediction(recorder.attention, tokens, target, against)
+    [found] = recorder.measured_late("logit", [prediction])
+    return found
 
 
 @torch.inference_mode()
@@ -136,7 +144,7 @@ def test_attribution_in_decode_steps_equals_a_full_forward(layout: str) -> None:
     decoder = Decoder(model, tokens[0, :8].tolist(), recorder)
     for length in range(9, 13):
         decoder.logits([int(tokens[0, length - 1])])
-        measured = recorder.measured("logit", tokens[0, :length].tolist(), 5)
+        measured = last_logit(recorder, tokens[0, :length].tolist(), 5)
         expected = logit_of(model, tokens[:, :length], 5)
         torch.testing.assert_close(measured.rows, expected.rows, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(measured.whole, expected.whole, rtol=0, atol=1e-4)
@@ -163,7 +171,7 @@ def test_the_source_of_a_copied_token_has_the_largest_attribution() -> None:
             cache = KVCache(model.config)
             with torch.no_grad():
                 model(tokens[None, :end], cache, recorder)
-                measured = recorder.measured("logit", tokens[:end].tolist(), int(tokens[end]))
+                measured = last_logit(recorder, tokens[:end].tolist(), int(tokens[end]))
             # An induction head copies from the token's first occurrence.
             n_found += int(measured.rows.sum(dim=(0, 1)).argmax()) == end - n_repeated
     assert n_found == 16

@@ -197,13 +197,13 @@ def test_norms_are_the_lengths_of_the_head_output_vectors(layout: str) -> None:
     for part in tokens.split([7, 1, 1, 4, 1, 1, 5], dim=1):
         model(part, cache, recorder)
         expected = added_vectors(model, tokens[:, : cache.length]).norm(dim=-1)
-        torch.testing.assert_close(recorder.rows_LHS("norm"), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recorder.measured("norm").rows, expected, rtol=1e-4, atol=1e-5)
     cache.truncate(3)  # replaced positions must be measured again
     other = random_tokens(1, 4, seed=11)
     model(other, cache, recorder)
     seen = torch.cat((tokens[:, :3], other), dim=1)
     expected = added_vectors(model, seen).norm(dim=-1)
-    torch.testing.assert_close(recorder.rows_LHS("norm"), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorder.measured("norm").rows, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -234,7 +234,7 @@ def test_norms_of_int8_weights_use_dequantized_values() -> None:
     kept = KeptAttention()
     model(tokens, recorder=kept)
     norms.record(kept.last)
-    torch.testing.assert_close(recorder.rows_LHS("norm"), norms.rows_LHS("norm"))
+    torch.testing.assert_close(recorder.measured("norm").rows, norms.measured("norm").rows)
 
 
 @torch.no_grad()

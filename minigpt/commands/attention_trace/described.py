@@ -19,7 +19,7 @@ from minigpt.rings import ring
 from minigpt.styles import print_lines
 from minigpt.text.escape import token_name
 from minigpt.text.joined import JoinedTokens
-from minigpt.tracing.config import N_SOURCES, TraceConfig
+from minigpt.tracing.config import N_SOURCES, TraceConfig, has_prompt_rows
 from minigpt.tracing.events import EndTrace
 from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout, make_layout
@@ -145,8 +145,7 @@ def output_for(
     if targets.are_lines:
         return DescribedOutput(layout, model=ready.folder), config
     if targets.position is not None:  # before the first row is shown
-        has_prompt_rows = getattr(config, "prompt_rows", False) or not sampling.max_new_tokens
-        first = 1 if has_prompt_rows else len(ready.prompt)
+        first = 1 if has_prompt_rows(config, sampling) else len(ready.prompt)
         last = min(shape.context_length, end - 1)
         ring("tracing.views").require_position(targets.position, first, last)
     files = ring("commands.attention_trace.files")

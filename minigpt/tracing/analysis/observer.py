@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -11,25 +11,24 @@ from torch import Tensor
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError
 from minigpt.format import count
-from minigpt.generation.decoder import Decoder
+from minigpt.generation.decoder import Decoder, Step, require_finite, to_host
 from minigpt.generation.forcing import continuation_ids
 from minigpt.generation.stream import TextStep
-from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
 from minigpt.tracing.analysis.knockout import Verifier
 from minigpt.tracing.analysis.lens import read_lens
 from minigpt.tracing.analysis.measures import Measured, Prediction
-from minigpt.tracing.analysis.prompt_rows import prompt_steps, require_rows
 from minigpt.tracing.analysis.recorder import MeasureRecorder, require_measures
 from minigpt.tracing.analysis.roles import head_roles
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
 from minigpt.tracing.analysis.workings import explained_heads, head_workings
 from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
+from minigpt.tracing.config import has_prompt_rows
 from minigpt.tracing.events import Token
-from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, Row, TraceStep
+from minigpt.tracing.findings import Alternative, Candidate, HeadWorking, Row
 from minigpt.tracing.head_lists import HeadSelection, reduce_rows, select_heads
 from minigpt.tracing.observers import BurstObserver, PassQueue, Pending
 
@@ -45,6 +44,26 @@ def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alter
             "--against needs a token: the text is empty. Give at least one character."
         )
     return Alternative(text, ids[0], tokenizer.token_bytes(ids[0]), len(ids))
+
+
+def prompt_steps(decoder: Decoder, n_best: int = 0) -> Iterator[TextStep]:
+    """Yield the tokens of the prompt from the second on, as if they were generated.
+
+    They are decoded one at a time, so that the recorder's latest pass is the one that predicted the
+    step's token. Then the prompt is prefilled again in one pass, so that ``generate`` samples the
+    same tokens as without these steps. Their text is empty, as it is not generated.
+
+    Args: n_best, number of most probable tokens to report at each step.
+    Raises: CheckpointError for NaN or inf in the logits.
+    """
+    decoder.cache.truncate(0)
+    for index, (token, following) in enumerate(pairwise(decoder.prompt)):
+        logits = decoder.logits([token])[None]
+        [result] = to_host(logits, torch.tensor([following], device=logits.device), n_best)
+        require_finite(result, index + 1)
+        step = Step(index, index + 1, following, result[1], None, result[2], is_forced=True)
+        yield TextStep(step, "")
+    decoder.prefill()
 
 
 _Draft = tuple[Tensor, dict[str, Tensor]]
@@ -73,9 +92,12 @@ class AnalysisObserver(BurstObserver):
         Args: as for ``tracer.trace``.
         Raises: ConfigError if the model cannot be traced with this config.
         """
-        self._has_prompt_rows = config.prompt_rows or sampling.max_new_tokens == 0
-        if self._has_prompt_rows:
-            require_rows(n_prompt)
+        self._has_prompt_rows = has_prompt_rows(config, sampling)
+        if self._has_prompt_rows and n_prompt == 1:
+            raise ConfigError(
+                "the prompt has one token, and only tokens after the first have rows. Give a "
+                "longer prompt, or generate tokens without --prompt-rows."
+            )
         sampling = replace(sampling, logprobs=max(sampling.logprobs, config.candidates))
         self._against: Alternative | None = None
         if config.against is not None:
@@ -130,19 +152,27 @@ class AnalysisObserver(BurstObserver):
             **facts,
         )
 
-    def items(self, decoder: Decoder, generated: Iterator[TextStep]) -> Iterator[TextStep]:
-        """Return the steps to observe: the prompt's tokens, if requested, then generated ones."""
-        if not self._has_prompt_rows:
-            return generated
-        return chain(prompt_steps(decoder, self.sampling.logprobs), generated)
+    def steps(
+        self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
+    ) -> Iterator[Any]:
+        """Yield a step for each token of the prompt, if requested, and each generated token.
+
+        Args: tokens, the prompt's; generated tokens are appended to it.
+        """
+        if self._has_prompt_rows:
+            items = chain(prompt_steps(decoder, self.sampling.logprobs), items)
+        steps: Iterator[Any] = super().steps(items, tokens, decoder)
+        if self._verifier is not None:
+            steps = self._verifier.verify(steps, tokens, decoder.cache, sink=self.sink)
+        return steps
 
     @torch.inference_mode()
     def observe(self, burst: Sequence[Pending], tokens: Sequence[Token]) -> list[dict[str, Any]]:
         """Return each step's rows, one per measure, its candidates, and its logit lens."""
         tokenizer, measures = self.tokenizer, self.config.measures
         against = None if self._against is None else self._against.id
-        needs = set().union(*(facts_of(measure).needs for measure in measures))
-        ids = [token.id for token in tokens] if "token" in needs else []
+        late = [measure for measure in measures if facts_of(measure).needs_token]
+        ids = [token.id for token in tokens] if late else []
         predictions: list[Prediction] = []
         observed: list[dict[str, Any]] = []
         drafts: dict[Measure, list[_Draft]] = {measure: [] for measure in measures}
@@ -152,18 +182,17 @@ class AnalysisObserver(BurstObserver):
             in_view, attention = ids[: step.position], self.recorder.attention
             predictions.append(Prediction(attention, in_view, step.token, against))
             for measure in measures:
-                if "token" not in facts_of(measure).needs:
-                    measured = self.recorder.measured(measure, (), -1)
+                if measure not in late:
+                    measured = self.recorder.measured(measure)
                     drafts[measure].append(self._draft(measure, measured))
             best = (Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best)
             observed.append({"candidates": tuple(best)})
             if self.config.lens:
                 residual_NC = self.recorder.residual_NC
                 observed[-1]["lens"] = read_lens(self.model, residual_NC, step.token, tokenizer)
-        for measure in measures:
-            if "token" in facts_of(measure).needs:
-                found = self.recorder.measured_late(measure, predictions)
-                drafts[measure] = [self._draft(measure, measured) for measured in found]
+        for measure in late:
+            found = self.recorder.measured_late(measure, predictions)
+            drafts[measure] = [self._draft(measure, measured) for measured in found]
         rows = [self._rows(measure, of_measure, tokens) for measure, of_measure in drafts.items()]
         if measures[0] == "weight" and self.config.reduce != "max":
             self.check_sums(rows[0])
@@ -217,14 +246,6 @@ class AnalysisObserver(BurstObserver):
                 rows, numbers.view(len(rows), -1).tolist(), strict=True
             )
         ]
-
-    def verified(
-        self, steps: Iterator[Any], tokens: Sequence[Token], cache: KVCache
-    ) -> Iterator[TraceStep]:
-        """Yield steps with the effects of knockouts, which may wait for later steps."""
-        if self._verifier is None:
-            return steps
-        return self._verifier.verify(steps, tokens, cache, sink=self.reader.sink)
 
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the checks, the summary of all knockouts, and the workings of explained heads."""

@@ -23,8 +23,8 @@ def require_measures(config: AnalysisConfig) -> None:
     """Raise ConfigError for settings that do not apply to the measures of a config."""
     for measure in config.measures:
         facts = facts_of(measure)
-        if config.against is not None and "token" not in facts.needs:
-            able = [m for m in MEASURES if "token" in facts_of(m).needs]
+        if config.against is not None and not facts.needs_token:
+            able = [m for m in MEASURES if facts_of(m).needs_token]
             raise ConfigError(
                 f"--against compares the logits of two tokens, and --measure {measure} does not "
                 f"depend on the token. Use --measure {', '.join(able)}."
@@ -75,11 +75,10 @@ class MeasureRecorder(CheckedRecorder):
         self._watchers = watchers
         self.needs_queries = bool(watchers)
         facts = {name: facts_of(name) for name in measures if name != "weight"}
-        self.needs_residual = needs_residual or any("residual" in f.needs for f in facts.values())
+        self.needs_residual = needs_residual or any(f.needs_residual for f in facts.values())
         self._measures: dict[Measure, Any] = {
             name: find(name).make(model, config) for name in facts
         }
-        self._waiting = {name for name, f in facts.items() if "token" in f.needs}
         self._rows: dict[Measure, Tensor | Measured] = {}
 
     @torch.no_grad()
@@ -89,7 +88,7 @@ class MeasureRecorder(CheckedRecorder):
         self._rows = {
             name: rows_LHS(Prediction(attention))
             for name, rows_LHS in self._measures.items()
-            if name not in self._waiting
+            if not facts_of(name).needs_token
         }
         if self._watchers:
             for layer in range(len(self._scores)):
@@ -109,17 +108,8 @@ class MeasureRecorder(CheckedRecorder):
             k_in_view_BGSD = k_BGSD[:, :, : n_key - n_query + last]
             yield self._scores[layer].weights(q_BHTD[:, :, first:last], k_in_view_BGSD)[0]
 
-    def measured(
-        self, measure: Measure, tokens: Sequence[int], target: int, against: int | None = None
-    ) -> Measured:
-        """Return the rows of the last pass by any measure.
-
-        Args: tokens, ids of the tokens in view; target, id of the token sampled after the pass;
-            against, id of the alternative whose logit is subtracted.
-        """
-        if measure in self._waiting:
-            prediction = Prediction(self.attention, tokens, target, against)
-            return self.measured_late(measure, [prediction])[0]
+    def measured(self, measure: Measure) -> Measured:
+        """Return the rows of the last pass by a measure that does not need the token."""
         return _as_measured(self.weights_LHS if measure == "weight" else self._rows[measure])
 
     def measured_late(self, measure: Measure, predictions: Sequence[Prediction]) -> list[Measured]:
@@ -127,10 +117,6 @@ class MeasureRecorder(CheckedRecorder):
         rows = self._measures[measure]
         found = rows(predictions) if facts_of(measure).is_batched else map(rows, predictions)
         return [_as_measured(one) for one in found]
-
-    def rows_LHS(self, measure: Measure) -> Tensor:
-        """Return the rows of the last pass by a measure that does not need the token."""
-        return self.measured(measure, (), -1).rows
 
     @property
     def residual_NC(self) -> Tensor:

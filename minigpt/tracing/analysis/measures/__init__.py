@@ -2,7 +2,7 @@
 
 A measure is a function that is registered in a module of the same name:
 
-    @register(unit="logits", is_signed=True, needs=("residual", "token"))
+    @register(unit="logits", is_signed=True, needs_residual=True, needs_token=True)
     def logit(model: LanguageModel, config: AnalysisConfig) -> Rows
 
 It is called once per trace, and returns a function from a prediction to rows: of every head

@@ -20,7 +20,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
     unit="logits",
     is_signed=True,
     has_heads=False,
-    needs=("token", "gradients"),
+    needs_token=True,
     caveat="A gradient says what a small change of an embedding does, not what happens without it.",
 )
 def gradient(model: LanguageModel, config: AnalysisConfig) -> Rows:

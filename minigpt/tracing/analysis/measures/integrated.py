@@ -32,7 +32,7 @@ _MAX_POSITIONS = 2**12
     has_heads=False,
     sums_to="the token's logit minus that of the baseline",
     other_parts="logit of the baseline, error",
-    needs=("token", "gradients"),
+    needs_token=True,
     caveat="A path from the mean embedding passes inputs that the model never saw in training.",
 )
 def integrated(model: LanguageModel, config: AnalysisConfig) -> Rows:

@@ -37,7 +37,8 @@ from minigpt.tracing.analysis_config import AnalysisConfig
     is_signed=True,
     sums_to="the token's logit",
     other_parts="MLPs, embedding, biases",
-    needs=("residual", "token"),
+    needs_residual=True,
+    needs_token=True,
     is_batched=True,
     caveat="It counts what heads add to the logit directly, not through later layers.",
 )
