@@ -38,10 +38,10 @@ _ALL = (*_ROOMY, Form(5, 2), Form(4, 0), Form(4, 0, is_bare=True))
 
 def make_layout(width: int, *, measures: tuple[str, ...], **sizes: Any) -> "TraceLayout":
     """Return the layout of a trace for some measures. Args: sizes, as for TraceLayout."""
-    if measures == ("weight",):
-        return TraceLayout(width, **sizes)
-    layout: TraceLayout = ring("tracing.analysis.layouts").make_layout(width, measures, **sizes)
-    return layout
+    kind = TraceLayout
+    if measures != ("weight",):
+        kind = ring("tracing.analysis.layouts").layout_class(measures)
+    return kind(width, measures=measures, **sizes)
 
 
 class TraceLayout:
@@ -51,15 +51,22 @@ class TraceLayout:
     """Width of a row's numbers, in cells."""
 
     def __init__(
-        self, width: int, *, vocab_size: int, n_positions: int, n_sources: int | None = None
+        self,
+        width: int,
+        *,
+        measures: tuple[str, ...] = ("weight",),
+        vocab_size: int,
+        n_positions: int,
+        n_sources: int | None = None,
     ) -> None:
         """Choose the widths of the columns.
 
-        Args: width, of the terminal in cells, 40 or more; vocab_size, small for byte tokens;
-            n_positions, the maximum number of positions; n_sources, the number of sources per
-            token, wrapped if they do not fit, or None for as many as fit in one line.
+        Args: width, of the terminal in cells, 40 or more; measures, of each row, in order;
+            vocab_size, small for byte tokens; n_positions, the maximum number of positions;
+            n_sources, the number of sources per token, wrapped if they do not fit, or None for as
+            many as fit in one line.
         """
-        self.width = width
+        self.width, self.measures = width, measures
         self.position_width = max(3, len(str(n_positions - 1)))
         is_bytes = vocab_size <= 300
         # The roomiest form that fits two sources, else the roomiest that fits one.

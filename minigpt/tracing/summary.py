@@ -127,25 +127,29 @@ def _prompt_lines(prompt: Sequence[Token], width: int) -> list[Line]:
         _NAME_WIDTH, max(map(cell_len, names), default=1), max(room - number_width - 1, 1)
     )
     per_line = max(1, (room + 2) // (number_width + name_width + 3))
-    starts = list(range(0, len(names), per_line))
-    n_after = (_PROMPT_LINES - 1) // 2
-    n_before = _PROMPT_LINES - 1 - n_after
-    lines: list[Line] = [] if names else [[]]
-    for row, start in enumerate(starts):
-        if len(starts) > _PROMPT_LINES and n_before <= row < len(starts) - n_after:
-            if row == n_before:
-                n_hidden = starts[len(starts) - n_after] - start
-                lines.append([(fit_end(f"... {n_hidden} more tokens ...", room), "dim")])
-            continue
-        lines.append([])
+
+    def line(start: int) -> Line:
+        """Return the line that begins with the token at a position."""
+        spans: Line = []
         for position in range(start, min(start + per_line, len(names))):
             gap = "  " if position > start else ""
-            lines[-1] += [
+            spans += [
                 (f"{gap}{position:>{number_width}} ", "dim"),
                 (fit(names[position], name_width), "token"),
             ]
-        text, style = lines[-1][-1]
-        lines[-1][-1] = (text.rstrip(), style)
+        text, style = spans[-1]
+        return [*spans[:-1], (text.rstrip(), style)]
+
+    starts = range(0, len(names), per_line)
+    if len(starts) <= _PROMPT_LINES:
+        lines = [line(start) for start in starts] or [[]]
+    else:
+        n_after = (_PROMPT_LINES - 1) // 2
+        n_before = _PROMPT_LINES - 1 - n_after
+        before, after = starts[:n_before], starts[-n_after:]
+        n_hidden = after[0] - starts[n_before]
+        hidden = (fit_end(f"... {n_hidden} more tokens ...", room), "dim")
+        lines = [*map(line, before), [hidden], *map(line, after)]
     labels = ["prompt", *[""] * (len(lines) - 1)]
     return [
         [(label.ljust(_LABEL_WIDTH), "dim"), *line]
@@ -163,14 +167,9 @@ def measured(header: TraceHeader, measures: Sequence[Measure] | None = None) -> 
     if not facts.has_heads:
         return f"{names} in {facts.unit}, through the whole model"
     if facts.is_signed:
-        names += f" in {facts.unit}"
-    how = (
-        "sum"
-        if facts.is_signed
-        else "rollout of the mean"
-        if header.reduce == "rollout"
-        else header.reduce
-    )
+        names, how = f"{names} in {facts.unit}", "sum"
+    else:
+        how = "rollout of the mean" if header.reduce == "rollout" else header.reduce
     if selection.n_chosen == 1 and header.reduce != "rollout":
         return f"{names} of head {selection.as_text()}"
     if selection.is_all:

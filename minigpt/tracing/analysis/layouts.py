@@ -16,22 +16,13 @@ from minigpt.tracing.lines import Form, TraceLayout, name_of
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar
 
-_SUM = "sum"
+
+def layout_class(measures: Sequence[Measure]) -> type[TraceLayout]:
+    """Return the class of the layout for some measures."""
+    return SignedLayout if facts_of(measures[0]).is_signed else SharesLayout
 
 
-def make_layout(width: int, measures: tuple[Measure, ...], **sizes: Any) -> TraceLayout:
-    """Return the layout of a trace for some measures. Args: sizes, as for TraceLayout."""
-    kind = SignedLayout if facts_of(measures[0]).is_signed else SharesLayout
-    return kind(width, measures, **sizes)
-
-
-class _MeasuresLayout(TraceLayout):
-    def __init__(self, width: int, measures: tuple[Measure, ...], **sizes: Any) -> None:
-        self.measures = measures
-        super().__init__(width, **sizes)
-
-
-class SharesLayout(_MeasuresLayout):
+class SharesLayout(TraceLayout):
     """Column layout of a trace for one or more measures in shares."""
 
     def _set_widths(self, form: Form, is_bytes: bool) -> None:
@@ -76,7 +67,7 @@ class SharesLayout(_MeasuresLayout):
         return " ".join(map(percent, rests))
 
 
-class SignedLayout(_MeasuresLayout):
+class SignedLayout(TraceLayout):
     """Column layout of a trace for one signed measure."""
 
     share_width = SIGNED_WIDTH
@@ -93,7 +84,7 @@ class SignedLayout(_MeasuresLayout):
         return [f"the earlier {names[0]}", *names]
 
     def _right_heading(self) -> str:
-        names = ("rest", "other", _SUM) if self.has_whole else ("rest",)
+        names = ("rest", "other", "sum") if self.has_whole else ("rest",)
         return "".join(f"{name:>{self.rest_width}}" for name in names if self.rest_width)
 
     def _sink(self, rows: Sequence[Row]) -> str:

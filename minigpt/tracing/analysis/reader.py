@@ -323,17 +323,24 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
             return base64.b64decode(_checked(value, str, name), validate=True)
         except binascii.Error as error:
             raise ValueError(f"{name} is not base64: {error}") from None
-    expected = f"one of {', '.join(words)}" if kind is None else kind.__name__
+    if kind in (int, float):
+        return _number(value, kind, name)
+    if kind is None or not isinstance(value, kind):
+        expected = f"one of {', '.join(words)}" if kind is None else kind.__name__
+        raise ValueError(f"{name} is not {expected}: it is {cut(value)}")
+    return value
+
+
+def _number(value: Any, kind: type[int | float], name: str) -> float:
+    """Check a JSON number. Args and raises: as for ``_checked``."""
     if kind is float:
         low = 0 if name == "seconds" else -_LARGEST_NUMBER
         high = _ROUNDING if "log_prob" in name else _LARGEST_NUMBER
         is_valid = type(value) in (int, float) and low <= value <= high  # NaN is not
         expected = f"a number from {low:g} to {high:g}"
-    elif kind is int:
+    else:
         end = 2**63 if name == "seed" else 2**31
         is_valid, expected = type(value) is int and 0 <= value < end, f"an integer in [0, {end})"
-    else:
-        is_valid = kind is not None and isinstance(value, kind)
     if not is_valid:
         raise ValueError(f"{name} is not {expected}: it is {cut(value)}")
-    return float(value) if kind is float else value
+    return kind(value)
