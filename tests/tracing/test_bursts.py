@@ -17,7 +17,7 @@ from minigpt.generation.decoder import Decoder
 from minigpt.model.layers import RMSNorm
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import observers, tracer
-from minigpt.tracing.analysis import knockout
+from minigpt.tracing.analysis import knockout, verifier
 from minigpt.tracing.analysis.frozen import frozen_norm
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import TraceConfig
@@ -166,7 +166,7 @@ def test_a_verified_token_of_a_slow_model_is_shown_before_the_next_one_is_decode
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = decoding_that_fails_after(monkeypatch, 99, None)
-    monkeypatch.setattr(knockout, "_WAIT_S", 0)
+    monkeypatch.setattr(verifier, "_WAIT_S", 0)
     events = events_of(monkeypatch, 0, "gpt2", n_verified=2)
     next(events)
     for n_decoded in range(SAMPLING.max_new_tokens):
@@ -180,7 +180,7 @@ def test_effects_do_not_depend_on_how_many_tokens_are_verified_together(
     monkeypatch: pytest.MonkeyPatch, n_verified: Any
 ) -> None:
     def changes(seconds: float) -> list[float]:
-        monkeypatch.setattr(knockout, "_WAIT_S", seconds)
+        monkeypatch.setattr(verifier, "_WAIT_S", seconds)
         steps = list(events_of(monkeypatch, 0, "llama-grouped", n_verified=n_verified))[1:-1]
         return [effect.change for step in steps for effect in step.effects]  # type: ignore[union-attr]
 
@@ -194,7 +194,7 @@ def test_a_trace_ended_while_decoding_shows_tokens_waiting_for_verification(
     monkeypatch: pytest.MonkeyPatch, error: BaseException | None
 ) -> None:
     decoding_that_fails_after(monkeypatch, 4, error)
-    monkeypatch.setattr(knockout, "_WAIT_S", math.inf)
+    monkeypatch.setattr(verifier, "_WAIT_S", math.inf)
     shown: list[TraceEvent] = []
     try:
         shown.extend(event for event in events_of(monkeypatch, 0, "llama", n_verified=2))
@@ -208,7 +208,7 @@ def test_a_trace_ended_while_decoding_shows_tokens_waiting_for_verification(
 def test_ctrl_c_while_a_burst_is_computed_loses_no_observed_token(
     monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]
 ) -> None:
-    monkeypatch.setattr(knockout, "_WAIT_S", math.inf)
+    monkeypatch.setattr(verifier, "_WAIT_S", math.inf)
     real, bursts = getattr(*where), []
 
     def interrupted(*words: Any, **more: Any) -> Any:

@@ -13,7 +13,8 @@ from torch import Tensor
 from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.tracing.analysis import knockout
-from minigpt.tracing.analysis.knockout import Knockouts, Query, choose_controls
+from minigpt.tracing.analysis.knockout import Knockouts, Query
+from minigpt.tracing.analysis.verifier import choose_controls
 from minigpt.tracing.analysis_config import Knockout
 from minigpt.tracing.head_lists import select_heads
 

@@ -14,9 +14,9 @@ from minigpt.config import SamplingConfig
 from minigpt.generation.fast import compiled
 from minigpt.model.gpt import GPT
 from minigpt.text.tokenizer import BytesTokenizer
-from minigpt.tracing.analysis.knockout import choose_controls
 from minigpt.tracing.analysis.lines import header_lines
 from minigpt.tracing.analysis.tally import rank_correlation
+from minigpt.tracing.analysis.verifier import choose_controls
 from minigpt.tracing.analysis_config import AnalysisConfig, Knockout
 from minigpt.tracing.findings import TraceFooter, TraceStep
 from minigpt.tracing.head_lists import select_heads

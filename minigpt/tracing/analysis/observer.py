@@ -17,13 +17,13 @@ from minigpt.generation.stream import TextStep
 from minigpt.model.language_model import LanguageModel
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
-from minigpt.tracing.analysis.knockout import Verifier
 from minigpt.tracing.analysis.lens import read_lens
 from minigpt.tracing.analysis.measures import Measured, Prediction
 from minigpt.tracing.analysis.recorder import MeasureRecorder, require_measures
 from minigpt.tracing.analysis.roles import head_roles
 from minigpt.tracing.analysis.rollout import Rollout
 from minigpt.tracing.analysis.sink import SinkFinder
+from minigpt.tracing.analysis.verifier import Verifier
 from minigpt.tracing.analysis.workings import explained_heads, head_workings
 from minigpt.tracing.analysis_config import AnalysisConfig, Measure, facts_of
 from minigpt.tracing.config import has_prompt_rows
