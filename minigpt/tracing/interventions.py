@@ -219,14 +219,15 @@ def _on_heads(
         # A mask, built once: an index would be copied to the GPU for every token, and block it.
         is_chosen = [[head in heads] for head in range(model.config.n_head)]
         is_chosen_H1 = torch.tensor(is_chosen, device=model.device)
-        collectors: list[PassCollector | None] = [None]
+        collector: PassCollector | None = None
 
         def note(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            collectors[0] = inputs[3] if len(inputs) > 3 else None
+            nonlocal collector
+            collector = inputs[3] if len(inputs) > 3 else None
 
         def change(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
             x_BTHD = inputs[0].unflatten(-1, (model.config.n_head, -1)).clone()
-            is_last, collector = put(x_BTHD, layer, is_chosen_H1), collectors[0]
+            is_last = put(x_BTHD, layer, is_chosen_H1)
             if collector is not None and is_last:
                 are_replaced_H1 = is_chosen_H1
                 if layer in collector.replaced:  # by an ablation, and now by a patch

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,12 +63,15 @@ def trace(
             "overflow slide would recompute rows that were already traced. Trace at most one "
             "context window, or generate without a trace."
         )
-    make_observer: Callable[..., AttentionObserver] = AttentionObserver
     # Only that ring can trace the prompt's own tokens or pass dense weights on.
     find = ring if has_prompt_rows(config, sampling) or dense is not None else find_ring
-    if observers := find("tracing.observers"):
-        make_observer = partial(observers.make_observer, special=special, dense=dense)
-    observer = make_observer(model, config, len(prompt), sampling, tokenizer)
+    observers = find("tracing.observers")
+    arguments = (model, config, len(prompt), sampling, tokenizer)
+    observer: AttentionObserver
+    if observers is None:
+        observer = AttentionObserver(*arguments)
+    else:
+        observer = observers.make_observer(*arguments, special=special, dense=dense)
     sampling = observer.sampling
     tokens = [Token(i, token, tokenizer.token_bytes(token)) for i, token in enumerate(prompt)]
     started = time.perf_counter()

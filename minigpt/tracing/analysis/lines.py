@@ -136,19 +136,18 @@ def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()
     cell_width = max(layout.source_width, layout.position_width + 2 * SIGNED_WIDTH + 4)
     versus = " vs " if cell_width >= layout.position_width + 2 * SIGNED_WIDTH + 6 else "  "
     per_line = max(1, (layout.width - layout.left_width) // cell_width)
+    room = cell_width - layout.position_width - 7  # after the position and the change
+    no_control = " no control" if room >= len(" no control") else ""
     lines: list[Line] = []
     for start in range(0, len(sources), per_line):
         line: Line = [(" " * layout.left_width, "plain")]
         if start == 0:
             line = [(_WITHOUT.rjust(layout.left_width), "dim")]
         for i, effect in enumerate(sources[start : start + per_line], start):
-            change = signed(effect.change)
-            room = cell_width - layout.position_width - 7
-            control = f"{versus}{signed(controls[i].change)}" if i in controls else " no control"
-            control = control if i in controls or len(control) <= room else ""
+            control = f"{versus}{signed(controls[i].change)}" if i in controls else no_control
             line += [
                 (f" {effect.source.token.position:>{layout.position_width}} ", "dim"),
-                (change, _effect_heat(effect.change)),
+                (signed(effect.change), _effect_heat(effect.change)),
                 (control.ljust(room), "dim"),
             ]
         line[-1] = (line[-1][0].rstrip(), "dim")

@@ -208,11 +208,7 @@ class AnalysisObserver(BurstObserver):
         if not facts.has_heads:
             rows_RS = rows[None]
         else:
-            if self._rollout is not None:
-                reduced_S = self._rollout.row()
-            else:
-                is_max = self.config.reduce == "max"
-                reduced_S = reduce_rows(rows, selection, is_max=is_max)
+            reduced_S = self._reduced(rows)
             if facts.is_signed:
                 reduced_S = reduced_S * selection.n_chosen  # summed
                 if not selection.is_all and parts:
@@ -225,6 +221,11 @@ class AnalysisObserver(BurstObserver):
         if measured.whole is not None:
             parts = {"whole": measured.whole, **parts}
         return rows_RS, parts
+
+    def _reduced(self, rows_LHS: Tensor) -> Tensor:
+        if self._rollout is not None:
+            return self._rollout.row()
+        return reduce_rows(rows_LHS, self.selection, is_max=self.config.reduce == "max")
 
     def _rows(
         self, measure: Measure, drafts: Sequence[_Draft], tokens: Sequence[Token]
@@ -240,12 +241,11 @@ class AnalysisObserver(BurstObserver):
         if not names:
             return rows
         numbers = torch.stack([x for _, parts in drafts for x in parts.values()])
-        return [
-            replace(row, whole=whole, parts=dict(zip(names[1:], values, strict=True)))
-            for row, (whole, *values) in zip(
-                rows, numbers.view(len(rows), -1).tolist(), strict=True
-            )
-        ]
+        found = []
+        for row, values in zip(rows, numbers.view(len(rows), -1).tolist(), strict=True):
+            parts = dict(zip(names, values, strict=True))
+            found.append(replace(row, whole=parts.pop("whole", None), parts=parts))
+        return found
 
     def results(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the checks, the summary of all knockouts, and the workings of explained heads."""

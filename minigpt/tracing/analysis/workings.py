@@ -48,8 +48,7 @@ def head_workings(
         return ()
     recorder = RowRecorder(model)
     recorder.needs_queries = True
-    device = next(model.parameters()).device
-    model(torch.tensor([list(tokens)], device=device), recorder=recorder, logits_to_keep=1)
+    model(torch.tensor([list(tokens)], device=model.device), recorder=recorder, logits_to_keep=1)
     attention = recorder.attention
     assert attention.queries is not None
     assert attention.keys is not None
