@@ -34,13 +34,17 @@ def make_observer(
     n_prompt: int,
     sampling: SamplingConfig,
     tokenizer: Tokenizer,
-    **options: Any,
+    *,
+    special: bool,
+    dense: Callable[[Tensor], None] | None,
 ) -> "BurstObserver":
-    """Return the observer for a config. Args: as for ``BurstObserver``."""
-    make: Callable[..., BurstObserver] = BurstObserver
-    if not config.is_plain or has_prompt_rows(config, sampling):
-        make = ring("tracing.analysis.observer").AnalysisObserver
-    return make(model, config, n_prompt, sampling, tokenizer, **options)
+    """Return the observer for a config. Args: special and dense, as for ``tracer.trace``."""
+    arguments = (model, config, n_prompt, sampling, tokenizer)
+    if config.is_plain and not has_prompt_rows(config, sampling):
+        return BurstObserver(*arguments, dense=dense)
+    analysis = ring("tracing.analysis.observer")
+    observer: BurstObserver = analysis.AnalysisObserver(*arguments, dense=dense, special=special)
+    return observer
 
 
 class CheckedRecorder(RowRecorder):
@@ -97,10 +101,9 @@ class BurstObserver(AttentionObserver):
     def __init__(
         self,
         *model_to_tokenizer: Any,
-        special: bool = False,
-        dense: Callable[[Tensor], None] | None = None,
+        dense: Callable[[Tensor], None] | None,
     ) -> None:
-        """Args: as for ``AttentionObserver``; special and dense, as for ``tracer.trace``."""
+        """Args: as for ``AttentionObserver``; dense, as for ``tracer.trace``."""
         super().__init__(*model_to_tokenizer)
         self.recorder: CheckedRecorder = CheckedRecorder(self.model)
         self._sum_error: float | None = None

@@ -1,6 +1,6 @@
 """Observation of a model for traces with more than rows of attention weights."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from typing import Any
@@ -46,7 +46,7 @@ def find_alternative(tokenizer: Tokenizer, text: str, *, special: bool) -> Alter
     return Alternative(text, ids[0], tokenizer.token_bytes(ids[0]), len(ids))
 
 
-def prompt_steps(decoder: Decoder, n_best: int = 0) -> Iterator[TextStep]:
+def prompt_steps(decoder: Decoder, n_best: int) -> Iterator[TextStep]:
     """Yield the tokens of the prompt from the second on, as if they were generated.
 
     They are decoded one at a time, so that the recorder's latest pass is the one that predicted the
@@ -84,8 +84,8 @@ class AnalysisObserver(BurstObserver):
         sampling: SamplingConfig,
         tokenizer: Tokenizer,
         *,
-        special: bool = False,
-        **options: Any,
+        special: bool,
+        dense: Callable[[Tensor], None] | None,
     ) -> None:
         """Prepare to observe a model's forward passes, all of which must be sent to ``watcher``.
 
@@ -102,7 +102,7 @@ class AnalysisObserver(BurstObserver):
         self._against: Alternative | None = None
         if config.against is not None:
             self._against = find_alternative(tokenizer, config.against, special=special)
-        super().__init__(model, config, n_prompt, sampling, tokenizer, **options)
+        super().__init__(model, config, n_prompt, sampling, tokenizer, dense=dense)
         if isinstance(config.sink, int) and config.sink >= max(n_prompt, 1):
             raise ConfigError(
                 f"the sink must be a position of the prompt: it is {config.sink}, and the prompt "
