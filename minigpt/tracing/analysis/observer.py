@@ -188,7 +188,7 @@ class AnalysisObserver(BurstObserver):
             best = (Candidate(id_, tokenizer.token_bytes(id_), value) for id_, value in step.best)
             observed.append({"candidates": tuple(best)})
             if self.config.lens:
-                residual_NC = self.recorder.residual_NC
+                residual_NC = predictions[-1].residual_NC
                 observed[-1]["lens"] = read_lens(self.model, residual_NC, step.token, tokenizer)
         for measure in late:
             found = self.recorder.measured_late(measure, predictions)

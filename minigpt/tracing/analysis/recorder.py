@@ -118,13 +118,6 @@ class MeasureRecorder(CheckedRecorder):
         found = rows(predictions) if facts_of(measure).is_batched else map(rows, predictions)
         return [_as_measured(one) for one in found]
 
-    @property
-    def residual_NC(self) -> Tensor:
-        """Residual stream of the last pass at the last position, as in AttentionPass."""
-        residual_NBC = self.attention.residual_NBC
-        assert residual_NBC is not None
-        return residual_NBC[:, 0]
-
 
 def _as_measured(rows: Tensor | Measured) -> Measured:
     return rows if isinstance(rows, Measured) else Measured(rows)

@@ -35,6 +35,13 @@ class Prediction:
     against: int | None = None
     """Id of the alternative whose logit is subtracted. None for none."""
 
+    @property
+    def residual_NC(self) -> Tensor:
+        """Residual stream of the first sequence at the last position, as in AttentionPass."""
+        residual_NBC = self.attention.residual_NBC
+        assert residual_NBC is not None
+        return residual_NBC[:, 0]
+
 
 @dataclass(frozen=True)
 class Measured:

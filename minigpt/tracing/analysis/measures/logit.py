@@ -59,7 +59,7 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         us_C, biases = directions_of_logits(predictions)
         at_heads = directions(us_C, [contexts_LX.unbind() for contexts_LX in contexts])
         return [
-            attributed(prediction.attention, contexts_LX, u_C, bias, *of_heads)
+            attributed(prediction, contexts_LX, u_C, bias, *of_heads)
             for prediction, contexts_LX, u_C, bias, of_heads in zip(
                 predictions, contexts, us_C, biases, at_heads, strict=True
             )
@@ -72,24 +72,25 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         w_TC = logit_weights(model, torch.stack([ids_V[one.target] for one in predictions]))
         if (against := predictions[0].against) is not None:
             w_TC = w_TC - logit_weights(model, ids_V[against])
-        last_TC = torch.stack([residual_of(one.attention)[-1] for one in predictions]).float()
+        last_TC = torch.stack([one.residual_NC[-1] for one in predictions]).float()
         u_TC, bias_T = frozen_norm(model.final_norm, last_TC, w_TC)
         # Copies: the bits of a product may depend on the memory alignment of a vector.
         return [u_C.clone() for u_C in u_TC], bias_T.unbind()
 
     def attributed(
-        attention: AttentionPass,
+        prediction: Prediction,
         contexts_LX: Tensor,
         u_C: Tensor,
         bias: Tensor,
         u_LX: Tensor,
         bias_L: Tensor,
     ) -> Measured:
+        attention = prediction.attention
         u_LGRD = u_LX.unflatten(1, (n_group, -1, model.config.d_head))
         logits_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
         rows_LHS = attention.weights_LBHS[:, 0] * logits_LGRS.flatten(1, 2)
         # A patched layer replaces the stream, so the states before it do not contribute.
-        states_N = residual_of(attention)[attention.first_state :].float() @ u_C
+        states_N = prediction.residual_NC[attention.first_state :].float() @ u_C
         n_replaced = attention.first_state // 2  # layers
         whole, first, of_mlps, of_attention = (_sums(len(states_N), u_C.device) @ states_N).unbind()
         parts = {"embedding": first}
@@ -115,12 +116,6 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         return Measured(rows_LHS, parts, whole=whole + bias)
 
     return rows
-
-
-def residual_of(attention: AttentionPass) -> Tensor:
-    """Return the residual stream of the first sequence: (N, C)."""
-    assert attention.residual_NBC is not None
-    return attention.residual_NBC[:, 0]
 
 
 @lru_cache(maxsize=8)
