@@ -192,9 +192,7 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
     Args: measure, which ranked the sources; is_all, whether every position in view was knocked
         out, which needs no controls.
     """
-    is_weight = measure == "weight"
-    name = "weight" if is_weight else f"measure {measure}"
-    limit = "Weight is not influence." if is_weight else facts_of(measure).caveat
+    limit = "Weight is not influence." if measure == "weight" else facts_of(measure).caveat
     one = "position" if is_all else "source"
     found = (
         f"{limit} Checked: knocking out a {one} changed ln p by {check.mean_effect:.3f} on average "
@@ -211,11 +209,18 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
         )
     else:
         found += "." if is_all else "; there were no controls."
+    return f"{found} {_correlation_in_words(check, measure)}"
+
+
+def _correlation_in_words(check: CauseCheck, measure: Measure) -> str:
+    """Describe the rank correlation of a measure and the effects, in a sentence."""
+    is_weight = measure == "weight"
+    name = "weight" if is_weight else f"measure {measure}"
     correlation = check.rank_correlation
     if correlation is None:
         ranked = "weights" if is_weight else name
-        return f"{found} These are too few to rank {ranked} against effects."
-    found += f" Rank correlation of {name} and effect: {correlation:.2f}"
+        return f"These are too few to rank {ranked} against effects."
+    found = f"Rank correlation of {name} and effect: {correlation:.2f}"
     n_pairs = check.n_sources + check.n_controls
     chance = 2 / math.sqrt(n_pairs - 1)  # two standard deviations if there is no correlation
     if abs(correlation) < chance and chance > _WEAK:

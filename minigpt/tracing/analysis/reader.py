@@ -160,13 +160,6 @@ class _Reader:
             _read(findings.Effect, effect, source=self._source(effect, position))
             for effect in _objects(value, "effects")
         )
-        changes = value.get("changes")
-        if changes is not None:
-            changes = np.array(_checked(changes, tuple[float, ...], "changes"), np.float32)
-            if len(changes) != position:
-                raise ValueError(f"changes must be a number for each of {position} tokens")
-        if position == len(self.tokens):
-            self.tokens.append(token)
         step = _read(
             findings.TraceStep,
             value,
@@ -174,16 +167,13 @@ class _Reader:
             token=token,
             rows=rows,
             effects=effects,
-            changes_S=changes,
+            changes_S=_changes(value.get("changes"), position),
         )
-        lens, n_layer = step.lens, self.header.n_layer
-        if lens is not None:
-            n_layers = {len(lens.top), len(lens.log_probabilities)}
-            if not all(lens.top) or n_layers != {n_layer}:
-                raise ValueError(f"lens must have {n_layer} layers")
-            if lens.layer is not None and lens.layer >= n_layer:
-                raise ValueError(f"lens.layer is {lens.layer} of {n_layer} layers")
+        if step.lens is not None:
+            _check_lens(step.lens, self.header.n_layer)
         self.steps.append(step)
+        if position == len(self.tokens):
+            self.tokens.append(token)
 
     def trace(self, footer: dict[str, Any] | None) -> findings.Trace:
         """Return the complete trace, interrupted if the footer is None."""
@@ -258,6 +248,22 @@ class _Reader:
         if positions.size and not 0 <= positions.min() <= positions.max() < n_view:
             raise ValueError("heads.positions has a position that does not exist")
         return findings.HeadRows(**arrays)
+
+
+def _changes(value: Any, n_view: int) -> NDArray[np.float32] | None:
+    if value is None:
+        return None
+    changes = np.array(_checked(value, tuple[float, ...], "changes"), np.float32)
+    if len(changes) != n_view:
+        raise ValueError(f"changes must be a number for each of {n_view} tokens")
+    return changes
+
+
+def _check_lens(lens: findings.Lens, n_layer: int) -> None:
+    if not all(lens.top) or {len(lens.top), len(lens.log_probabilities)} != {n_layer}:
+        raise ValueError(f"lens must have {n_layer} layers")
+    if lens.layer is not None and lens.layer >= n_layer:
+        raise ValueError(f"lens.layer is {lens.layer} of {n_layer} layers")
 
 
 def _token(value: dict[str, Any], position: int) -> events.Token:
