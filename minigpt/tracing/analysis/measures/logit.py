@@ -50,34 +50,43 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
             "Use measure gradient."
         )
     assert isinstance(model, GPT)
-    directions, n_group = HeadDirections(model), model.config.n_kv_head
-    # On the device once: copying each token's id to a GPU would block it.
-    ids_V = torch.arange(model.config.vocab_size, device=model.device)
+    return _LogitRows(model)
 
-    def rows(predictions: Sequence[Prediction]) -> list[Measured]:
+
+class _LogitRows:
+    """Attributes the logits of predictions to heads and positions."""
+
+    def __init__(self, model: GPT) -> None:
+        self._model, self._head_directions = model, HeadDirections(model)
+        # On the device once: copying each token's id to a GPU would block it.
+        self._ids_V = torch.arange(model.config.vocab_size, device=model.device)
+
+    def __call__(self, predictions: Sequence[Prediction]) -> list[Measured]:
         contexts = [_output_inputs(prediction.attention) for prediction in predictions]
-        us_C, biases = directions_of_logits(predictions)
-        at_heads = directions(us_C, [contexts_LX.unbind() for contexts_LX in contexts])
+        us_C, biases = self._logit_directions(predictions)
+        at_heads = self._head_directions(us_C, [contexts_LX.unbind() for contexts_LX in contexts])
         return [
-            attributed(prediction, contexts_LX, u_C, bias, *of_heads)
+            self._attributed(prediction, contexts_LX, u_C, bias, *of_heads)
             for prediction, contexts_LX, u_C, bias, of_heads in zip(
                 predictions, contexts, us_C, biases, at_heads, strict=True
             )
         ]
 
-    def directions_of_logits(
-        predictions: Sequence[Prediction],
+    def _logit_directions(
+        self, predictions: Sequence[Prediction]
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return u_y and the contribution of the final norm's bias, for each prediction."""
-        w_TC = logit_weights(model, torch.stack([ids_V[one.target] for one in predictions]))
+        targets_T = torch.stack([self._ids_V[one.target] for one in predictions])
+        w_TC = logit_weights(self._model, targets_T)
         if (against := predictions[0].against) is not None:
-            w_TC = w_TC - logit_weights(model, ids_V[against])
+            w_TC = w_TC - logit_weights(self._model, self._ids_V[against])
         last_TC = torch.stack([one.residual_NC[-1] for one in predictions]).float()
-        u_TC, bias_T = frozen_norm(model.final_norm, last_TC, w_TC)
+        u_TC, bias_T = frozen_norm(self._model.final_norm, last_TC, w_TC)
         # Copies: the bits of a product may depend on the memory alignment of a vector.
         return [u_C.clone() for u_C in u_TC], bias_T.unbind()
 
-    def attributed(
+    def _attributed(
+        self,
         prediction: Prediction,
         contexts_LX: Tensor,
         u_C: Tensor,
@@ -85,8 +94,8 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
         u_LX: Tensor,
         bias_L: Tensor,
     ) -> Measured:
-        attention = prediction.attention
-        u_LGRD = u_LX.unflatten(1, (n_group, -1, model.config.d_head))
+        attention, config = prediction.attention, self._model.config
+        u_LGRD = u_LX.unflatten(1, (config.n_kv_head, -1, config.d_head))
         logits_LGRS = u_LGRD @ attention.values_LBGSD[:, 0].float().mT
         rows_LHS = attention.weights_LBHS[:, 0] * logits_LGRS.flatten(1, 2)
         # A patched layer replaces the stream, so the states before it do not contribute.
@@ -99,7 +108,7 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
             parts = {"embedding": torch.zeros_like(first) if n_replaced else first}
             rows_LHS[:n_replaced] = 0
             bias_L[:n_replaced] = 0
-            by_head_LH = (u_LX * contexts_LX.float()).unflatten(1, (-1, model.config.d_head)).sum(2)
+            by_head_LH = (u_LX * contexts_LX.float()).unflatten(1, (-1, config.d_head)).sum(2)
             for layer, (are_replaced_H1, _) in attention.replaced.items():
                 rows_LHS[layer].masked_fill_(are_replaced_H1, 0)
                 if layer >= n_replaced:
@@ -114,8 +123,6 @@ def logit(model: LanguageModel, config: AnalysisConfig) -> Rows:
             "rounding": of_attention - rows_LHS.sum() - of_biases,
         }
         return Measured(rows_LHS, parts, whole=whole + bias)
-
-    return rows
 
 
 @lru_cache(maxsize=8)
