@@ -26,6 +26,11 @@ class TraceConfig(Checked):
     """Number of sources to show per token. None for N_SOURCES."""
 
     @property
+    def n_kept(self) -> int:
+        """Number of sources to keep per token."""
+        return N_SOURCES if self.n_sources is None else self.n_sources
+
+    @property
     def is_plain(self) -> bool:
         """Whether no setting of the analysis ring differs from its default."""
         return True

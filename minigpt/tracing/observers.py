@@ -116,7 +116,9 @@ class BurstObserver(AttentionObserver):
         """Return the header; call it after the prefill."""
         for attention in self.watcher.take():
             self.recorder.record(attention)
-        self.reader = RowReader(sink=self.sink, n_prompt=self.n_prompt, n_sources=self.n_sources)
+        self.reader = RowReader(
+            sink=self.sink, n_prompt=self.n_prompt, n_sources=self.config.n_kept
+        )
         return super().header(**facts)
 
     def observed(

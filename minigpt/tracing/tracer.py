@@ -17,7 +17,7 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import events
-from minigpt.tracing.config import N_SOURCES, TraceConfig, config_class, has_prompt_rows
+from minigpt.tracing.config import TraceConfig, config_class, has_prompt_rows
 from minigpt.tracing.events import EndTrace, Row, Source, Token, TraceEvent, TraceHeader, TraceStep
 from minigpt.tracing.recorder import RowRecorder
 
@@ -144,7 +144,6 @@ class AttentionObserver:
         self.watcher: Recorder = self.recorder
         self.model, self.config = model, config
         self.n_prompt, self.sampling, self.tokenizer = n_prompt, sampling, tokenizer
-        self.n_sources = N_SOURCES if config.n_sources is None else config.n_sources
 
     def header(self, **facts: Any) -> TraceHeader:
         """Return the header; call it after the prefill.
@@ -200,7 +199,7 @@ class AttentionObserver:
     def _row(self, tokens: Sequence[Token]) -> Row:
         """Return the last pass's row, averaged over all heads."""
         row_S = self.recorder.weights_LHS.flatten(0, 1).mean(dim=0).cpu()
-        top = row_S[1:].topk(min(self.n_sources, len(row_S) - 1))  # position 0 is the sink
+        top = row_S[1:].topk(min(self.config.n_kept, len(row_S) - 1))  # position 0 is the sink
         largest = zip((top.indices + 1).tolist(), top.values.tolist(), strict=True)
         return Row(
             total=row_S.sum().item(),

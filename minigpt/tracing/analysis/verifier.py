@@ -16,7 +16,6 @@ from minigpt.model.language_model import LanguageModel
 from minigpt.tracing.analysis.knockout import Knockouts, Query
 from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.config import N_SOURCES
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import Effect, Kept, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, select_heads
@@ -46,7 +45,7 @@ class Verifier:
             )
         self._knockouts = Knockouts(model, config.knockout, self.selection)
         self._n_verified = config.n_verified
-        self._n_shown = N_SOURCES if config.n_sources is None else config.n_sources
+        self._n_shown = config.n_kept
         self.tally = CauseTally()
         """Knockouts of the steps so far."""
 
