@@ -88,7 +88,8 @@ def _patch(
         )
     sites = _PatchSites(changed, positions)
     if patched is not None:
-        _patch_heads(changed, patched, head_outputs(model, source), sites)
+        outputs = head_outputs(model, source)
+        _on_heads(changed, patched, lambda x, layer, heads: sites.put(x, outputs[layer], heads))
     if whole is not None:
         _patch_layers(changed, whole, residual_streams(model, source), sites)
     return position
@@ -173,15 +174,6 @@ class _PatchSites:
                     source_X if is_chosen is None else torch.where(is_chosen, source_X, x_BX)
                 )
         return self._first + x_BTX.shape[1] - 1 in self._positions
-
-
-def _patch_heads(
-    model: GPT, selection: HeadSelection, outputs: Sequence[Tensor], sites: _PatchSites
-) -> None:
-    def put(x_BTHD: Tensor, layer: int, is_chosen_H1: Tensor) -> bool:
-        return sites.put(x_BTHD, outputs[layer], is_chosen_H1)
-
-    _on_heads(model, selection, put)
 
 
 def _patch_layers(
