@@ -21,7 +21,7 @@ from minigpt.tracing.wrapping import one_line
 # Concatenated in this order into one script.
 _SCRIPTS = (
     *("data.js", "rows.js", "strip.js", "copy.js", "map.js", "grid.js", "table.js"),
-    *("choices.js", "working.js", "picture.js", "page.js"),
+    *("choices.js", "working.js", "picture.js", "words.js", "page.js"),
 )
 _NOT_KNOCKED_OUT = "<code>--n-verified 2</code> shows what happens without a source."
 _KNOCKED_OUT = "The column “without it” shows what happens without a source."

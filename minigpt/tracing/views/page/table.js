@@ -75,16 +75,3 @@ function effectCells(trace, effects, position) {
   control.title = trace.names[effect.control];
   return [source, control];
 }
-
-// The change of ln p, and the factor by which p changes.
-function changeText(change) {
-  const factor = Math.exp(change);
-  const times = factor >= 10 || factor < 0.01 ? factor.toExponential(0) : factor.toPrecision(2);
-  return `${signed(change)} (p × ${times})`;
-}
-
-function signed(value) {
-  const digits = Math.abs(value).toFixed(2);
-  if (digits === "0.00") return digits;
-  return `${value < 0 ? "−" : "+"}${digits}`;
-}
