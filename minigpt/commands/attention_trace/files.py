@@ -133,6 +133,15 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _check_model(targets: Targets, model: Path) -> None:
+    """Refuse files that would overwrite one of the model's folder."""
+    model_files = {os.path.realpath(path) for path in model.iterdir()}
+    for name in _FILES:
+        path: Path | None = getattr(targets, name)
+        if path is not None and os.path.realpath(path) in model_files:
+            raise ConfigError(f"--{name}: {str(path)!r} is a file of the model. Choose another.")
+
+
 class FileOutput(DescribedOutput):
     """Shows traces as lines, as JSON or in a view, and writes their files."""
 
@@ -149,13 +158,8 @@ class FileOutput(DescribedOutput):
         Raises: ConfigError for a file that would overwrite one of the model.
         """
         super().__init__(layout, model=model)
-        model_files = {os.path.realpath(path) for path in model.iterdir()} if model else {}
-        for name in _FILES:
-            path: Path | None = getattr(targets, name)
-            if path is not None and os.path.realpath(path) in model_files:
-                raise ConfigError(
-                    f"--{name}: {str(path)!r} is a file of the model. Choose another."
-                )
+        if model is not None:
+            _check_model(targets, model)
         is_quiet |= _is_stdout(targets)  # the lines of --out are the result
         self._targets = targets
         self._digest = weights_sha256(model) if model is not None and targets.out else None

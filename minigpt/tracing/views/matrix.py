@@ -70,8 +70,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         names = _column_names(trace.joined.names[:n_positions], cell_width)
     n_lines = n_rows
     if height is not None:
-        caption = wrapped(_caption(trace, n_rows, n_pooled, is_halved=True), width)
-        n_lines = max(_MIN_LINES, height - len(title) - len(names) - len(caption) - 3)
+        n_lines = _lines_left(trace, width, height - len(title) - len(names), n_pooled)
     is_halved = paint is not None and n_lines < n_rows
     per_line = 2 if is_halved else 1
     n_shown = min(n_rows, n_lines * per_line)
@@ -94,6 +93,12 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         _legend(scale, is_exceeded, paint, is_signed),
         *wrapped(_caption(trace, n_shown, n_pooled, is_halved=is_halved), width),
     ]
+
+
+def _lines_left(trace: Trace, width: int, height: int, n_pooled: int) -> int:
+    """Return the number of lines above the ticks, legend and caption of a map of this height."""
+    caption = wrapped(_caption(trace, len(trace.steps), n_pooled, is_halved=True), width)
+    return max(_MIN_LINES, height - len(caption) - 3)
 
 
 def as_matrix(rows: Sequence[Row]) -> NDArray[np.float32]:
