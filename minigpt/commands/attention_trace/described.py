@@ -34,7 +34,7 @@ class DescribedOutput(TraceOutput):
         super().__init__(model=model)
         self.console = make_console(is_stderr=False)
         self._layout = layout
-        self._is_named = False  # whether stderr has shown the model
+        self._is_named = model is not None  # whether stderr shows the model before the first line
         self._compared: int | None = None  # id of the alternative token last noted on stderr
         self._joined = JoinedTokens()
         self._header: TraceHeader | None = None  # of the current trace
@@ -81,7 +81,6 @@ class DescribedOutput(TraceOutput):
 
     def show_event(self, event: Any) -> None:
         """Show an event of a trace, and note the token that --against compares with."""
-        self._is_named |= self._model is not None
         self.name_model()
         against = event.against if isinstance(event, TraceHeader) else None
         if against is not None and against.n_tokens > 1 and against.id != self._compared:
