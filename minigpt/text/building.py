@@ -37,7 +37,7 @@ from minigpt.text.shard_files import (
     is_ours,
     read_record,
     read_vocabulary,
-    reading,
+    reading_prepared,
     write_json,
     write_shards,
 )
@@ -156,7 +156,7 @@ def training_texts(corpus: Corpus) -> Iterator[str]:
     report = reporter(corpus.files, "train tokenizer", corpus.report)
     texts = (report(document).text for document in corpus.documents(training_only=True))
     if corpus.template is not None:
-        render = partial(ring("text.conversations").row_text, template=corpus.template)
+        render = partial(ring("text.conversations").rendered_text, template=corpus.template)
         texts = (part for text in texts for part in render(text).split(END_OF_TEXT))
     train_fraction = 1 - corpus.data.val_fraction if corpus.val_split == "tail" else 1
     read: list[str] = bpe.first_texts(texts, bpe.BPE_TRAINING_BYTES / train_fraction)
@@ -170,7 +170,7 @@ def training_texts(corpus: Corpus) -> Iterator[str]:
 def _resumed(folder: Path, corpus: Corpus) -> tuple[Tokenizer, list[Shard], list[Place]]:
     """Read the vocabulary, the intact shards and their ends from an earlier call for this corpus.
 
-    Raises: DataError, or an error that ``reading`` converts, if there was no such call.
+    Raises: DataError, or an error that ``reading_prepared`` converts, if there was no such call.
     """
     record, tokenizer = read_record(folder / UNFINISHED), read_vocabulary(folder)
     found = (record["identity"], record["tokenizer_fingerprint"])
@@ -189,7 +189,7 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
     Raises: DataError for an unusable corpus; OSError if the folder cannot be written.
     """
     try:
-        with reading(folder):
+        with reading_prepared(folder):
             tokenizer, shards, places = _resumed(folder, corpus)
     except DataError:
         tokenizer, shards, places = begin(folder, corpus), [], []

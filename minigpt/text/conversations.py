@@ -107,7 +107,7 @@ def _parsed(text: str, template: ChatTemplate) -> tuple[list[Any], ChatTemplate]
     return found["messages"], replace(template, tools=found["tools"])
 
 
-def row_text(text: str, template: ChatTemplate) -> str:
+def rendered_text(text: str, template: ChatTemplate) -> str:
     """Return the rendered text of a conversation, given as JSON; empty if it is refused."""
     with suppress(DataError):
         messages, template = _parsed(text, template)

@@ -25,7 +25,7 @@ from minigpt.text.shard_files import (
     is_ours,
     open_prepared,
     read_record,
-    reading,
+    reading_prepared,
 )
 from minigpt.text.tokenizer import Tokenizer
 
@@ -132,7 +132,7 @@ def tidy(folder: Path) -> None:
     if (folder / MANIFEST).exists():  # interrupted when the build was complete
         return
     kept = set()
-    with suppress(DataError), reading(folder):
+    with suppress(DataError), reading_prepared(folder):
         kept = {shard.name for shard in read_record(folder / UNFINISHED)["shards"]}
     for path in folder.iterdir():
         if is_ours(path) and not (kept and path.name in (*kept, UNFINISHED, VOCABULARY)):
@@ -148,7 +148,7 @@ def _is_finished(folder: Path, identity: str) -> bool:
     path = folder / (MANIFEST if is_finished else UNFINISHED)
     if not path.exists():
         return False
-    with reading(folder):
+    with reading_prepared(folder):
         found = read_record(path)["identity"]
     if found != identity:
         raise ConfigError(
@@ -191,7 +191,7 @@ def prepared_settings(data: DataConfig) -> dict[str, Any]:
     folder = prepared_folder(data.paths)
     if folder is None:
         return {}
-    with reading(folder):
+    with reading_prepared(folder):
         manifest = Manifest(**read_record(folder / MANIFEST))
     settings: dict[str, Any] = {"tokenizer": manifest.tokenizer}
     if manifest.chat_template:

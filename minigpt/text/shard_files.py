@@ -162,7 +162,7 @@ def open_prepared(folder: Path) -> StoredData:
 
     Raises: DataError if it is missing, incomplete or damaged.
     """
-    with reading(folder):
+    with reading_prepared(folder):
         manifest = Manifest(**read_record(folder / MANIFEST))
         tokenizer = read_vocabulary(folder)
         is_whole = tokenizer.fingerprint == manifest.tokenizer_fingerprint
@@ -185,7 +185,7 @@ def open_prepared(folder: Path) -> StoredData:
 
 
 @contextmanager
-def reading(folder: Path) -> Iterator[None]:
+def reading_prepared(folder: Path) -> Iterator[None]:
     """Convert errors from missing or damaged files to DataError."""
     try:
         yield
@@ -197,7 +197,7 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read MANIFEST or UNFINISHED of a prepared folder; ``reading`` converts the errors."""
+    """Read MANIFEST or UNFINISHED of a prepared folder, within ``reading_prepared``."""
     values: dict[str, Any] = json.loads(read_bytes(path))
     if values["schema_version"] != SCHEMA_VERSION:
         raise ValueError(f"its schema version is {values['schema_version']!r}")
@@ -212,7 +212,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def read_vocabulary(folder: Path) -> Tokenizer:
-    """Read the tokenizer of a prepared folder; raise DataError, or errors ``reading`` converts."""
+    """Read the tokenizer of a prepared folder, within ``reading_prepared``."""
     return tokenizer_from_dict(json.loads(read_bytes(folder / VOCABULARY)))
 
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from minigpt.errors import DataError
 from minigpt.text.chat import read_chat_template, training_template
-from minigpt.text.conversations import conversation_of_row, encode_row, row_text
+from minigpt.text.conversations import conversation_of_row, encode_row, rendered_text
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.text.tokens import CONTEXT_ONLY
 
@@ -177,7 +177,7 @@ def test_tools_of_a_row_are_rendered_as_in_transformers(
     theirs = AutoTokenizer.from_pretrained(folder)
     text = theirs.apply_chat_template(messages, tools=given, tokenize=False)
     ours, tokenizer = read_chat_template(folder), tokenizer_of(folder)
-    assert row_text(row, ours) == text
+    assert rendered_text(row, ours) == text
     for loss_on in ("all", "completion"):
         tokens = encode_row(row, ours, tokenizer, loss_on)
         ids = [int(token % CONTEXT_ONLY) for token in tokens]
