@@ -50,8 +50,7 @@ def estimate_memory(
     n_shares = n_ranks if training.shard else 1
     n_parameters = parameter_count(model)
     gradients = n_parameters * _FLOAT32 // n_shares
-    cast_bytes = 0 if dtype == torch.float32 else dtype.itemsize
-    copies = n_parameters * cast_bytes
+    copies = n_parameters * _cast_bytes(dtype)
     n_local = max(1, training.batch_size // n_ranks)
     n_tokens = min(training.micro_batch_size, n_local) * length
     stream = model.d_model * _FLOAT32
@@ -61,7 +60,7 @@ def estimate_memory(
     kept = n_tokens * model.n_layer * (stream if training.recompute else block)
     # Log-probabilities, their gradients and those of the logits, or fused, logits and their
     # gradients; then the final norm.
-    per_logit = 2 * dtype.itemsize if is_fused else 3 * _FLOAT32 + cast_bytes
+    per_logit = 2 * dtype.itemsize if is_fused else 3 * _FLOAT32 + _cast_bytes(dtype)
     output = n_tokens * (model.vocab_size * per_logit + 3 * stream)
     if is_fused:
         output += _FLOAT32 * min(n_tokens * model.vocab_size, fused.BLOCK)
@@ -70,16 +69,11 @@ def estimate_memory(
         n_hidden = n_tokens * length * model.n_head * model.d_head
         hidden = 3 * _FLOAT32 * min(n_hidden, _MAX_HIDDEN)
     earlier = gradients if n_local > training.micro_batch_size else 0
-    n_eval_tokens = min(n_val_tokens, training.eval_tokens or n_val_tokens)
-    n_windows = max(1, n_eval_tokens // length)
-    n_windows = min(n_windows, windows_at_once(model.vocab_size, length, device_type))
-    logits = model.vocab_size * (2 * _FLOAT32 + cast_bytes)
-    mlp = (3 if model.family == "gpt2" else 4) * model.d_mlp * dtype.itemsize + stream
     peak = max(
         kept + max(output, hidden) + earlier + copies,
         n_tokens * (stream + block) + hidden + gradients + copies,
         gradients + 5 * _FLOAT32 * max(_muon_values(config).values(), default=0),
-        n_windows * length * max(logits, mlp) + copies,
+        _evaluation_bytes(config, n_val_tokens, dtype, device_type) + copies,
     )
     n_averages = n_parameters if training.average else 0
     parts = {
@@ -89,6 +83,25 @@ def estimate_memory(
         "activations": max(0, peak - gradients),  # with logits and temporary tensors
     }
     return parts | {"total": sum(parts.values())}
+
+
+def _evaluation_bytes(
+    config: RunConfig, n_val_tokens: int, dtype: torch.dtype, device_type: str
+) -> int:
+    """Return the bytes of the larger of logits and hidden layer in a pass of an evaluation."""
+    model, length = config.model, config.sequence_length
+    n_eval_tokens = min(n_val_tokens, config.training.eval_tokens or n_val_tokens)
+    n_windows = max(1, n_eval_tokens // length)
+    n_windows = min(n_windows, windows_at_once(model.vocab_size, length, device_type))
+    logits = model.vocab_size * (2 * _FLOAT32 + _cast_bytes(dtype))
+    stream = model.d_model * _FLOAT32
+    mlp = (3 if model.family == "gpt2" else 4) * model.d_mlp * dtype.itemsize + stream
+    return n_windows * length * max(logits, mlp)
+
+
+def _cast_bytes(dtype: torch.dtype) -> int:
+    """Return the bytes of the copy that autocast makes of a value, none in float32."""
+    return 0 if dtype == torch.float32 else dtype.itemsize
 
 
 def _block_bytes_per_token(
@@ -110,7 +123,7 @@ def _block_bytes_per_token(
     assert isinstance(block, Block)
     n_norms = sum(isinstance(child, nn.LayerNorm | nn.RMSNorm) for child in block.children())
     per_norm = (2 if isinstance(block.mlp_norm, nn.LayerNorm) else 3) * _FLOAT32
-    per_norm += dtype.itemsize if dtype != torch.float32 else 0
+    per_norm += _cast_bytes(dtype)
     heads = (model.n_head + model.n_kv_head) * model.d_head
     attention = (5 if model.qk_norm else 2) * heads * dtype.itemsize
     n_hidden = 4 if isinstance(block.mlp, GatedMLP) else 2
