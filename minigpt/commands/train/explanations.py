@@ -124,23 +124,14 @@ def meaning(
     Args: evaluations, all that this process made; train_loss, the last one.
     """
     evaluation = evaluations[-1] if evaluations else None
-    is_tuned = bool(evaluations) and not evaluations[0].step
-    before, loss = "untrained", math.log(trainer.config.model.vocab_size)
-    if is_tuned:
-        before, loss = "before fine-tuning", evaluations[0].val_loss
+    base_loss = evaluations[0].val_loss if evaluations and not evaluations[0].step else None
     val_loss = best.facts["val_loss"]
-    weights = "averaged weights; " if best.facts.get("is_averaged") else ""
-    perplexity = _perplexity(val_loss)
-    yield (
-        "",
-        f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} equally "
-        f"likely tokens ({before}: {_perplexity(loss)}, {loss:.2f} nats/token)",
-    )
-    if is_tuned and val_loss >= loss:
+    yield "", _perplexities(trainer, best, base_loss)
+    if base_loss is not None and val_loss >= base_loss:
         yield (
             "note",
-            f"fine-tuning did not lower the validation loss, which was {loss:.4f} before: the base "
-            "model predicts this text better. Try a lower --lr",
+            f"fine-tuning did not lower the validation loss, which was {base_loss:.4f} before: the "
+            "base model predicts this text better. Try a lower --lr",
         )
     n_val = len(trainer.val_tokens) - 1
     # The validation tokens of chats include questions, which are never measured.
@@ -158,6 +149,19 @@ def meaning(
             f"and the validation loss {last:.2f} nats/token. The best checkpoint is from before "
             "that; more text would make it better",
         )
+
+
+def _perplexities(trainer: Trainer, best: Pointer, base_loss: float | None) -> str:
+    """Return what a loss means as a perplexity. Args: base_loss, that before fine-tuning."""
+    before, loss = "before fine-tuning", base_loss
+    if loss is None:
+        before, loss = "untrained", math.log(trainer.config.model.vocab_size)
+    weights = "averaged weights; " if best.facts.get("is_averaged") else ""
+    perplexity = _perplexity(best.facts["val_loss"])
+    return (
+        f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} equally "
+        f"likely tokens ({before}: {_perplexity(loss)}, {loss:.2f} nats/token)"
+    )
 
 
 def _is_chat(trainer: Trainer) -> bool:
