@@ -104,6 +104,27 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
     Returns: the tensors by the names that ``tensors_from_hf`` expects, in the model's order.
     Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
     """
+    found = _headers(config, folder)
+    if published := find_ring("checkpoint.published_models"):
+        published.check_size(config, len(found), folder)
+    for tensor in found.values():
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{str(tensor.path)!r} cannot be used: {cut(tensor.name)} is stored as "
+                f"{tensor.dtype}, but only {', '.join(sorted(DTYPES))} are supported. Use the "
+                "model from before it was quantized, or transformers."
+            )
+    expected = _expected_shapes(config, found)
+    if problem := _first_problem(expected, found):
+        raise CheckpointError(
+            f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
+            "Take both from the same place."
+        )
+    return {name: found[name] for name in expected}
+
+
+def _headers(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]:
+    """Return the tensors that the headers of a folder's weight files describe."""
     found: dict[str, StoredTensor] = {}
     published = find_ring("checkpoint.published_models")
     for path in weight_files(folder):
@@ -118,8 +139,13 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
                         f"the tensor {cut(name)} is in {str(found[name].path)!r} and in "
                         f"{path.name!r}. Download the model again."
                     )
-    if published:
-        published.check_size(config, len(found), folder)
+    return found
+
+
+def _expected_shapes(
+    config: ModelConfig, found: Mapping[str, StoredTensor]
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a model, and of a repeated tied embedding if found."""
     # Not with meta tensors: torch.cat of meta tensors imports the compiler, 80 MB of memory.
     state = model_class(config).without_weights(config).state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -128,19 +154,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
         expected = weights.shapes_to_hf(config, expected)
         if (head := weights.tied_head(config)) in found:
             expected[head] = next(iter(expected.values()))
-    for tensor in found.values():
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{str(tensor.path)!r} cannot be used: {cut(tensor.name)} is stored as "
-                f"{tensor.dtype}, but only {', '.join(sorted(DTYPES))} are supported. Use the "
-                "model from before it was quantized, or transformers."
-            )
-    if problem := _first_problem(expected, found):
-        raise CheckpointError(
-            f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
-            "Take both from the same place."
-        )
-    return {name: found[name] for name in expected}
+    return expected
 
 
 def _first_problem(

@@ -6,8 +6,9 @@ feature that it would compute differently is an error that names it.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.model_folder import read_config, read_vocabulary
-from minigpt.checkpoint.stored_tensors import LazyTensors, stored_tensors
+from minigpt.checkpoint.stored_tensors import LazyTensors, StoredTensor, stored_tensors
 from minigpt.checkpoint.tools.gguf_architectures import (
+    Architecture,
     add_facts,
     architecture_of,
-    context_of,
     extra_tensors,
     to_gguf,
 )
@@ -71,41 +72,20 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     config = read_config(folder)
     architecture = architecture_of(config)
     stored = stored_tensors(config, folder)
-    tensors = LazyTensors(stored)
-    check_tied(config, tensors)
+    check_tied(config, LazyTensors(stored))
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
     all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    context_length, notes = context_of(config, architecture)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(context_length)
-    writer.add_embedding_length(config.d_model)
-    writer.add_block_count(config.n_layer)
-    writer.add_feed_forward_length(config.d_mlp)
-    writer.add_head_count(config.n_head)
-    writer.add_head_count_kv(config.n_kv_head)
-    add_facts(writer, config, architecture)
+    notes = add_facts(writer, config, architecture)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     notes += _add_vocabulary(writer, folder, config, tokenizer)
     template = chat_template(folder)
     if template:
         writer.add_chat_template(template)
-    names = {name.theirs: name for name in tensor_names(config)}
-    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
-    known = gguf.get_tensor_name_map(numbers[architecture.name], config.n_layer)
-    written: list[tuple[Any, str]] = []
-    written += [(known.get_name(name, (".weight", ".bias")), name) for name in names]
-    if architecture.head == "needed" and config.tie_embeddings:
-        written.append(("output.weight", next(iter(names))))
-    kinds = []
-    for gguf_name, name in written:
-        shape = stored[name].shape[:: -1 if names[name].is_transposed else 1]
-        kinds.append(_add_tensor_info(writer, gguf, gguf_name, shape, type_))
-    extra = extra_tensors(config)
-    for gguf_name, tensor in extra.items():
-        _add_tensor_info(writer, gguf, gguf_name, tuple(tensor.shape), "f32")
+    tensors = list(_tensors(gguf, config, architecture, stored))
+    kinds = [_add_tensor_info(writer, gguf, tensor, type_) for tensor in tensors]
     with resource_errors(path), writing_aside(path) as file:
         try:
             writer.write_header_to_file(Path(file.name))
@@ -114,15 +94,49 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
         finally:
             writer.close()
         file.seek(0, 2)
-        for (_, name), kind in zip(written, kinds, strict=True):
-            tensor = tensors[name].t() if names[name].is_transposed else tensors[name]
-            tensor = to_gguf(tensor, name, config, architecture)
-            _write_tensor(file, gguf, name, tensor, kind)
-        for gguf_name, tensor in extra.items():
-            _write_tensor(file, gguf, gguf_name, tensor, gguf.GGMLQuantizationType.F32)
+        for tensor, kind in zip(tensors, kinds, strict=True):
+            _write_tensor(file, gguf, tensor, kind)
         _pad(file)
         n_bytes = file.tell()
     return Exported(n_bytes, template is not None, tokenizer is not None, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file, which is read and converted when it is written."""
+
+    name: str
+    """Name in the file."""
+    source: str
+    """Name in the model folder, for messages."""
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+def _tensors(
+    gguf: ModuleType,
+    config: ModelConfig,
+    architecture: Architecture,
+    stored: Mapping[str, StoredTensor],
+) -> Iterator[_Tensor]:
+    """Yield the tensors of the file: the model's, then those that only llama.cpp has."""
+    names = {name.theirs: name for name in tensor_names(config)}
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    known = gguf.get_tensor_name_map(numbers[architecture.name], config.n_layer)
+    written = [(known.get_name(name, (".weight", ".bias")), name) for name in names]
+    if architecture.head == "needed" and config.tie_embeddings:
+        written.append(("output.weight", next(iter(names))))
+
+    def read(name: str) -> Tensor:
+        tensor = stored[name].read()
+        tensor = tensor.t() if names[name].is_transposed else tensor
+        return to_gguf(tensor, name, config, architecture)
+
+    for gguf_name, name in written:
+        shape = stored[name].shape[:: -1 if names[name].is_transposed else 1]
+        yield _Tensor(gguf_name, name, shape, partial(read, name))
+    for name, tensor in extra_tensors(config).items():
+        yield _Tensor(name, name, tuple(tensor.shape), tensor.float)
 
 
 def _add_vocabulary(
@@ -159,31 +173,29 @@ def _add_vocabulary(
     return vocabulary.notes
 
 
-def _add_tensor_info(
-    writer: Any, gguf: ModuleType, name: str, shape: tuple[int, ...], type_: str
-) -> Any:
+def _add_tensor_info(writer: Any, gguf: ModuleType, tensor: _Tensor, type_: str) -> Any:
     """Declare a tensor and return its type; vectors and positions are always float32."""
-    if len(shape) == 1 or name.startswith("position_embd"):
+    if len(tensor.shape) == 1 or tensor.name.startswith("position_embd"):
         type_ = "f32"
-    elif type_ == "q8_0" and shape[-1] % _BLOCK:
+    elif type_ == "q8_0" and tensor.shape[-1] % _BLOCK:
         type_ = "f16"  # as llama.cpp's own converter does
     kind = gguf.GGMLQuantizationType[type_.upper()]
-    n_bytes = math.prod(gguf.quant_shape_to_byte_shape(shape, kind))
-    writer.add_tensor_info(name, shape, np.dtype(np.float32), n_bytes, kind)
+    n_bytes = math.prod(gguf.quant_shape_to_byte_shape(tensor.shape, kind))
+    writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, kind)
     return kind
 
 
-def _write_tensor(file: Any, gguf: ModuleType, name: str, tensor: Tensor, kind: Any) -> None:
+def _write_tensor(file: Any, gguf: ModuleType, tensor: _Tensor, kind: Any) -> None:
+    type_ = kind.name.lower()
+    limit = _LARGEST.get(type_, np.finfo(np.float32).max)
     _pad(file)
-    for rows in _rows(tensor):
+    for rows in _rows(tensor.read()):
         largest = np.abs(rows).max(initial=0)
-        limit = _LARGEST.get(kind.name.lower(), np.finfo(np.float32).max)
         if not largest <= limit:
             problem = "NaN or inf. Choose another checkpoint."
             if np.isfinite(largest):
-                type_ = kind.name.lower()
                 problem = f"the value {largest:g}, too large for {type_}. Use --type bf16 or f32."
-            raise CheckpointError(f"the tensor {name!r} holds {problem}")
+            raise CheckpointError(f"the tensor {tensor.source!r} holds {problem}")
         file.write(gguf.quantize(rows, kind).tobytes())
 
 

@@ -211,7 +211,7 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
         )
 
 
-def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, list[str]]:
+def _context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, list[str]]:
     """Return the context length to write, and notes on how llama.cpp's results differ.
 
     If llama.cpp has no windows, the context is as long as the window, which then hides nothing.
@@ -237,15 +237,27 @@ def context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, li
     return length, notes
 
 
-def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
-    """Write the metadata that describes a model's computation."""
-    facts = hf_fields(config)
+def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> list[str]:
+    """Write a model's metadata; return notes on how llama.cpp's results differ."""
+    context_length, notes = _context_of(config, architecture)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.d_mlp)
+    writer.add_head_count(config.n_head)
+    writer.add_head_count_kv(config.n_kv_head)
     if config.family == "gpt2" or config.model_type == "gpt_neox":
         writer.add_layer_norm_eps(config.norm_eps)
     else:
         writer.add_layer_norm_rms_eps(config.norm_eps)
-    if config.family == "gpt2":
-        return
+    if config.family != "gpt2":
+        _add_rope_and_scores(writer, config, architecture)
+    return notes
+
+
+def _add_rope_and_scores(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
+    facts = hf_fields(config)
     writer.add_key_length(config.d_head)
     writer.add_value_length(config.d_head)
     share = facts.get("rotary_pct", facts.get("partial_rotary_factor", 1.0))

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from minigpt.checkpoint.carried import CARRIED
-from minigpt.checkpoint.tools.weight_files import INDEX
+from minigpt.checkpoint.model_folder import CONFIG, WEIGHTS
+from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
 from minigpt.errors import CheckpointError, MinigptError, install_extra
-from minigpt.files import read_json, resource_errors
+from minigpt.files import resource_errors
 
 HUB_NAME = re.compile(
     r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?",
@@ -15,9 +16,8 @@ HUB_NAME = re.compile(
 )
 """Repository on the Hugging Face Hub: org/name or org/name@revision."""
 
-_WEIGHTS = "model.safetensors"
 # Third-party code is not downloaded; from a local folder it is copied, but never run.
-_SMALL_FILES = ["config.json", INDEX, *(name for name in CARRIED if name != "*.py")]
+_SMALL_FILES = [CONFIG, INDEX, *(name for name in CARRIED if name != "*.py")]
 _LOG_IN = "log in with `hf auth login`"
 
 
@@ -57,7 +57,10 @@ def download_model(spec: str) -> Path:
                 tqdm_class=_progress_bar(),
             )
             folder = Path(path)  # its name is the commit
-            for name in _weight_files(folder):
+            names = [WEIGHTS]
+            if (folder / INDEX).exists():  # which may list pickles
+                names = [n for n in shard_names(folder / INDEX) if n.endswith(".safetensors")]
+            for name in names:
                 # Not in snapshot_download's threads: Ctrl-C would wait until they are done.
                 hf_hub_download(match["repository"], name, revision=folder.name)
     except MinigptError:
@@ -66,15 +69,6 @@ def download_model(spec: str) -> Path:
         problem = _problem(error, match["repository"], match["revision"])
         raise CheckpointError(f"{spec!r} is not a folder here, and {problem}") from error
     return folder
-
-
-def _weight_files(folder: Path) -> list[str]:
-    """Return the names of the weight files: safetensors in the folder itself, nothing else."""
-    if not (folder / INDEX).exists():
-        return [_WEIGHTS]
-    shards = read_json(folder / INDEX).get("weight_map")
-    names = [n for n in shards.values() if isinstance(n, str)] if isinstance(shards, dict) else []
-    return sorted({n for n in names if re.fullmatch(r"[\w.-]+\.safetensors", n)})
 
 
 def _progress_bar() -> Any:
@@ -108,7 +102,7 @@ def _problem(error: Exception, repository: str, revision: str | None) -> str:
     is_local = isinstance(error, errors.LocalEntryNotFoundError)  # a kind of EntryNotFoundError
     if isinstance(error, errors.EntryNotFoundError) and not is_local:
         return (
-            f"its repository has no {_WEIGHTS}, or not all of its parts. Weights in pickles (.bin, "
+            f"its repository has no {WEIGHTS}, or not all of its parts. Weights in pickles (.bin, "
             ".pt) can run any code and are not downloaded: choose another repository, or convert "
             f"them with `hf download {repository} --local-dir OLD` and `minigpt checkpoints import "
             "OLD NEW`."

@@ -57,44 +57,56 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
         if url["host"] == "huggingface.co" and (found := HUB_NAME.match(name)):
             advice = f"Name the model as the Hub does: {found['repository']}."
         return CheckpointError(f"{spec[:120]!r} is a URL, not a folder or a name. {advice}")
+    is_name = Path(spec).name == spec
     advice = ""
-    if Path(spec).name == spec:
+    if is_name:
         nearby = [*names_in(Path()), *([SHIPPED] if shipped_model() else [])]
         advice = did_you_mean(spec, [*names_in(root), *nearby])
-    advice = advice or remedy(Path(spec).name, names_in(root))
-    if Path(spec).name == spec and not advice.startswith("Did"):
-        advice += " Models on the Hugging Face Hub have names such as openai-community/gpt2."
+    if not advice:
+        advice = remedy(Path(spec).name, names_in(root))
+        if is_name:
+            advice += " Models on the Hugging Face Hub have names such as openai-community/gpt2."
     for place in places:
         if os.path.exists(place):  # False for invalid names, where Path.exists raises
-            if os.path.isdir(place):
-                with resource_errors(place):
-                    os.listdir(place)
-            pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
-            if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-                return CheckpointError(
-                    f"{str(pickles[0])!r} is a pickle, which can run any code. Convert it without "
-                    "running code: `minigpt checkpoints import "
-                    f"{shlex.quote(str(pickles[0]))} NEW_FOLDER`."
-                )
-            if place.is_file() and (place.parent / "config.json").is_file():
-                advice = f"Name the model's folder: {str(place.parent)!r}."
-                return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
-            others = sorted(place.glob("*.gguf")) if os.path.isdir(place) else [place]
-            if others and (what := other_format(others[0])):
-                return CheckpointError(f"{str(others[0])!r} {what}")
-            if not os.path.isdir(place):
-                return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
-            if (place / "adapter_config.json").is_file():
-                return CheckpointError(
-                    f"{str(place)!r} is an adapter (LoRA) of another model. Merge the two with "
-                    "PEFT's merge_and_unload, save the result, and name that."
-                )
-            return CheckpointError(
-                f"{str(place)!r} contains no checkpoint: no step folder, no config.json. {advice}"
-            )
-    where = f" in {str(root)!r}" if Path(spec).name == spec else ""
+            return _not_a_model_folder(place, advice)
+    where = f" in {str(root)!r}" if is_name else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
     return CheckpointError(f"there is no model {shown!r}{where}. {advice}")
+
+
+def _not_a_model_folder(place: Path, advice: str) -> CheckpointError:
+    """Return the error for a file or folder that is not a model folder.
+
+    Args: advice, the remedy if nothing better is known.
+    Raises: ResourceError if there is no permission to read it.
+    """
+    is_folder = os.path.isdir(place)
+    if is_folder:
+        with resource_errors(place):
+            os.listdir(place)
+    pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
+    if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        return CheckpointError(
+            f"{str(pickles[0])!r} is a pickle, which can run any code. Convert it without "
+            "running code: `minigpt checkpoints import "
+            f"{shlex.quote(str(pickles[0]))} NEW_FOLDER`."
+        )
+    if place.is_file() and (place.parent / "config.json").is_file():
+        advice = f"Name the model's folder: {str(place.parent)!r}."
+        return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
+    others = sorted(place.glob("*.gguf")) if is_folder else [place]
+    if others and (what := other_format(others[0])):
+        return CheckpointError(f"{str(others[0])!r} {what}")
+    if not is_folder:
+        return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
+    if (place / "adapter_config.json").is_file():
+        return CheckpointError(
+            f"{str(place)!r} is an adapter (LoRA) of another model. Merge the two with "
+            "PEFT's merge_and_unload, save the result, and name that."
+        )
+    return CheckpointError(
+        f"{str(place)!r} contains no checkpoint: no step folder, no config.json. {advice}"
+    )
 
 
 def warn_of_damage(run: RunFolder, chosen: int, *, hashes: bool = False) -> None:
