@@ -10,10 +10,12 @@ from typing import Any, Self
 
 import pytest
 import torch
+from layout_models import OTHER_FAMILIES
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from minigpt.checkpoint import stored_tensors
+from minigpt.checkpoint.families import model_class, model_config_from_hf
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import write_model
 from minigpt.checkpoint.tools.inspection import check, describe
@@ -122,6 +124,13 @@ def test_tensors_are_listed_in_the_order_of_the_model(model: GPT, tmp_path: Path
     is_tied = model.config.tie_embeddings
     assert ("lm_head.weight" in names) != is_tied
     assert is_tied or names[-1] == "lm_head.weight"
+
+
+def test_the_output_projection_is_listed_last_whatever_its_name(tmp_path: Path) -> None:
+    config = model_config_from_hf(OTHER_FAMILIES["gpt_neox"] | {"vocab_size": 257})
+    write_model(tmp_path, model_class(config)(config), None)
+    names = [tensor.name for tensor in describe(tmp_path).tensors]
+    assert (names[0], names[-1]) == ("gpt_neox.embed_in.weight", "embed_out.weight")
 
 
 def test_a_changed_byte_is_detected_only_with_a_manifest(

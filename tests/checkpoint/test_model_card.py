@@ -34,6 +34,7 @@ FACTS: dict[str, Any] = {
     "val_loss": 1.25,
     "bits_per_byte": 1.80337,
     "n_train_tokens": 204_800,
+    "val_split": "tail",
 }
 HOSTILE = (
     'a"\n---\nlicense: mit\n# b',
@@ -207,4 +208,4 @@ def test_the_commands_on_the_card_work(layout: str, tmp_path: Path) -> None:
     ],
 )
 def test_the_card_says_how_the_text_was_split(split: str, kept: str) -> None:
-    assert f"tokens for training, {kept}" in model_card(CONFIG, **FACTS, val_split=split)
+    assert f"tokens for training, {kept}" in model_card(CONFIG, **FACTS | {"val_split": split})

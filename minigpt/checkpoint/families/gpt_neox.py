@@ -91,8 +91,7 @@ class NeoXFamily(Family):
     """The GPT-NeoX layout."""
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-        rope = config.get(name) or {}
+        name, rope = llama.rope_field(config)
         own = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
         share = config.get("rotary_pct") if own is None else own
         share = 0.25 if share is None else share

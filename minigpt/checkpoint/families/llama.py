@@ -81,10 +81,9 @@ class LlamaFamily(Family):
 
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the ModelConfig fields of RoPE."""
-        # Before version 5, transformers writes rope_scaling and a separate rope_theta.
-        name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        name, rope = rope_field(config)
         theta = config.get("rope_theta", self.defaults.get("rope_theta"))
-        return read_rope(config.get(name) or {}, name, {**self.defaults, **config}, theta)
+        return read_rope(rope, name, {**self.defaults, **config}, theta)
 
     def read_fields(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Return the config.json fields that the model class reads, by default sliding windows."""
@@ -115,6 +114,13 @@ class LlamaFamily(Family):
             yield from same(theirs, ours, "bias")
         for theirs, ours in _MLP.items() if config.mlp_bias else ():
             yield from same(theirs, ours, "bias")
+
+
+def rope_field(config: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return the name and value of the field of config.json that describes RoPE."""
+    # Before version 5, transformers writes rope_scaling and a separate rope_theta.
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    return name, config.get(name) or {}
 
 
 def read_rope(

@@ -40,8 +40,7 @@ class Phi3Family(LlamaFamily):
     """The Phi-3 layout."""
 
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-        rope = config.get(name) or {}
+        name, rope = llama.rope_field(config)
         if isinstance(rope, Mapping):
             kind = rope.get("rope_type", rope.get("type", "default"))
             if kind not in ("default", "longrope", *_OLD_NAMES):
@@ -84,7 +83,7 @@ class Phi3Family(LlamaFamily):
 
 
 def _rotated_share(config: Mapping[str, Any]) -> Any:
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    _, rope = llama.rope_field(config)
     share = config.get("partial_rotary_factor")
     if isinstance(rope, Mapping):
         share = rope.get("partial_rotary_factor", share)

@@ -11,6 +11,7 @@ from minigpt.errors import MinigptError
 from minigpt.files import resource_errors
 from minigpt.model import cost
 from minigpt.model.cache import cache_bytes_per_token
+from minigpt.model_config import OWN_TYPE
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,9 @@ def describe(folder: Path) -> ModelFacts:
     Raises: CheckpointError if config and weights do not match, or we cannot compute the model.
     """
     config = read_config(folder)
-    tensors = stored_tensors(config, folder).values()
+    tensors = list(stored_tensors(config, folder).values())
+    if config.model_type != OWN_TYPE and not config.tie_embeddings:
+        tensors.append(tensors.pop(0))  # the output projection is stored first, but listed last
     training_flops = cost.training_flops_per_token(config)
     return ModelFacts(
         folder,
@@ -52,8 +55,7 @@ def describe(folder: Path) -> ModelFacts:
         training_flops_per_token=training_flops,
         float32_cache_bytes_per_token=cache_bytes_per_token(config, 4),
         bfloat16_cache_bytes_per_token=cache_bytes_per_token(config, 2),
-        # The output projection is stored first, but listed last.
-        tensors=tuple(sorted(tensors, key=lambda tensor: tensor.name == "lm_head.weight")),
+        tensors=tuple(tensors),
     )
 
 

@@ -64,16 +64,16 @@ def model_card(
     name: str,
     step: int,
     n_train_tokens: int,
+    val_split: str,
     val_loss: float | None = None,
     bits_per_byte: float | None = None,
-    val_split: str | None = None,
 ) -> str:
     """Return the README.md of a checkpoint: the Hub's metadata, then a description in Markdown.
 
     Names and the command are escaped in both.
 
     Args: name, of the run; step, optimizer steps done; n_train_tokens, without those for
-        validation; val_loss, nats/token; val_split, as in ``Manifest``, None for the config's.
+        validation; val_split, as in ``Manifest``; val_loss, nats/token.
     """
     model_type = config.model.model_type
     names = "\n".join(f"- {_code(name)}" for name in _names(config))
@@ -115,14 +115,13 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _validation(config: RunConfig, val_split: str | None) -> str:
+def _validation(config: RunConfig, val_split: str) -> str:
     percent = f"{100 * config.data.val_fraction:.3g}%"
-    split = val_split or ("own" if config.data.val else config.data.val_split)
-    if split == "own":
+    if val_split == "own":
         return "a separate text"
     if not config.data.val_fraction:
         return "none"
-    if split == "documents":
+    if val_split == "documents":
         return f"whole documents with about {percent} of the text"
     return f"the last {percent} of the text"
 

@@ -7,8 +7,9 @@ runs no code from the file. No other part of minigpt opens pickles.
 import re
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,29 +84,29 @@ def import_pickled(
         ConfigError; DataError; ResourceError.
     """
     folder = source if source.is_dir() else source.parent
-    is_nanogpt = not (folder / CONFIG).is_file()
-    if is_nanogpt:
-        path = source / _NANOGPT if source.is_dir() else source
-        shape, tensors = _read_nanogpt(path)
+    if not (folder / CONFIG).is_file():
+        kind = f"{_NANOGPT} of nanoGPT"
+        shape, tensors = _read_nanogpt(source / _NANOGPT if source.is_dir() else source)
         chosen = _tokenizer(shape["vocab_size"], tokenizer, vocabulary)
         shape |= {"activation": activation or "gelu"}
+        write = partial(_write_nanogpt, shape=shape, tensors=tensors, tokenizer=chosen)
     elif tokenizer or vocabulary or activation:
         raise ConfigError(
             "--tokenizer, --vocabulary and --activation are for ckpt.pt of nanoGPT. "
             f"{str(folder)!r} has a config.json: leave them out."
         )
+    else:
+        kind = _BIN
+        names = _bin_names(folder) if source.is_dir() else [source.name]
+        write = partial(_write_hugging_face, source=folder, names=names)
     with writing_folder(out, {"imported_from": source.name}) as aside:
         try:
-            if is_nanogpt:
-                _write_nanogpt(aside, shape, tensors, chosen)
-            else:
-                _write_hugging_face(aside, folder, None if source.is_dir() else source)
+            write(aside)
             config = read_config(aside)
             stored_tensors(config, aside)
             has_tokenizer = read_vocabulary(aside, config.vocab_size) is not None
         except (CheckpointError, DataError) as error:
             raise type(error)(str(error).replace(str(aside), str(source))) from None
-    kind = f"{_NANOGPT} of nanoGPT" if is_nanogpt else _BIN
     return Imported(kind, cost.parameter_count(config), has_tokenizer)
 
 
@@ -289,9 +290,8 @@ def _characters(vocab_size: Any, path: Path) -> Tokenizer:
     return tokenizer_from_json(tokenizer_file(model=model, decoder={"type": "Fuse"}), "characters")
 
 
-def _write_hugging_face(folder: Path, source: Path, path: Path | None) -> None:
-    """Copy a Hugging Face folder, converting its pickles to safetensors."""
-    names = [path.name] if path else _bin_names(source)
+def _write_hugging_face(folder: Path, source: Path, names: Sequence[str]) -> None:
+    """Copy a Hugging Face folder, converting its pickles with these names to safetensors."""
     config = read_config(source)
     weight_map: dict[str, str] = {}
     for i, name in enumerate(names, start=1):
