@@ -2,7 +2,7 @@
 
     NAME/step-000500/       one checkpoint: a Hugging Face folder, training_state/, manifest.json
     NAME/.writing-step-...  unfinished or partly deleted checkpoint, removed at the next lock
-    NAME/latest.json        newest step, and the facts known when it was written
+    NAME/latest.json        newest step and its facts, for other programs
     NAME/best.json          the same for the step with the lowest validation loss, which may have
                             no training_state/
 
@@ -15,12 +15,12 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from minigpt.checkpoint.manifest import MANIFEST, verify, write_manifest
+from minigpt.checkpoint.manifest import read_facts, verify, write_manifest
 from minigpt.errors import CheckpointError, ResourceError
 from minigpt.files import (
     WRITING,
@@ -122,7 +122,7 @@ class RunFolder:
         Args: hashes, whether to read all its files and compare their hashes.
         """
         for step in reversed(self.steps()):
-            pointer = self._pointer(step, "latest", hashes=hashes)
+            pointer = self._pointer(step, hashes=hashes)
             if pointer and not pointer.facts.get(WEIGHTS_ONLY):
                 return pointer
         return None
@@ -132,28 +132,21 @@ class RunFolder:
 
         If no loss is known: the one that best.json names, else the latest, else None.
         """
-        named = self._pointed("best").get("step")
-        pointers = [pointer for step in self.steps() if (pointer := self._pointer(step, "best"))]
+        named = None
+        with suppress(CheckpointError):
+            named = read_json(self.path / "best.json").get("step")
+        pointers = [pointer for step in self.steps() if (pointer := self._pointer(step))]
         best = min(pointers, key=lambda p: (_val_loss(p), p.step != named), default=None)
         is_known = best and (best.step == named or _val_loss(best) < math.inf)
         return best if is_known else self.latest()
 
-    def _pointed(self, name: str) -> dict[str, Any]:
-        try:
-            return read_json(self.path / f"{name}.json")
-        except CheckpointError:
-            return {}
-
-    def _pointer(self, step: int, name: str, *, hashes: bool = False) -> Pointer | None:
+    def _pointer(self, step: int, *, hashes: bool = False) -> Pointer | None:
         folder = self.step_folder(step)
         try:
             verify(folder, hashes=hashes)
-            own = read_json(folder / MANIFEST).get("facts")
+            return Pointer(step, folder, read_facts(folder))
         except CheckpointError:
             return None
-        facts = self._pointed(name)
-        facts = facts if facts.pop("step", None) == step else {}
-        return Pointer(step, folder, facts | (own if isinstance(own, dict) else {}))
 
 
 def moved(run: Path) -> ResourceError:

@@ -24,8 +24,9 @@ from minigpt.model.layers import Rotary
 
 LONGROPE = "longrope"
 _LISTS = ("short_factor", "long_factor")
-_ORIGINAL = "original_max_position_embeddings"
-_KNOWN = {*_LISTS, _ORIGINAL, "factor", "attention_factor"}
+ORIGINAL_CONTEXT = "original_max_position_embeddings"
+"""Field of config.json with the context length before RoPE was scaled."""
+_KNOWN = {*_LISTS, ORIGINAL_CONTEXT, "factor", "attention_factor"}
 _ELSEWHERE = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
@@ -33,7 +34,7 @@ class LongRope(GPT):
     """Mixin for a GPT whose RoPE frequencies depend on the length of the text."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.original_context = min(long_rope_of(config)[_ORIGINAL], config.context_length)
+        self.original_context = min(long_rope_of(config)[ORIGINAL_CONTEXT], config.context_length)
         super().__init__(config)
 
     def rotary_table(self, divisor: Tensor | None = None, scale: float = 1.0) -> Rotary:
@@ -115,11 +116,11 @@ def read_long_rope(
                 "what the model computes, remove it."
             )
     # transformers prefers the top-level field of config.json, where Phi-3 has it.
-    original = config.get(_ORIGINAL, rope.get(_ORIGINAL))
+    original = config.get(ORIGINAL_CONTEXT, rope.get(ORIGINAL_CONTEXT))
     context: Any = config.get("max_position_embeddings")
     original = context if original is None else original
     if type(original) is not int or original < 2:
-        raise unsupported(_ORIGINAL, original, "an integer of 2 or more")
+        raise unsupported(ORIGINAL_CONTEXT, original, "an integer of 2 or more")
     n_factors = int(head_width(config) * share) // 2 if is_positive(share) else 0
     for key in _LISTS:
         factors: Any = rope.get(key)
@@ -135,4 +136,4 @@ def read_long_rope(
     ratio = math.log(factor) / math.log(original) if factor > 1 else 0.0
     derived = {"attention_factor": math.sqrt(1 + ratio)}
     lists = {key: rope[key] for key in _LISTS}
-    return {"rope_type": LONGROPE, _ORIGINAL: original} | lists | derived | given
+    return {"rope_type": LONGROPE, ORIGINAL_CONTEXT: original} | lists | derived | given

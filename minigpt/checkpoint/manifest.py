@@ -28,6 +28,15 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST, to_json(manifest))
 
 
+def read_facts(step_folder: Path) -> dict[str, Any]:
+    """Return the facts in the manifest of a checkpoint.
+
+    Raises: CheckpointError if the manifest is missing or damaged.
+    """
+    facts = read_json(step_folder / MANIFEST).get("facts")
+    return facts if isinstance(facts, dict) else {}
+
+
 def verify(step_folder: Path, *, hashes: bool = False) -> None:
     """Check the size of each file of a checkpoint against its manifest.
 

@@ -5,24 +5,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from minigpt.checkpoint.families import is_positive, unsupported
-from minigpt.checkpoint.long_rope import LONGROPE, read_long_rope
+from minigpt.checkpoint.long_rope import LONGROPE, ORIGINAL_CONTEXT, read_long_rope
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 
-_ORIGINAL = "original_max_position_embeddings"
 _ROPE_FIELDS = {
     "linear": {},
     "dynamic": {},
     "llama3": {
         "rope_low_freq_factor": "low_freq_factor",
         "rope_high_freq_factor": "high_freq_factor",
-        "rope_original_context": _ORIGINAL,
+        "rope_original_context": ORIGINAL_CONTEXT,
     },
     "yarn": {
         "rope_beta_fast": "beta_fast",
         "rope_beta_slow": "beta_slow",
         "rope_attention_factor": "attention_factor",
-        "rope_original_context": _ORIGINAL,
+        "rope_original_context": ORIGINAL_CONTEXT,
     },
 }
 """Method of RoPE scaling -> ModelConfig field -> config.json key, without the factor."""
@@ -45,14 +44,18 @@ def read_scaling(
             f"{name}.rope_type", kind, f"default, longrope, {', '.join(_ROPE_FIELDS)}"
         )
     context = config.get("max_position_embeddings")
-    given = {_ORIGINAL: context, **rope}
+    given = {ORIGINAL_CONTEXT: context, **rope}
     # transformers prefers the top-level field of config.json.
-    given |= {_ORIGINAL: config[_ORIGINAL]} if config.get(_ORIGINAL) is not None else {}
+    given |= (
+        {ORIGINAL_CONTEXT: config[ORIGINAL_CONTEXT]}
+        if config.get(ORIGINAL_CONTEXT) is not None
+        else {}
+    )
     keys = {"rope_scaling_factor": "factor"} | _ROPE_FIELDS[kind]
     known = {key: rope.get(key) for key in keys.values()}
     values: dict[str, Any] = {"rope_scaling": kind}
     if kind == "dynamic":
-        known[_ORIGINAL] = context
+        known[ORIGINAL_CONTEXT] = context
     if kind == "yarn":
         given = _yarn_defaults(name, given)
         values["rope_truncate"] = bool(rope.get("truncate", True))

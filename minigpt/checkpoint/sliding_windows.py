@@ -71,10 +71,11 @@ def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
 
     Args: given, the sliding-window fields that the family reads, with its defaults.
     """
-    if "layer_types" not in given and config.get("layer_types") is not None:
+    n_layer = config.get("num_hidden_layers")
+    if "layer_types" not in given and type(n_layer) is int:
         has_window = given.get("sliding_window") is not None
-        alike = sliding_layers(config.get("num_hidden_layers"), lambda _: has_window)
-        check_fixed("layer_types", config["layer_types"], alike)
+        alike = sliding_layers(n_layer, lambda _: has_window)
+        check_fixed("layer_types", config.get("layer_types"), alike)
     if not given:
         return {}
     window, types = given["sliding_window"], given.get("layer_types")
@@ -86,6 +87,6 @@ def read_fields(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
         first = given["max_window_layers"]
         if type(first) is not int:
             raise unsupported("max_window_layers", first, "an integer")
-        types = sliding_layers(config.get("num_hidden_layers"), lambda i: i >= first)
+        types = sliding_layers(n_layer, lambda i: i >= first)
     fields = read_windows(config, window, types)
     return fields and fields | {"use_sliding_window": True}

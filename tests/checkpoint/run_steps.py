@@ -7,7 +7,7 @@ from minigpt.checkpoint.manifest import verify
 
 
 def write_step(run: RunFolder, step: int, text: str = "weights", **facts: Any) -> None:
-    with run.writing_step(step) as folder:
+    with run.writing_step(step, **facts) as folder:
         (folder / "config.json").write_text("{}")
         (folder / "training_state").mkdir()
         (folder / "training_state" / "momentum").write_text(text)

@@ -191,7 +191,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (QWEN3, {"layer_types": ["sliding_attention"] * 28}, "sliding_window is None"),
     (QWEN3, {"layer_types": ["chunked_attention"] * 28}, r"layer_types is \['chunked_attention'"),
     (QWEN3, {"layer_types": 5}, "layer_types is 5"),
-    (LLAMA3, {"layer_types": [], "num_hidden_layers": "two"}, "n_layer must be of type int"),
+    (LLAMA3, {"layer_types": [5], "num_hidden_layers": "two"}, "n_layer must be of type int"),
     (LLAMA3, {"layer_types": ["full_attention"], "num_hidden_layers": 10**9}, "layer_types is"),
     (QWEN3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5.* transformers ignores"),
     (LLAMA3, {"shared_layers": 2}, "unknown field 'shared_layers'"),

@@ -229,7 +229,8 @@ def test_an_impossible_run_name_is_a_one_line_error(tmp_path: Path, name: str) -
 
 
 def test_a_pointer_contains_only_data_of_its_own_step(run: RunFolder) -> None:
-    run.point("best", 1, val_loss=1.25)
+    write_step(run, 1, val_loss=1.25)
+    run.point("best", 2, val_loss=0.5)  # as if it were from another run
     best, latest = run.best(), run.latest()
     assert best is not None
     assert latest is not None

@@ -32,7 +32,9 @@ def runs(trained: Path, workplace: Path) -> Path:
     run = RunFolder(tiny)
     for step in (1, 2, 3):
         shutil.copytree(run.step_folder(4), run.step_folder(step))
-    run.point("best", 2, val_loss=1.25, bits_per_byte=1.75)
+        path = run.step_folder(step) / "manifest.json"
+        facts = {"val_loss": 1.25, "bits_per_byte": 1.75} if step == 2 else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"facts": facts}))
     plain = workplace / "checkpoints" / "plain"
     shutil.copytree(run.step_folder(4), plain, ignore=shutil.ignore_patterns("manifest.json"))
     return workplace

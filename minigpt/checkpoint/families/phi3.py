@@ -11,11 +11,11 @@ from minigpt.checkpoint.families.gpt_neox import (
     rotated_width,
 )
 from minigpt.checkpoint.families.llama import LlamaFamily
+from minigpt.checkpoint.long_rope import ORIGINAL_CONTEXT
 from minigpt.checkpoint.sliding_windows import window_of
 from minigpt.config import ModelConfig
 
 _OLD_NAMES = ("su", "yarn")  # of LongRoPE
-_ORIGINAL = "original_max_position_embeddings"
 
 
 class Phi3Attention(PartialRotaryAttention):
@@ -61,8 +61,8 @@ class Phi3Family(LlamaFamily):
         written = super().write(config)
         share = hf_fields(config).get("partial_rotary_factor", 1.0)
         written["rope_parameters"] |= {"partial_rotary_factor": share}
-        original = written["rope_parameters"].get(_ORIGINAL)
-        return written | ({} if original is None else {_ORIGINAL: original})
+        original = written["rope_parameters"].get(ORIGINAL_CONTEXT)
+        return written | ({} if original is None else {ORIGINAL_CONTEXT: original})
 
     def tensors(self, config: ModelConfig) -> Iterator[TensorName]:
         attention, mlp = "blocks.{i}.attention", "blocks.{i}.mlp"
@@ -95,7 +95,7 @@ FAMILY = Phi3Family(
     prefix="model.",
     fields=llama.FIELDS,
     activations=llama.FAMILY.activations,
-    defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5, _ORIGINAL: 4096},
+    defaults=llama.DEFAULTS | {"rms_norm_eps": 1e-5, ORIGINAL_CONTEXT: 4096},
     fixed={name: value for name, value in llama.FIXED.items() if name != "partial_rotary_factor"}
     | llama.NO_BIASES
     | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},

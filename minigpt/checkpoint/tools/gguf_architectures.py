@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from minigpt.checkpoint.families import hf_fields
+from minigpt.checkpoint.long_rope import ORIGINAL_CONTEXT
+from minigpt.checkpoint.sliding_windows import SLIDING
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError
 from minigpt.model.layers import rotary_table
@@ -22,8 +24,6 @@ _WRITTEN = """
     hf_fields
 """  # other fields must have their defaults, except those of RoPE
 _WINDOWS = ("sliding_window", "layer_types", "use_sliding_window")
-_SLIDING = "sliding_attention"
-_ORIGINAL = "original_max_position_embeddings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def _refusal(what: str, why: str = "") -> CheckpointError:
 
 def _check_gemma2(config: ModelConfig) -> None:
     _check_scale(config)
-    if _SLIDING not in hf_fields(config)["layer_types"]:
+    if SLIDING not in hf_fields(config)["layer_types"]:
         raise _refusal("a gemma2 layout without sliding layers", "llama.cpp always has some")
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if not hf_fields(config).get(name):
@@ -218,10 +218,10 @@ def _context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, l
     """
     facts, notes = hf_fields(config), []
     window = facts.get("sliding_window") or config.context_length
-    original = facts.get("rope_scaling", {}).get(_ORIGINAL, config.context_length)
+    original = facts.get("rope_scaling", {}).get(ORIGINAL_CONTEXT, config.context_length)
     length = min(original, config.context_length)
-    types = facts.get("layer_types") or [_SLIDING]
-    if not architecture.has_windows and _SLIDING in types and window < length:
+    types = facts.get("layer_types") or [SLIDING]
+    if not architecture.has_windows and SLIDING in types and window < length:
         length = window
         notes.append(
             f"the context in the file is {window} tokens, the length of the sliding window, "
@@ -270,10 +270,10 @@ def _add_rope_and_scores(writer: Any, config: ModelConfig, architecture: Archite
         writer.add_attn_logit_softcapping(facts["attn_logit_softcapping"])
     if facts.get("final_logit_softcapping"):
         writer.add_final_logit_softcapping(facts["final_logit_softcapping"])
-    types = facts.get("layer_types") or [_SLIDING] * config.n_layer
-    if architecture.has_windows and facts.get("sliding_window") and _SLIDING in types:
+    types = facts.get("layer_types") or [SLIDING] * config.n_layer
+    if architecture.has_windows and facts.get("sliding_window") and SLIDING in types:
         writer.add_sliding_window(facts["sliding_window"])
-        writer.add_sliding_window_pattern([kind == _SLIDING for kind in types])
+        writer.add_sliding_window_pattern([kind == SLIDING for kind in types])
     if "rope_local_base_freq" in facts:
         writer.add_rope_freq_base_swa(facts["rope_local_base_freq"])
 
@@ -285,7 +285,7 @@ def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
     if "rope_scaling" in facts:
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         writer.add_rope_scaling_attn_factors(facts["rope_scaling"]["attention_factor"])
-        writer.add_rope_scaling_orig_ctx_len(facts["rope_scaling"][_ORIGINAL])
+        writer.add_rope_scaling_orig_ctx_len(facts["rope_scaling"][ORIGINAL_CONTEXT])
     elif config.rope_scaling == "linear" and factor != 1:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(factor)

@@ -3,21 +3,20 @@
 Reads names, sizes, dates and losses only, no weights, and does not import torch.
 """
 
-import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import METRICS_FILE, RunFolder
-from minigpt.checkpoint.manifest import MANIFEST, verify
+from minigpt.checkpoint.folder import RunFolder
+from minigpt.checkpoint.manifest import MANIFEST, read_facts, verify
 from minigpt.checkpoint.resolve import ROOT, find_model, models_in, names_in, remedy
 from minigpt.errors import CheckpointError, ConfigError, MinigptError
-from minigpt.files import read_bytes, read_json
+from minigpt.files import read_json
 
 _CONFIG = "config.json"
 
@@ -32,7 +31,7 @@ class Checkpoint:
     layout: str | None
     """Model type in config.json; None if there is none."""
     val_loss: float | None = None
-    """Validation loss in nats/token; None if the run has no record of it."""
+    """Validation loss in nats/token; None if it is not known."""
     bits_per_byte: float | None = None
     n_bytes: int
     """Bytes of all files of the checkpoint."""
@@ -101,14 +100,14 @@ def entry_of(folder: Path) -> Entry:
     if (folder / _CONFIG).is_file():
         return Entry(name, folder, False, tuple(_existing_checkpoint(folder)))
     run = RunFolder(folder)
-    best, latest, losses = run.best(), run.latest(), _losses(run)
+    best, latest = run.best(), run.latest()
     checkpoints: list[Checkpoint] = []
     for step in reversed(run.steps()):
         facts: dict[str, Any] = {
             "step": step,
             "is_best": best is not None and best.step == step,
             "is_latest": latest is not None and latest.step == step,
-            **losses.get(step, {}),
+            **_losses(run.step_folder(step)),
         }
         checkpoints += _existing_checkpoint(run.step_folder(step), **facts)
     return Entry(name, folder, True, tuple(checkpoints))
@@ -144,29 +143,13 @@ def _date(seconds: float) -> datetime:
     return datetime.fromtimestamp(min(max(seconds, first.timestamp()), last.timestamp()), UTC)
 
 
-def _losses(run: RunFolder) -> dict[int, dict[str, float]]:
-    """Return the recorded val_loss and bits_per_byte of each step.
-
-    The pointers override the log. Unreadable records are skipped.
-    """
-    records: list[Any] = []
-    with suppress(OSError):
-        log = read_bytes(run.path / METRICS_FILE).decode("utf-8", errors="replace")
-        for line in log.split("\n"):
-            if '"val_loss"' in line:
-                with suppress(ValueError, RecursionError):  # a kill can truncate the last line
-                    records.append(json.loads(line))
-    for name in ("best.json", "latest.json"):
-        with suppress(CheckpointError):
-            records.append(read_json(run.path / name))
-    losses: dict[int, dict[str, float]] = {}
-    for record in (record for record in records if isinstance(record, dict)):
-        step = record.get("step")
-        for name in ("val_loss", "bits_per_byte"):
-            value = record.get(name)
-            if type(step) is int and isinstance(value, float) and math.isfinite(value):
-                losses.setdefault(step, {})[name] = value
-    return losses
+def _losses(folder: Path) -> dict[str, float]:
+    """Return the val_loss and bits_per_byte in the manifest of a step, if it has them."""
+    facts: dict[str, Any] = {}
+    with suppress(CheckpointError):
+        facts = read_facts(folder)
+    losses = {name: facts.get(name) for name in ("val_loss", "bits_per_byte")}
+    return {n: loss for n, loss in losses.items() if isinstance(loss, float) and isfinite(loss)}
 
 
 def _require_model(spec: str, root: Path = ROOT) -> Path:
