@@ -116,13 +116,22 @@ class RunFolder:
         matches = (_STEP.fullmatch(path.name) for path in self.path.iterdir() if path.is_dir())
         return sorted(int(match[1]) for match in matches if match)
 
+    def intact(self, step: int, *, hashes: bool = False) -> Pointer | None:
+        """Return the checkpoint of a step, or None if it is damaged; see ``manifest.verify``."""
+        folder = self.step_folder(step)
+        try:
+            verify(folder, hashes=hashes)
+            return Pointer(step, folder, read_facts(folder))
+        except CheckpointError:
+            return None
+
     def latest(self, *, hashes: bool = False) -> Pointer | None:
         """Return the newest intact checkpoint that a run can resume from; None if there is none.
 
         Args: hashes, whether to read all its files and compare their hashes.
         """
         for step in reversed(self.steps()):
-            pointer = self._pointer(step, hashes=hashes)
+            pointer = self.intact(step, hashes=hashes)
             if pointer and not pointer.facts.get(WEIGHTS_ONLY):
                 return pointer
         return None
@@ -135,18 +144,10 @@ class RunFolder:
         named = None
         with suppress(CheckpointError):
             named = read_json(self.path / "best.json").get("step")
-        pointers = [pointer for step in self.steps() if (pointer := self._pointer(step))]
+        pointers = [pointer for step in self.steps() if (pointer := self.intact(step))]
         best = min(pointers, key=lambda p: (_val_loss(p), p.step != named), default=None)
         is_known = best and (best.step == named or _val_loss(best) < math.inf)
         return best if is_known else self.latest()
-
-    def _pointer(self, step: int, *, hashes: bool = False) -> Pointer | None:
-        folder = self.step_folder(step)
-        try:
-            verify(folder, hashes=hashes)
-            return Pointer(step, folder, read_facts(folder))
-        except CheckpointError:
-            return None
 
 
 def moved(run: Path) -> ResourceError:

@@ -96,8 +96,10 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
             raise _refusal(f"it has a {option}")
     tokens, types = _tokens(data, n_rows)
     is_bytes = any(step["type"] == "ByteLevel" for step in steps_of(data.get("pre_tokenizer")))
-    write = _byte_level if is_bytes else _characters
-    vocabulary = write(tokenizer, data, tokens, types)
+    if is_bytes:
+        vocabulary = _byte_level(tokenizer, data, tokens, types)
+    else:
+        vocabulary = _characters(data, tokens, types)
     vocabulary.add_bos = bool(tokenizer.prefix)
     vocabulary.special_ids = _special_ids(folder, tokenizer, tokens, vocabulary.notes)
     return vocabulary
@@ -192,9 +194,7 @@ def _patterns(data: Mapping[str, Any]) -> Iterator[str]:
                 raise _refusal(f"it splits by {step['type']} in a way that llama.cpp does not")
 
 
-def _characters(
-    tokenizer: Tokenizer, data: Mapping[str, Any], tokens: list[str], types: list[int]
-) -> GGUFVocabulary:
+def _characters(data: Mapping[str, Any], tokens: list[str], types: list[int]) -> GGUFVocabulary:
     """Return a SentencePiece vocabulary: characters are merged by the scores of tokens."""
     model = data["model"]
     if not model.get("byte_fallback") or not set(tokens) >= _BYTE_TOKENS:

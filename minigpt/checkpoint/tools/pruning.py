@@ -1,11 +1,8 @@
 """Prune the checkpoints of a run: ``--keep`` and ``checkpoints prune``."""
 
 import os
-from pathlib import Path
 
 from minigpt.checkpoint.folder import RunFolder
-from minigpt.checkpoint.manifest import verify
-from minigpt.errors import CheckpointError
 from minigpt.files import WRITING, remove, resource_errors
 
 
@@ -16,7 +13,7 @@ def prunable(run: RunFolder, keep: int) -> list[int]:
     """
     protected = {pointer.step for pointer in (run.best(), run.latest()) if pointer}
     others = [step for step in run.steps() if step not in protected]
-    intact = [step for step in others if _is_intact(run.step_folder(step))]
+    intact = [step for step in others if run.intact(step)]
     return intact[: max(len(intact) - keep, 0)]
 
 
@@ -28,11 +25,3 @@ def prune(run: RunFolder, keep: int) -> None:
             doomed = folder.with_name(f"{WRITING}{folder.name}")
             os.rename(folder, doomed)  # a partly deleted step must not look like a step
             remove(doomed)
-
-
-def _is_intact(folder: Path) -> bool:
-    try:
-        verify(folder)
-    except CheckpointError:
-        return False
-    return True
