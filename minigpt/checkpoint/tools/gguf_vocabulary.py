@@ -145,7 +145,9 @@ def _byte_level(
         notes.append("llama.cpp does not normalize text, so text that is not in NFC differs")
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     keeps_words = bool(model.get("ignore_merges"))
-    if not merges and all(len(t) == 1 for t, kind in zip(tokens, types, strict=True) if kind == 1):
+    if not merges and all(
+        len(t) == 1 for t, kind in zip(tokens, types, strict=True) if kind == NORMAL
+    ):
         merges, pre = [_NO_MERGE], "gpt-2"  # nothing is merged, so the split does not matter
     else:
         pre, note = _split_name(tokenizer, data, keeps_words=keeps_words)
