@@ -167,7 +167,7 @@ def downloads(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Downloads:
     tagged = hub.files("tiny/story", "v2.0")
     assert tagged
     revisions = ["main", "v2.0", "refs/pr/1", tagged[0]]
-    specs = ["tiny/story", "tiny/sharded", "tiny/bad", "tiny/lying"]
+    specs = ["tiny/story", "tiny/sharded", "tiny/bad"]
     specs += [f"tiny/story@{revision}" for revision in revisions]
     hub.asked.clear()
     answers = resolve(home, environment(home, hub.url), *specs)
@@ -226,8 +226,15 @@ def test_ctrl_c_stops_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
 def test_a_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Downloads) -> None:
     with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_model(downloads.folders["tiny/bad"])
-    with pytest.raises(CheckpointError, match="does not map tensors to files of its folder"):
-        read_model(downloads.folders["tiny/lying"])
+
+
+def test_an_index_of_files_elsewhere_is_refused(hub: Hub, tmp_path: Path) -> None:
+    (answer,) = resolve(tmp_path, environment(tmp_path, hub.url), "tiny/lying")
+    assert answer["code"] == 4
+    assert "does not map tensors to files of its folder" in answer["error"]
+    stored = [path.read_bytes() for path in (tmp_path / "hub").rglob("*") if path.is_file()]
+    assert stored
+    assert PICKLE not in stored
 
 
 ERRORS = {
