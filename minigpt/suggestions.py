@@ -7,7 +7,10 @@ from collections.abc import Iterable
 _NEAR = 0.75
 _SHORTEST_PART = 3
 _MAX_SUGGESTIONS = 3
-_SYNONYMS = {"gpu": "cuda", "metal": "mps", "bf16": "bfloat16", "fp32": "float32"}
+_SYNONYMS = {
+    **{"gpu": "cuda", "metal": "mps", "bf16": "bfloat16", "fp32": "float32"},
+    **dict.fromkeys(("char", "chars", "character", "characters"), "bytes"),
+}
 """Common names of values, too different in spelling to be found otherwise."""
 
 

@@ -14,13 +14,38 @@ from minigpt.errors import ConfigError, cut, did_you_mean
 from minigpt.fields import plain_key
 
 _SYNONYMS = {
-    "--learning-rate": "--lr",
+    # nanoGPT
     "--block-size": "--context-length",
+    "--eval-interval": "--eval-every",
+    "--init-from": "--from",
+    "--learning-rate": "--lr",
+    "--log-interval": "--log-every",
     "--max-iters": "--max-steps",
     "--n-embd": "--d-model",
+    "--out-dir": "--name",
     "--vocab-size": "--tokenizer bpe:N",
+    # transformers
+    "--eval-steps": "--eval-every",
+    "--hidden-size": "--d-model",
+    "--logging-steps": "--log-every",
+    "--max-grad-norm": "--grad-clip",
+    "--max-length": "--max-new-tokens",
+    "--num-attention-heads": "--n-head",
+    "--num-hidden-layers": "--n-layer",
+    "--num-return-sequences": "--num-samples",
+    "--num-train-epochs": "--max-epochs",
+    "--output-dir": "--name",
+    "--per-device-train-batch-size": "--batch-size",
+    "--save-steps": "--save-every",
+    "--warmup-ratio": "--warmup-fraction",
+    # llama.cpp
+    "--ctx-size": "--context-length",
+    "--n-predict": "--max-new-tokens",
+    # of several
+    "--output": "--out",
+    "--seq-len": "--context-length",
 }
-"""Option of other programs -> option here."""
+"""Option of other programs -> option or setting here."""
 
 _RECURRENT = (("arch", "lstm"), ("arch", "lstm-attention"))
 _NO_ROPE = (("family", "gpt2"), *_RECURRENT)
@@ -163,7 +188,7 @@ def _similar(ctx: Any, name: str) -> str:
     synonym = _SYNONYMS.get(plain, plain)
     if synonym.split()[0] in choices:
         return f"Did you mean {synonym}?"
-    if "--set" in choices and (setting := _setting(name)):
+    if "--set" in choices and (setting := _setting(synonym)):
         return f"It is a setting: --set {setting}=VALUE"
     return did_you_mean(name, choices)
 
