@@ -130,6 +130,20 @@ def test_invalid_arguments_raise_before_any_work(text: Path) -> None:
             call()
 
 
+def test_objects_of_transformers_are_refused_with_what_to_give_instead() -> None:
+    class Pretrained:
+        def save_pretrained(self, folder: str) -> None: ...
+
+    hf: Any = Pretrained()
+    for refused in (minigpt.load, minigpt.generate, minigpt.trace, minigpt.evaluate):
+        arguments = [hf, "a"] if refused is minigpt.evaluate else [hf]
+        with pytest.raises(ConfigError, match=r"type Pretrained. Save it .* save_pretrained\(FOLD"):
+            refused(*arguments)  # type: ignore[operator]
+    for tokenizer in (hf, "folder"):
+        with pytest.raises(ConfigError, match=r"of type .* copy its tokenizer\.json"):
+            minigpt.generate(MODEL, "a", tokenizer=tokenizer)
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [

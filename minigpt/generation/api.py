@@ -261,9 +261,12 @@ def model_name(model: object) -> str | None:
     Raises: ConfigError for a value of another type.
     """
     if not isinstance(model, str | Path | None):
+        remedy = ""
+        if hasattr(model, "save_pretrained"):  # a model of transformers
+            remedy = " Save it and its tokenizer with save_pretrained(FOLDER), and give the folder."
         raise ConfigError(
-            f"a model must be the name of a run, a folder or org/name here: it is of type "
-            f"{type(model).__name__}."
+            "a model must be given as the name of a run, a folder or org/name: it is of type "
+            f"{type(model).__name__}.{remedy}"
         )
     return None if model is None else str(model)
 
@@ -279,6 +282,12 @@ def model_and_tokenizer(
     n_rows: int = 1,
 ) -> tuple[LanguageModel, Tokenizer, str]:
     """Return a model, its tokenizer and its folder ("" for a LanguageModel); see ``generate``."""
+    if not isinstance(tokenizer, Tokenizer | None):
+        raise ConfigError(
+            "tokenizer must be one of minigpt, as in minigpt.load(MODEL).tokenizer: it is of type "
+            f"{type(tokenizer).__name__}. To use that of another folder, copy its tokenizer.json "
+            "and tokenizer_config.json into the model's folder."
+        )
     given: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
     if isinstance(model, LanguageModel | LoadedModel):
         for name, value in given.items():
