@@ -17,7 +17,7 @@ from machine import child_environment
 
 from minigpt.config import SamplingConfig
 from minigpt.generation.decoder import Decoder
-from minigpt.generation.fast.reading import build_model
+from minigpt.generation.fast.reading import prepare_for_decoding
 from minigpt.generation.sampling import Sampler
 from minigpt.presets import preset
 from minigpt.settings import merge
@@ -45,9 +45,7 @@ def compared(setup: Setup, kind: str, precision: str) -> str:
         dtype = precision if precision == "bfloat16" else "float32"
         model = model_of(KINDS[kind], device, dtype)
         if precision == "int8":
-            kinds = {"dtype": model.dtype, "activations": model.dtype}
-            weights = model.state_dict()
-            model = build_model(model.config, weights, device=device, quantizes=True, **kinds)
+            model = prepare_for_decoding(model, quantizes=True, joins=False)
         decoder = Decoder(model, prompt, max_new_tokens=n_new)
         logits.append(decoder.prompt_logits.cpu())
         tokens.append([step.token for step in decoder.generate(sampling, seed=0)])

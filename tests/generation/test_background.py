@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from laid_out import laid_out
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.errors import ConfigError
@@ -22,6 +21,7 @@ from minigpt.generation.fast import (
 )
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.packages import failure_path, lock_path
+from minigpt.generation.fast.reading import prepare_for_decoding
 from minigpt.model.gpt import GPT
 from minigpt.places import CACHE_VARIABLE
 
@@ -60,7 +60,7 @@ def model_of(kind: str, layout: str = "llama", *, joins: bool = False, **changes
         options["dtype"] = torch.bfloat16
     if kind == "bfloat16":
         options["activations"] = torch.bfloat16
-    return laid_out(small_model(layout, **changes), **options)
+    return prepare_for_decoding(small_model(layout, **changes), **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kept_attention import KeptAttention
-from laid_out import in_bfloat16, in_int8, laid_out
+from laid_out import in_bfloat16, in_int8
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from minigpt.errors import ConfigError
 from minigpt.generation.decoder import Decoder
 from minigpt.generation.fast import products, supports
 from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.reading import prepare_for_decoding
 from minigpt.generation.forward import PlainForward, make_forward
 from minigpt.model.gpt import GPT
 
@@ -177,7 +178,7 @@ def test_laying_out_weights_for_decoding_keeps_one_copy_of_each_weight_and_its_v
     monkeypatch.setattr(products, "has_slow_matvec", lambda device: False)
     model, plain = pair("float32", shape)
     before, values = storage_bytes(model), copy.deepcopy(model.state_dict())
-    model = laid_out(model, joins=True)
+    model = prepare_for_decoding(model)
     assert storage_bytes(model) == before
     for name, value in model.state_dict().items():
         assert torch.equal(value, values[name])
@@ -200,7 +201,7 @@ def test_a_model_laid_out_for_decoding_is_not_repacked_and_keeps_no_second_copy(
     layout, changes = SHAPES[shape]
     model = small_model(layout, **changes).to(dtype)
     plain, tokens = copy.deepcopy(model), random_tokens(1, 9)
-    model = laid_out(model, joins=True)
+    model = prepare_for_decoding(model)
     assert not any(isinstance(module, nn.Linear) for module in model.modules())
     monkeypatch.setattr(products, "MatvecTable", None)  # packing again would fail
     fused = EagerForward(model, capacity=24)

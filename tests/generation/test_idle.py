@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 from kept_attention import KeptAttention
-from laid_out import laid_out
 from small_models import LAYOUTS, random_tokens, small_model
 
 from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.reading import prepare_for_decoding
 from minigpt.generation.forward import PlainForward
 from minigpt.model.gpt import GPT
 
@@ -19,7 +19,7 @@ assert_near = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
 
 
 def prepared(layout: str = "qwen3") -> GPT:
-    return laid_out(small_model(layout), joins=True)
+    return prepare_for_decoding(small_model(layout))
 
 
 def test_the_step_of_a_deleted_decoder_is_reused_by_the_next_one() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from laid_out import in_bfloat16, in_int8, laid_out
+from laid_out import in_bfloat16, in_int8
 from live_bytes import LiveBytes
 from small_models import LAYOUTS, random_tokens, small_model
 from torch import nn
@@ -22,6 +22,7 @@ from minigpt.generation.fast.quantize import (
     WeightOnlyEmbedding,
     WeightOnlyLinear,
 )
+from minigpt.generation.fast.reading import prepare_for_decoding
 from minigpt.model.gpt import GPT
 
 
@@ -94,8 +95,8 @@ def test_moving_quantized_weights_into_tables_keeps_logits_and_weights(
     layout: str, kind: str
 ) -> None:
     options = {"activations": torch.float32} | QUANTIZATIONS[kind]
-    before = laid_out(small_model(layout), **options)
-    model = laid_out(small_model(layout), **options, joins=True)
+    before = prepare_for_decoding(small_model(layout), **options, joins=False)
+    model = prepare_for_decoding(small_model(layout), **options)
     tokens = random_tokens(2, 20)
     torch.testing.assert_close(model(tokens), before(tokens), rtol=1e-4, atol=1e-4)
     one = tokens[:, :1]  # short enough to use the tables, which round to their dtype
@@ -127,8 +128,9 @@ def test_quantized_weights_take_a_fraction_of_float32_memory(
 ) -> None:
     shape = {"d_model": 256, "vocab_size": 512, "context_length": 8}
     plain, options = small_model(layout, **shape), QUANTIZATIONS[kind]
-    assert n_bytes(laid_out(plain, **options)) < (share + 0.03) * n_bytes(plain)
-    tables = laid_out(plain, **options, joins=True)
+    layers = prepare_for_decoding(plain, **options, joins=False)
+    assert n_bytes(layers) < (share + 0.03) * n_bytes(plain)
+    tables = prepare_for_decoding(plain, **options)
     assert n_bytes(tables) < (share + 0.07) * n_bytes(plain)  # 8 more bytes per row of int8
 
 

@@ -7,7 +7,7 @@ soon as the last of them is read: only one group is in memory twice at any time.
 import ctypes
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from minigpt.generation.fast.quantize import (
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.model.layers import GatedMLP
+
+Model = TypeVar("Model", bound=LanguageModel)
 
 _MMAP_THRESHOLD = 2**18
 _LARGEST_MMAP_THRESHOLD = 2**25  # the most to which glibc itself raises the threshold
@@ -169,6 +171,19 @@ def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], **kinds: Any
     model = model_class(config).from_tensors(config, read).eval().requires_grad_(False)
     reader.finish(model)
     return model
+
+
+def prepare_for_decoding(model: Model, *, joins: bool = True, **kinds: Any) -> Model:
+    """Return a copy of a model for inference, its weights laid out as the eager decode step reads.
+
+    A step of a model that was not prepared copies its weights into this layout.
+
+    Args: joins and kinds, as for ``WeightReader``; device and dtypes are the model's by default.
+    """
+    kinds = {"device": model.device, "dtype": model.dtype, "activations": model.dtype} | kinds
+    prepared = build_model(model.config, model.state_dict(), joins=joins, **kinds)
+    assert type(prepared) is type(model)
+    return prepared
 
 
 def _groups(model: LanguageModel, *, joins: bool) -> Iterator[list[str]]:
