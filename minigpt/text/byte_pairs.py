@@ -42,6 +42,7 @@ class TiktokenTokenizer(Tokenizer):
         self.encoding = encoding
         ranks = encoding._mergeable_ranks
         self._single_bytes = bytes(b for b in range(256) if bytes([b]) in ranks)
+        self._is_bytes = len(ranks) == 256 and all(ranks.get(bytes([b])) == b for b in range(256))
 
     def encode_array(
         self, text: str, *, is_start: bool = True, special: bool = False
@@ -49,6 +50,8 @@ class TiktokenTokenizer(Tokenizer):
         text = well_formed(text)
         if special:
             return self.encode_parsed(text)
+        if self._is_bytes:  # no split pattern can fail or drop text
+            return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
         if missing := self._missing_bytes(text):
             raise unencodable_error(self.name, f"byte {missing[:1]!r}")
         try:
