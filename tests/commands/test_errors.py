@@ -165,6 +165,7 @@ def test_an_unusable_corpus_is_refused(
     line = error_line(result)
     assert result.code == 3
     assert all(part in line for part in said), line
+    assert not list(Path("checkpoints").glob("*"))
 
 
 @pytest.mark.parametrize("words", [["train"], ["prepare", "--out", "p"], ["evaluate"]])
