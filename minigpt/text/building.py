@@ -94,7 +94,10 @@ def opened_corpus(
         ring("text.bpe").parse_spec(data.tokenizer)  # raises for an unknown one, before downloads
     template: Any = None
     if data.chat:
-        template = ring("text.chat").training_template(data.chat_template, chat_model)
+        chats = ring("text.chat")
+        template = chats.training_template(data.chat_template, chat_model)
+        if chat_model is not None and (note := chats.plain_note(template, chat_model)):
+            report(PrepareProgress("read", 0, 0, note))
     cache = cache_dir or cache_folder()
     with resource_errors(cache, OTHER_CACHE):
         make_folder(cache / "prepared")

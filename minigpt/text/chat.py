@@ -35,6 +35,7 @@ PLAIN_TEMPLATE = (
     "{{ 'Assistant:\n' if add_generation_prompt }}"
 )
 """Template for a vocabulary whose only special token is end-of-text."""
+_PLAIN = "the plain chat template"
 
 # Unicode noncharacters, which normal text does not contain; they are removed from messages.
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # around a special token that is plain text
@@ -203,7 +204,17 @@ def training_template(named: str | None, folder: Path | None) -> ChatTemplate:
             )
     if named is not None:
         return ChatTemplate(_read(Path(named).expanduser()), tokens, f"the template {named!r}")
-    return ChatTemplate(PLAIN_TEMPLATE, tokens, "the plain chat template")
+    return ChatTemplate(PLAIN_TEMPLATE, tokens, _PLAIN)
+
+
+def plain_note(template: ChatTemplate, folder: Path) -> str:
+    """Return a note that a model folder has no template of its own; empty if it has one."""
+    if template.where != _PLAIN:
+        return ""
+    return (
+        f"{str(folder)!r} has no chat template: the plain one is used (User:, Assistant:); "
+        "--chat-template FILE gives another"
+    )
 
 
 class Chat:

@@ -202,6 +202,30 @@ def test_fine_tuning_keeps_the_chat_template_of_the_base(run: Run, rows: Path, b
     assert all(math.isfinite(fact["bits_per_byte"]) for fact in facts.values())
 
 
+def test_a_base_without_a_template_is_reported(run: Run, rows: Path, base: Path) -> None:
+    note = "'base' has no chat template: the plain one is used"
+    words = [str(rows), "--chat", "--val-split", "tail"]
+    train = ["train", *words, "--from", "base", "--max-steps", "1", "--context-length", "32"]
+    Path("base/chat_template.jinja").rename("own.jinja")
+    for call in (
+        [*train, "--name", "plain"],
+        ["prepare", *words, "--from", "base", "--out", "folder"],
+        ["evaluate", str(rows), "--model", "base", "--chat"],
+    ):
+        result = run(*call)
+        assert result.code == 0, result.err
+        said = " ".join(result.err.split())
+        assert said.count(note) == 1, said
+        assert "--chat-template FILE gives another" in said
+    given = run(*train, "--name", "given", "--chat-template", "own.jinja")
+    again = run(
+        "evaluate", str(rows), "--model", "plain", "--chat"
+    )  # it has a copy of the plain one
+    for result in (given, again):
+        assert result.code == 0, result.err
+        assert "has no chat template" not in result.err
+
+
 def test_training_on_prepared_chats_equals_training_on_the_rows(run: Run, rows: Path) -> None:
     words = ["--chat", "--val-split", "tail", "--tokenizer", "bytes"]
     assert run("prepare", str(rows), "--out", "folder", *words).code == 0
