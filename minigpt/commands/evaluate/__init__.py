@@ -66,9 +66,14 @@ def evaluate(
 ) -> None:
     """Measure how well a model predicts a text.
 
-    Every token except the first is predicted once, from the tokens before it in its window. With
-    --stride N, windows overlap and only the last N tokens of each count, so that every token has a
-    long context: slower, but more accurate. Documents are separated by the end-of-text token.
+    Each token is predicted once, from the tokens before it in its window. With --stride N, windows
+    overlap and only the last N tokens of each count, so that every token has a long context:
+    slower, but more accurate.
+
+    A separator comes before each document, including the first: the end-of-text token, then what
+    the tokenizer puts before a prompt, such as <s>. So the first token of a text is predicted too,
+    and so are the separators of later documents. Only if the vocabulary has no separator, and in a
+    part of a text (--val-fraction), the first token is not predicted.
 
     Bits/byte counts the bytes of the text, so it can be compared between tokenizers.
 
