@@ -151,6 +151,9 @@ class _Functions(TorchFunctionMode):
         if func in (torch.rms_norm, F.rms_norm) and isinstance(args[0], PretendTensor):
             with self.device.as_one_kernel("rms_norm"):
                 return func(*args, **kwargs)
+        if func is torch.lstm and torch.backends.cpu.get_cpu_capability() != "AVX512":
+            with torch.autocast("cpu", enabled=False):  # oneDNN has no LSTM in bfloat16 here
+                return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self._record_attention(*args, **kwargs)
         return func(*args, **kwargs)

@@ -102,6 +102,20 @@ def test_logits_and_gradients_equal_those_of_plain_loops(kind: str) -> None:
         torch.testing.assert_close(ours, plain)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_in_bfloat16_are_near_those_in_float32_on_any_cpu(kind: str) -> None:
+    model, tokens = model_of(kind), random_tokens(2, 12)
+    found = []
+    for is_cast in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+            logits = model(tokens)
+        logits.float().square().mean().backward()
+        found.append([logits.float(), *(p.grad for p in model.parameters() if p.grad is not None)])
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.03 * exact.norm()  # 8 bits of mantissa
+
+
 @pytest.mark.parametrize("chunks", [[1] * 24, [24], [10] + [1] * 14, [7, 7, 7, 3]])
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()

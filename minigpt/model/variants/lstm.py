@@ -38,8 +38,16 @@ class RecurrentBlock(nn.Module):
         All new states are added to the cache, so that it can be truncated anywhere: hidden states
         (B, 1, T, C) as keys, which attention reads, and cell states as values.
         """
-        hidden = self.lstm(x)[0] if cache is None else self._step_by_step(x, cache)
+        hidden = self._all_steps(x) if cache is None else self._step_by_step(x, cache)
         return self.dropout(hidden)
+
+    def _all_steps(self, x_BTC: Tensor) -> Tensor:
+        # On a CPU without AVX-512, oneDNN has no LSTM in bfloat16, which autocast would request.
+        is_cast = x_BTC.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX512"
+        if is_cast or not torch.is_autocast_enabled("cpu"):
+            return self.lstm(x_BTC)[0]
+        with torch.autocast("cpu", enabled=False):
+            return self.lstm(x_BTC.to(self.lstm.get_parameter("weight_ih_l0").dtype))[0]
 
     def _step_by_step(self, x_BTC: Tensor, cache: KVCache) -> Tensor:
         # nn.LSTM returns only the last cell state.
