@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 from minigpt.config import ModelConfig
-from minigpt.errors import CheckpointError, ConfigError
+from minigpt.errors import CheckpointError, ConfigError, cut
 from minigpt.model_config import OWN_TYPE
 from minigpt.rings import ring
 from minigpt.settings import build, to_dict
@@ -40,7 +40,7 @@ def check_known(config: Mapping[str, Any], known: set[str]) -> None:
     for name, value in config.items():
         if name not in known and not name.startswith("_") and value is not None:
             raise CheckpointError(
-                f"unknown field {name[:80]!r} with value {repr(value)[:80]}. "
+                f"unknown field {cut(name)} with value {cut(value)}. "
                 "If it does not change what the model computes, remove it."
             )
 

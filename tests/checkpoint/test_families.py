@@ -165,7 +165,7 @@ UNSUPPORTED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (GPT2, {"activation_function": "tanh"}, "activation_function is 'tanh'"),
     (GPT2, {"scale_attn_weights": 0.5}, "scale_attn_weights is 0.5"),
     (GPT2, {"add_cross_attention": True}, "add_cross_attention is True"),
-    (GPT2, {"quantization_config": {"bits": 4}}, "quantization_config is"),
+    (GPT2, {"quantization_config": {"bits": 4}}, "weights are stored quantized"),
     (GPT2, {"n_layer": None}, "n_layer is missing"),
     (GPT2, {"n_layer": "12"}, "n_layer must be of type int"),
     (GPT2, {"n_head": 7}, "n_head must divide"),

@@ -13,7 +13,7 @@ from typing import Any
 
 from minigpt.checkpoint.config_json import check_known, common_fields
 from minigpt.config import ModelConfig
-from minigpt.errors import CheckpointError, ConfigError
+from minigpt.errors import CheckpointError, ConfigError, cut
 from minigpt.hf_config import has_family
 from minigpt.model.language_model import LanguageModel
 from minigpt.model_config import ARCHS, OWN_TYPE
@@ -59,7 +59,6 @@ _FIXED = {
     "add_cross_attention": False,
     "is_encoder_decoder": False,
     "pruned_heads": {},
-    "quantization_config": None,
 }
 _DERIVED = ("n_inner", "num_key_value_heads", "head_dim")  # derived from others if null
 BOTH = ("weight", "bias")
@@ -155,6 +154,7 @@ def model_config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Read a parsed config.json of a Hugging Face model type; see ``read_config_json``."""
     family = family_of(config.get("model_type"))
     fixed = {**family.fixed, **_FIXED}
+    _check_not_quantized(config.get("quantization_config"))
     known = {*family.fields.values(), *fixed, *family.no_effect}
     check_known(config, known.union(filter(_is_ignored, config)))
     for name, value in fixed.items():
@@ -204,7 +204,7 @@ def _value(config: Mapping[str, Any], family: Family, name: str) -> Any:
 def unsupported(name: str, value: Any, supported: Any) -> CheckpointError:
     """Return the error for a field of config.json whose value we do not implement."""
     return CheckpointError(
-        f"{name} is {repr(value)[:80]}, but only {supported!r} is supported. "
+        f"{name} is {cut(value)}, but only {supported!r} is supported. "
         "Use transformers for this model."
     )
 
@@ -215,10 +215,22 @@ def check_fixed(name: str, value: Any, supported: Any) -> None:
         return
     if name.endswith("partial_rotary_factor"):
         raise CheckpointError(
-            f"{name} is {repr(value)[:80]}, but models of this type rotate whole heads, and "
+            f"{name} is {cut(value)}, but models of this type rotate whole heads, and "
             "transformers ignores this field or fails. Remove it if whole heads are intended."
         )
     raise unsupported(name, value, supported)
+
+
+def _check_not_quantized(value: Any) -> None:
+    """Raise CheckpointError if the field quantization_config of config.json is set."""
+    if value is None:
+        return
+    method = value.get("quant_method") if isinstance(value, Mapping) else None
+    how = f" ({method[:40]})" if isinstance(method, str) else ""
+    raise CheckpointError(
+        f"the weights are stored quantized{how}. Use the model from before it was quantized, or "
+        "transformers."
+    )
 
 
 def check_flag(name: str, value: Any) -> None:
