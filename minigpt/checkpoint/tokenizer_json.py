@@ -11,6 +11,7 @@ from minigpt.checkpoint.model_folder import (
     CONFIG,
     GENERATION_CONFIG,
     TOKENIZER,
+    tokenizer_remedy,
 )
 from minigpt.checkpoint.vocabulary_files import drop_tokens_without_row, read_vocabulary_files
 from minigpt.config import ModelConfig
@@ -62,7 +63,7 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
 def id_tokenizer(folder: Path, config: ModelConfig) -> Tokenizer:
     """Return the tokenizer of a model folder without one: its text is token ids as numbers."""
     ends = tuple(id_ for id_ in _end_of_text_ids(folder) if id_ < config.vocab_size)
-    return TokenIdTokenizer(folder, config.vocab_size, ends)
+    return TokenIdTokenizer(folder, config.vocab_size, ends, remedy=tokenizer_remedy(folder))
 
 
 def _end_of_text_ids(folder: Path) -> tuple[int, ...]:

@@ -16,9 +16,12 @@ _SEPARATORS = re.compile(r"[\s,\[\]]+")  # also those of a Python list
 class TokenIdTokenizer(Tokenizer):
     """Parses text such as ``5 9 40`` as token ids, for a model folder without a tokenizer."""
 
-    def __init__(self, folder: Path, n_rows: int, end_of_text_ids: tuple[int, ...] = ()) -> None:
-        """Args: n_rows, number of rows of the model's embedding."""
+    def __init__(
+        self, folder: Path, n_rows: int, end_of_text_ids: tuple[int, ...] = (), *, remedy: str
+    ) -> None:
+        """Args: n_rows, number of rows of the model's embedding; remedy, to have a tokenizer."""
         self.folder = folder
+        self.remedy = remedy
         super().__init__(
             "ids", {}, vocab_size=n_rows, textless_ids=[], end_of_text_ids=end_of_text_ids
         )
@@ -31,9 +34,9 @@ class TokenIdTokenizer(Tokenizer):
             is_id = word.isascii() and word.isdecimal() and len(word) < 10
             if not is_id or int(word) >= self.vocab_size:
                 raise DataError(
-                    f"{str(self.folder)!r} has no tokenizer, so text must be token ids from 0 to "
-                    f"{self.vocab_size - 1}, as in '5 9 40': {cut(word)} is not one. Add the "
-                    "tokenizer.json that the model was trained with, or give ids."
+                    f"{str(self.folder)!r} has no tokenizer.json, so text must be token ids from 0 "
+                    f"to {self.vocab_size - 1}, as in '5 9 40': {cut(word)} is not one. "
+                    f"{self.remedy}"
                 )
         return np.array(words, np.uint32)
 

@@ -261,7 +261,7 @@ def test_a_model_without_tokenizer_or_with_a_nan_loss_is_refused(run: Run, tmp_p
     write_model(tmp_path / "mute", model, None)
     result = run("evaluate", "corpus.txt", "--model", str(tmp_path / "mute"))
     assert result.code == 4
-    assert "neither tokenizer.json nor sp_vocab.json" in error_line(result)
+    assert "has no tokenizer.json, so it cannot be evaluated on text" in error_line(result)
     with torch.no_grad():
         model.unembedding.weight[3] = math.nan
     write_model(tmp_path / "nan", model, BytesTokenizer())

@@ -87,3 +87,14 @@ def test_generation_ends_at_the_end_of_text_id_of_the_model(untokenized: Path) -
 def test_without_an_end_of_text_an_empty_prompt_is_refused(untokenized: Path) -> None:
     with pytest.raises(DataError, match="no token that starts a document"):
         minigpt.generate(untokenized, "")
+
+
+@pytest.mark.parametrize("command", ["generate Once --model", "evaluate corpus.txt --model"])
+def test_the_remedy_for_a_sentencepiece_model_is_to_write_tokenizer_json(
+    run: Run, untokenized: Path, command: str
+) -> None:
+    line = error_line(run(*command.split(), str(untokenized)))
+    assert "Add the tokenizer.json that the model was trained with." in line
+    (untokenized / "tokenizer.model").touch()
+    line = error_line(run(*command.split(), str(untokenized)))
+    assert "Its tokenizer.model is SentencePiece's. Write tokenizer.json with transformers" in line

@@ -86,6 +86,7 @@ def import_(
     Instead, --vocabulary names the text that prepare.py read: the vocabulary is its sorted
     characters. nanoGPT used gelu_tanh before June 2023; its checkpoints do not record this.
     """
+    from minigpt.checkpoint.model_folder import tokenizer_remedy
     from minigpt.checkpoint.tools.pickled import import_pickled
 
     if os.path.lexists(folder):
@@ -100,7 +101,7 @@ def import_(
     if not imported.has_tokenizer:
         console.note(
             "note: the model has no vocabulary, so prompts and texts are token ids, and training, "
-            "evaluation and chat are not possible"
+            f"evaluation and chat are not possible. {tokenizer_remedy(Path(folder))}"
         )
     if as_json:
         facts = {"folder": folder, "source": imported.source}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.manifest import MANIFEST, verify
+from minigpt.checkpoint.model_folder import tokenizer_remedy
 from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
@@ -55,8 +56,8 @@ def measure(
     model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
         raise CheckpointError(
-            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json. Add the one that the "
-            "model was trained with."
+            f"{str(folder)!r} has no tokenizer.json, so it cannot be evaluated on text. "
+            f"{tokenizer_remedy(folder)}"
         )
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
         data = _read(config, text, folder, tokenizer, progress)

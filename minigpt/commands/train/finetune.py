@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from minigpt.checkpoint.carried import read_carried
-from minigpt.checkpoint.model_folder import read_model
+from minigpt.checkpoint.model_folder import read_model, tokenizer_remedy
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.train.job import LIMITS, Request, Start, one_budget, require_memory
 from minigpt.config import RunConfig
@@ -81,8 +81,8 @@ def read_base(spec: str) -> Base:
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise CheckpointError(
-            f"{str(folder)!r} has neither tokenizer.json nor sp_vocab.json, so it cannot be "
-            "trained on text. Add the tokenizer that the model was trained with."
+            f"{str(folder)!r} has no tokenizer.json, so it cannot be trained on text. "
+            f"{tokenizer_remedy(folder)}"
         )
     return Base(source, loaded.model, tokenizer, folder)
 
