@@ -192,6 +192,20 @@ def test_verify_checks_all_folders_before_failing(run: Run, runs: Path) -> None:
     assert run("checkpoints", "verify", "checkpoints/tiny/step-000002").code == 0
 
 
+def test_verify_reports_an_unreadable_name_as_bad_and_checks_the_others(
+    run: Run, runs: Path
+) -> None:
+    (runs / "lora").mkdir()
+    (runs / "lora" / "adapter_config.json").touch()
+    result = run("checkpoints", "verify", "plain", "lora", "nowhere", "tiny")
+    lines = result.out.splitlines()
+    assert [line[:3] for line in lines] == ["ok ", "bad", "bad", *["ok "] * 4]
+    assert lines[1].startswith("bad  lora  'lora' is an adapter (LoRA)")
+    assert lines[2].startswith("bad  nowhere  there is no model 'nowhere'")
+    assert result.code == 4
+    assert result.err.startswith("error: bad checkpoints: 2 of 7. ")
+
+
 def test_verify_compares_the_headers_of_a_folder_without_manifest(run: Run, runs: Path) -> None:
     path = runs / "checkpoints" / "plain" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 17}))

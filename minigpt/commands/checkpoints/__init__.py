@@ -1,14 +1,16 @@
 """minigpt checkpoints; the docstring of each command under it is its --help."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 
 from minigpt import console
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, find_model, resolve_model
-from minigpt.checkpoint.tools.inventory import entry_of, inventory_of, take_inventory
+from minigpt.checkpoint.tools.inventory import Entry, entry_of, inventory_of, take_inventory
 from minigpt.commands import tables
 from minigpt.commands.checkpoints.converting import export, import_
 from minigpt.commands.checkpoints.views import (
@@ -20,8 +22,11 @@ from minigpt.commands.checkpoints.views import (
 from minigpt.commands.checkpoints.writing import average, prune
 from minigpt.commands.layout import COMMANDS, add, show_help
 from minigpt.commands.options import Json, argument, command
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, ResourceError
 from minigpt.rings import find_ring
+
+if TYPE_CHECKING:  # imports torch, which a list does not need
+    from minigpt.checkpoint.tools.inspection import Check
 
 
 @command
@@ -83,20 +88,11 @@ def verify(
     elsewhere has no manifest: the names, shapes and dtypes of its tensors are compared with its
     config.json.
 
-    Prints one line each; the exit code is 4 if any is damaged.
+    Prints one line each; the exit code is 4 if any is damaged or cannot be found.
     """
-    from minigpt.checkpoint.tools.inspection import check
-
-    if models:
-        entries = [entry_of(find_model(spec) or resolve_model(spec)) for spec in models]
-    else:
-        entries = take_inventory(ROOT)
-    checkpoints = [checkpoint for entry in entries for checkpoint in entry.checkpoints]
-    n_bad = 0
-    for checkpoint in checkpoints:
-        verdict = check(checkpoint.folder, is_step=checkpoint.step is not None)
-        if verdict.problem and not checkpoint.folder.exists():  # pruned by its run meanwhile
-            continue
+    n_checked = n_bad = 0
+    for verdict in _verdicts(models):
+        n_checked += 1
         n_bad += verdict.problem is not None
         if as_json:
             tables.write_json(asdict(verdict))
@@ -104,9 +100,30 @@ def verify(
             tables.show([verdict_line(verdict)])
     if n_bad:
         raise CheckpointError(
-            f"bad checkpoints: {n_bad} of {len(checkpoints)}. Use another one, or write or "
-            "download it again."
+            f"bad checkpoints: {n_bad} of {n_checked}. Use another one, or write or download it "
+            "again."
         )
+
+
+def _verdicts(models: Sequence[str] | None) -> Iterator["Check"]:
+    """Check all checkpoints of these models, or all in the root; names that are none are bad."""
+    from minigpt.checkpoint.tools.inspection import Check, check  # imports torch; list does not
+
+    found: list[Entry | Check] = [] if models else [*take_inventory(ROOT)]
+    for spec in models or ():
+        try:
+            found.append(entry_of(find_model(spec) or resolve_model(spec)))
+        except (CheckpointError, ResourceError) as error:
+            found.append(Check(Path(spec), has_manifest=False, problem=str(error)))
+    for item in found:
+        if isinstance(item, Check):
+            yield item
+            continue
+        for checkpoint in item.checkpoints:
+            verdict = check(checkpoint.folder, is_step=checkpoint.step is not None)
+            is_pruned = verdict.problem and not checkpoint.folder.exists()  # by its run meanwhile
+            if not is_pruned:
+                yield verdict
 
 
 _pages = find_ring("commands.help.pages")
