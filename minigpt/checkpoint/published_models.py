@@ -9,6 +9,7 @@ from minigpt.checkpoint.config_json import config_json, read_config_json
 from minigpt.checkpoint.families import family_of, hf_fields
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, cut
+from minigpt.files import read_json
 from minigpt.model_config import OWN_TYPE
 
 # Tensors of old files that are not weights: causal masks, RoPE tables.
@@ -39,6 +40,17 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
         if canonical.setdefault(full, name) != name:
             raise CheckpointError(f"the tensor {cut(full)} occurs twice. Download the model again.")
     return canonical
+
+
+def other_class(config: ModelConfig, folder: Path) -> str:
+    """Return that config.json names another class than the family's; "" if it does not."""
+    if config.model_type == OWN_TYPE or not (folder / "config.json").is_file():
+        return ""
+    needed = family_of(config.model_type).architecture
+    named = read_json(folder / "config.json").get("architectures")
+    if not isinstance(named, list) or not named or needed in named:
+        return ""
+    return f"{str(folder)!r} is a {str(named[0])[:80]}, but minigpt needs a {needed}"
 
 
 def check_size(config: ModelConfig, n_tensors: int, folder: Path) -> None:

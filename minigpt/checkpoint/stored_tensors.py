@@ -105,6 +105,8 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
     Raises: CheckpointError naming the file or tensor, what is wrong with it and the remedy.
     """
     found = _headers(config, folder)
+    if others := find_ring("checkpoint.tools.other_folders"):
+        others.check_adapter(folder, [tensor.name for tensor in found.values()])
     if published := find_ring("checkpoint.published_models"):
         published.check_size(config, len(found), folder)
     for tensor in found.values():
@@ -116,10 +118,7 @@ def stored_tensors(config: ModelConfig, folder: Path) -> dict[str, StoredTensor]
             )
     expected = _expected_shapes(config, found)
     if problem := _first_problem(expected, found):
-        raise CheckpointError(
-            f"the weights in {str(folder)!r} do not fit config.json: {problem}. "
-            "Take both from the same place."
-        )
+        raise CheckpointError(_misfit(config, folder, problem))
     return {name: found[name] for name in expected}
 
 
@@ -157,14 +156,29 @@ def _expected_shapes(
     return expected
 
 
+def _misfit(config: ModelConfig, folder: Path, problem: str) -> str:
+    """Return the error for weights that do not fit config.json, with what they are if known."""
+    published = find_ring("checkpoint.published_models")
+    if published and (what := published.other_class(config, folder)):
+        return f"{what}: {problem}. Use the model that it was taken or trained from."
+    return (
+        f"the weights in {str(folder)!r} do not fit config.json: {problem}. Take both from the "
+        "same place."
+    )
+
+
 def _first_problem(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, StoredTensor]
 ) -> str | None:
+    problems = []
     if missing := [name for name in expected if name not in found]:
-        return f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)"
-    if extra := [name for name in found if name not in expected]:
-        return f"{cut(extra[0])} is not in the model ({len(extra)} are not)"
+        problems.append(f"{missing[0]!r} is missing ({len(missing)} of {len(expected)} are)")
+    if extra := [stored.name for name, stored in found.items() if name not in expected]:
+        n_extra = f"{len(extra)} of {len(found)} are not"
+        problems.append(f"{cut(extra[0])} is not in the model ({n_extra})")
+    if problems:
+        return " and ".join(problems)
     for name, stored in found.items():
         if stored.shape != expected[name]:
-            return f"{name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
+            return f"{stored.name!r} has shape {list(stored.shape)}, not {list(expected[name])}"
     return None

@@ -14,7 +14,7 @@ from folder_files import change_config, save, shard, weights, write_index
 from safetensors.torch import save_file
 
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.errors import CheckpointError, ResourceError
+from minigpt.errors import CheckpointError, MinigptWarning, ResourceError
 from minigpt.model.gpt import GPT
 from minigpt.text.bpe import train_bpe
 
@@ -94,6 +94,34 @@ def rename_weights(name: str) -> Callable[[Path], Any]:
     return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
+def leave_only(*names: str) -> Callable[[Path], Any]:
+    """Replace the weights by empty files, or by a folder if the name ends with a slash."""
+
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+        for name in names:
+            (folder / name).mkdir() if name.endswith("/") else (folder / name).touch()
+
+    return damage
+
+
+def become(architecture: str, name: str) -> Callable[[Path], Any]:
+    """Add a tensor that only models with another head have."""
+
+    def damage(folder: Path) -> None:
+        change_config(folder, architectures=[architecture])
+        save(folder, weights(folder) | {name: torch.zeros(3, 16)})
+
+    return damage
+
+
+def take_for_a_model(folder: Path) -> None:
+    """Rename an adapter's weights as if they were a model's."""
+    (folder / "adapter_config.json").touch()
+    save(folder, {"base_model.model.transformer.h.0.attn.c_attn.lora_A.weight": torch.zeros(1)})
+
+
+STATE = ("optimizer.pt", "rng_state_0.pth", "scaler.pt", "scheduler.pt", "training_args.bin")
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"config\.json is missing in .*`minigpt train`": lambda f: (f / "config.json").unlink(),
     r"config\.json' is not JSON": lambda f: (f / "config.json").write_text("{"),
@@ -108,7 +136,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"safetensors' is not a complete": lambda f: (f / "model.safetensors").write_bytes(b""),
     r"in 'pytorch_model\.bin', a pickle": pickle_weights,
     r"'transformer\.h\.1\.ln_1\.bias' is missing \(1 of 29": drop_tensor,
-    r"'transformer\.extra' is not in the model": lambda f: save(
+    r"do not fit config\.json: 'extra' is not in the model \(1 of 30 are not": lambda f: save(
         f, weights(f) | {"extra": torch.zeros(1)}
     ),
     r"'transformer\.h\.1\.ln_1\.bias' has shape \[15\], not \[16\]": change_shape,
@@ -118,6 +146,28 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     r"not a complete safetensors file .*invalid shape": write_false_shape,
     r"is stored as I32.* before it was quantized": lambda f: save(
         f, {n: t.int() for n, t in weights(f).items()}
+    ),
+    r"is an adapter .LoRA. of another model": leave_only(
+        "adapter_config.json", "adapter_model.safetensors", *STATE
+    ),
+    r"is an adapter .LoRA. of another model\. Merge": take_for_a_model,
+    r"^model\.safetensors is missing in '[^']*'\. Write": leave_only(*STATE),
+    r"accelerate merge-weights \S+/pytorch_model_fsdp_0 ": leave_only(
+        "pytorch_model_fsdp_0/", *STATE
+    ),
+    r"python \S+/zero_to_fp32\.py \S+ \S+ --safe_serialization`": leave_only(
+        "global_step500/", "zero_to_fp32.py", *STATE
+    ),
+    r"in 'pytorch_model\.bin', .* import \S+ NEW_FOLDER": leave_only("pytorch_model.bin", *STATE),
+    r"in 'my\.bin', .* import \S+/my\.bin NEW_FOLDER": leave_only("my.bin", *STATE),
+    r"is missing.* and so is pytorch_model\.bin\.index\.json": leave_only(
+        "pytorch_model-00001-of-00002.bin"
+    ),
+    r"is a GPT2ForX, but minigpt needs a GPT2LMHeadModel: 'score\.weight' is not": become(
+        "GPT2ForX", "score.weight"
+    ),
+    r"config\.json': the weights are stored quantized \(gptq\)\. Use the model from": lambda f: (
+        change_config(f, quantization_config={"bits": 4, "quant_method": "gptq"})
     ),
     r"model\.safetensors' is not a .* Git LFS pointer: run `git lfs pull`": write_lfs_pointer(
         "model.safetensors"
@@ -184,6 +234,15 @@ def test_a_damaged_model_folder_is_a_one_line_error(folder: Path, says: str) -> 
         read_model(folder)
     assert caught.value.exit_code == 4
     assert str(caught.value).isprintable()
+
+
+def test_an_adapter_beside_a_complete_model_is_not_applied_with_a_warning(folder: Path) -> None:
+    alone = read_model(folder).model
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.warns(MinigptWarning, match="adapter .LoRA. in .* is not applied") as caught:
+        beside = read_model(folder).model
+    assert len(caught) == 1
+    assert all(map(torch.equal, alone.parameters(), beside.parameters()))
 
 
 @pytest.mark.parametrize(

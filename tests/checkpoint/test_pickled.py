@@ -367,6 +367,23 @@ def test_damaged_and_missing_pickles_are_refused(tmp_path: Path) -> None:
         import_pickled(tmp_path / "empty", tmp_path / "model")
 
 
+def test_a_folder_without_a_whole_model_is_not_imported(tmp_path: Path) -> None:
+    save_bins(tmp_path / "fsdp", "gpt2-tied", 1)
+    (tmp_path / "fsdp" / "pytorch_model.bin").rename(tmp_path / "fsdp" / "training_args.bin")
+    (tmp_path / "fsdp" / "pytorch_model_fsdp_0").mkdir()
+    (tmp_path / "peft").mkdir()
+    for name in ("adapter_config.json", "adapter_model.bin"):
+        (tmp_path / "peft" / name).touch()
+    for source, says in {
+        "fsdp": "accelerate merge-weights",
+        "fsdp/training_args.bin": "is a training state, not weights",
+        "peft": "is an adapter",
+        "peft/adapter_model.bin": "is an adapter",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            import_pickled(tmp_path / source, tmp_path / "model")
+
+
 def test_vocabulary_options_are_checked(tmp_path: Path) -> None:
     save_nanogpt(tmp_path / "ckpt.pt", vocab_size=65)
     (tmp_path / "input.txt").write_text("abc")

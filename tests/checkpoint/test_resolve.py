@@ -112,6 +112,41 @@ def test_a_model_file_of_another_format_is_refused_with_a_remedy(tmp_path: Path)
         resolve_model(str(tmp_path / "alone.safetensors"), tmp_path / "nowhere")
 
 
+def make_files(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text('{"model_type": "llama"}')
+
+
+def test_a_folder_of_another_program_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    state = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin")
+    names = ["adapter_config.json", "adapter_model.safetensors", *state]
+    make_files(tmp_path, *(f"peft/checkpoint-500/{name}" for name in names))
+    steps = (500, 1000, 1500, 2000)
+    make_files(tmp_path, *(f"trainer/checkpoint-{step}/config.json" for step in steps))
+    make_files(tmp_path, "trainer/training_args.bin", "hub/models--a--b/snapshots/0a1/config.json")
+    make_files(
+        tmp_path, "page/node/package.json", "words/tokenizer.json", "alone/model.safetensors"
+    )
+    make_files(tmp_path, "fsdp/pytorch_model_fsdp_0/.metadata", "fsdp/optimizer.bin")
+    (tmp_path / "page" / "node" / "config.json").write_text("{}")
+    for spec, says in {
+        "peft/checkpoint-500": "peft/checkpoint-500' is an adapter .LoRA",
+        "peft": "peft/checkpoint-500' is an adapter .LoRA",
+        "peft/checkpoint-500/adapter_model.safetensors": "checkpoint-500' is an adapter .LoRA",
+        "peft/checkpoint-500/optimizer.pt": "optimizer.pt' is a training state, not weights",
+        "trainer": r"folders: \S+checkpoint-2000, \S+checkpoint-1500, \S+checkpoint-1000, \.\.\.",
+        "hub": r"folders: \S+/hub/models--a--b/snapshots/0a1\.$",
+        "hub/models--a--b": r"folders: \S+/hub/models--a--b/snapshots/0a1\.$",
+        "page": "contains no checkpoint",
+        "words": "words' has a tokenizer but no model",
+        "alone": "alone' has weights but no config.json",
+        "fsdp": r"accelerate merge-weights \S+/fsdp/pytorch_model_fsdp_0 \S+/fsdp`",
+    }.items():
+        with pytest.raises(CheckpointError, match=says):
+            resolve_model(str(tmp_path / spec), tmp_path / "nowhere")
+
+
 def test_an_unfinished_model_is_not_listed(run: RunFolder) -> None:
     half = run.path.with_name(".writing-tales-mean")
     half.mkdir()

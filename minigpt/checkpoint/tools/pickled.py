@@ -32,8 +32,9 @@ from minigpt.checkpoint.model_folder import (
 from minigpt.checkpoint.published_models import canonical_names
 from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json
+from minigpt.checkpoint.tools.other_folders import not_a_model
 from minigpt.checkpoint.tools.refusals import other_format
-from minigpt.checkpoint.tools.weight_files import INDEX, shard_names
+from minigpt.checkpoint.tools.weight_files import BIN, BIN_INDEX, INDEX, shard_names
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError, cut
 from minigpt.files import open_regular, read_bytes, resource_errors, to_json
@@ -41,8 +42,6 @@ from minigpt.model import cost
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer, make_tokenizer
 
-_BIN = "pytorch_model.bin"
-_BIN_INDEX = "pytorch_model.bin.index.json"
 _NANOGPT = "ckpt.pt"
 _SHAPE = {
     "vocab_size": "vocab_size",
@@ -83,6 +82,8 @@ def import_pickled(
     Raises: CheckpointError if the file is malicious, damaged or of an unsupported model;
         ConfigError; DataError; ResourceError.
     """
+    if not source.is_dir() and (what := not_a_model(source)):
+        raise CheckpointError(what)
     folder = source if source.is_dir() else source.parent
     if not (folder / CONFIG).is_file():
         kind = f"{_NANOGPT} of nanoGPT"
@@ -96,7 +97,7 @@ def import_pickled(
             f"{str(folder)!r} has a config.json: leave them out."
         )
     else:
-        kind = _BIN
+        kind = BIN
         names = _bin_names(folder) if source.is_dir() else [source.name]
         write = partial(_write_hugging_face, source=folder, names=names)
     with writing_folder(out, {"imported_from": source.name}) as aside:
@@ -171,8 +172,9 @@ def _read_nanogpt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the shape of nanoGPT's model, as fields of ModelConfig, and its state_dict."""
     if not path.exists():
         raise CheckpointError(
-            f"there is no {str(path)!r}. Name nanoGPT's {_NANOGPT}, or a folder with config.json "
-            f"and {_BIN}."
+            not_a_model(path.parent)
+            or f"there is no {str(path)!r}. Name nanoGPT's {_NANOGPT}, or a folder with "
+            f"config.json and {BIN}."
         )
     checkpoint = _load(path)
     args = checkpoint.get("model_args") if isinstance(checkpoint, Mapping) else None
@@ -315,16 +317,17 @@ def _write_hugging_face(folder: Path, source: Path, names: Sequence[str]) -> Non
 
 
 def _bin_names(folder: Path) -> list[str]:
-    if (folder / _BIN).is_file():
-        return [_BIN]
-    if (folder / _BIN_INDEX).is_file():
-        return shard_names(folder / _BIN_INDEX)
+    if (folder / BIN).is_file():
+        return [BIN]
+    if (folder / BIN_INDEX).is_file():
+        return shard_names(folder / BIN_INDEX)
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         raise ConfigError(
             f"{str(folder)!r} is already a model folder, which --model can open. There is nothing "
             "to import."
         )
     raise CheckpointError(
-        f"{str(folder)!r} has no {_BIN}. Name a folder with config.json and {_BIN}, or nanoGPT's "
+        not_a_model(folder)
+        or f"{str(folder)!r} has no {BIN}. Name a folder with config.json and {BIN}, or nanoGPT's "
         f"{_NANOGPT}."
     )

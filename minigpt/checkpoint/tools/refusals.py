@@ -11,10 +11,12 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.resolve import SHIPPED, names_in, remedy, shipped_model
 from minigpt.checkpoint.tools.hub import HUB_NAME
+from minigpt.checkpoint.tools.other_folders import inner_folder, may_be_weights, not_a_model
 from minigpt.errors import CheckpointError, MinigptWarning, did_you_mean
 from minigpt.files import open_regular, resource_errors
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://(?P<host>[^/]*)/?")
+_TOKENIZER = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
 
 
 def other_format(path: Path) -> str:
@@ -68,44 +70,57 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
             advice += " Models on the Hugging Face Hub have names such as openai-community/gpt2."
     for place in places:
         if os.path.exists(place):  # False for invalid names, where Path.exists raises
-            return _not_a_model_folder(place, advice)
+            refused = _refused_folder if os.path.isdir(place) else _refused_file
+            return CheckpointError(refused(place, advice))
     where = f" in {str(root)!r}" if is_name else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
     return CheckpointError(f"there is no model {shown!r}{where}. {advice}")
 
 
-def _not_a_model_folder(place: Path, advice: str) -> CheckpointError:
-    """Return the error for a file or folder that is not a model folder.
+def _refused_file(path: Path, advice: str) -> str:
+    """Return the error for a file that is named as a model."""
+    if what := not_a_model(path):
+        return what
+    if may_be_weights(path):
+        return _pickle(path)
+    if (path.parent / "config.json").is_file():
+        advice = f"Name the model's folder: {str(path.parent)!r}."
+    elif what := other_format(path):
+        return f"{str(path)!r} {what}"
+    return f"{str(path)!r} is not a folder. {advice}"
 
-    Args: advice, the remedy if nothing better is known.
+
+def _refused_folder(folder: Path, advice: str) -> str:
+    """Return the error for a folder that is named as a model, but has no config.json.
+
     Raises: ResourceError if there is no permission to read it.
     """
-    is_folder = os.path.isdir(place)
-    if is_folder:
-        with resource_errors(place):
-            os.listdir(place)
-    pickles = [place] if place.is_file() else sorted(place.glob("*.pt"))
-    if pickles and pickles[0].suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
-        return CheckpointError(
-            f"{str(pickles[0])!r} is a pickle, which can run any code. Convert it without "
-            "running code: `minigpt checkpoints import "
-            f"{shlex.quote(str(pickles[0]))} NEW_FOLDER`."
+    with resource_errors(folder):
+        names = sorted(os.listdir(folder))
+    if what := not_a_model(folder):
+        return what
+    paths = [folder / name for name in names]
+    if pickles := [path for path in paths if path.suffix == ".pt" and may_be_weights(path)]:
+        return _pickle(pickles[0])
+    gguf = [path for path in paths if path.suffix == ".gguf"]
+    if gguf and (what := other_format(gguf[0])):
+        return f"{str(gguf[0])!r} {what}"
+    if what := inner_folder(folder):
+        return what
+    if any(path.suffix == ".safetensors" for path in paths):
+        return f"{str(folder)!r} has weights but no config.json. Add the model's config.json."
+    if not _TOKENIZER.isdisjoint(names):
+        return (
+            f"{str(folder)!r} has a tokenizer but no model. Name a folder that has config.json and "
+            "model.safetensors too."
         )
-    if place.is_file() and (place.parent / "config.json").is_file():
-        advice = f"Name the model's folder: {str(place.parent)!r}."
-        return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
-    others = sorted(place.glob("*.gguf")) if is_folder else [place]
-    if others and (what := other_format(others[0])):
-        return CheckpointError(f"{str(others[0])!r} {what}")
-    if not is_folder:
-        return CheckpointError(f"{str(place)!r} is not a folder. {advice}")
-    if (place / "adapter_config.json").is_file():
-        return CheckpointError(
-            f"{str(place)!r} is an adapter (LoRA) of another model. Merge the two with "
-            "PEFT's merge_and_unload, save the result, and name that."
-        )
-    return CheckpointError(
-        f"{str(place)!r} contains no checkpoint: no step folder, no config.json. {advice}"
+    return f"{str(folder)!r} contains no checkpoint: no step folder, no config.json. {advice}"
+
+
+def _pickle(path: Path) -> str:
+    return (
+        f"{str(path)!r} is a pickle, which can run any code. Convert it without running code: "
+        f"`minigpt checkpoints import {shlex.quote(str(path))} NEW_FOLDER`."
     )
 
 
