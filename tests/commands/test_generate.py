@@ -6,15 +6,19 @@ import re
 import signal
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 from calls import Run, error_line
+from small_models import small_model
 
+from minigpt.checkpoint.model_folder import write_model
 from minigpt.commands.display import compiling
 from minigpt.commands.generate import samples
 from minigpt.generation import fast
 from minigpt.generation.fast import background, compiled
 from minigpt.generation.fast.graph import GraphStep
+from minigpt.text.tokenizer import BytesTokenizer
 
 pytestmark = pytest.mark.usefixtures("in_trained")
 
@@ -98,6 +102,39 @@ def test_each_of_several_samples_can_be_reproduced_by_its_seed(run: Run) -> None
     assert both == ("-" * 20 + "\n").join(singles)
     lines = run(*words, "--seed", "5", "--num-samples", "2", "--json").out.splitlines()
     assert [json.loads(line)["text"] + "\n" for line in lines] == singles
+
+
+@pytest.mark.parametrize("command", ["generate", "attention-trace"])
+def test_suggested_sampling_that_is_not_in_use_is_reported(
+    run: Run, tmp_path: Path, command: str
+) -> None:
+    write_model(tmp_path / "m", small_model(vocab_size=257), BytesTokenizer())
+    path = tmp_path / "m" / "generation_config.json"
+    words = [command, "ab", "--model", str(tmp_path / "m"), "--max-new-tokens", "1"]
+    assert "suggests" not in run(*words).err
+    suggested = {
+        "temperature": 0.3,
+        "top_k": 50,  # the default of transformers
+        "top_p": 0.9,
+        "min_p": "many",
+        "repetition_penalty": 1.3,
+        "max_new_tokens": 7,
+    }
+    path.write_text(json.dumps(suggested))
+    said = "generation_config.json suggests {}: not used"
+    # transformers ignores the others without do_sample.
+    assert said.format("--repetition-penalty 1.3") in run(*words).err
+    path.write_text(json.dumps(suggested | {"do_sample": True}))
+    all_ = "--temperature 0.3 --top-p 0.9 --repetition-penalty 1.3"
+    assert run(*words).err.count(said.format(all_)) == 1
+    given = run(*words, "--top-p=0.8", "--repetition-penalty", "1")
+    assert said.format("--temperature 0.3") in given.err
+    greedy = run(*words, "--temperature", "0", "--repetition-penalty", "1.3")
+    for result in (greedy, run(*words, "--json")):
+        assert result.code == 0, result.err
+        assert "suggests" not in result.err
+    (path.parent / "manifest.json").write_text("{}")  # of a run: its model's file
+    assert "suggests" not in run(*words).err
 
 
 def test_many_samples_are_shown_in_order_and_in_full(run: Run) -> None:

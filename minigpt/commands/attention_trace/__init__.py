@@ -88,6 +88,8 @@ def attention_trace(
     if not targets.are_lines:
         ring("commands.attention_trace.files").check_files(targets, sampling.num_samples, config)
     ready = load_to_continue(source, prompt, form, sampling, interventions)
+    if not targets.as_json and (suggested := find_ring("commands.help.suggested")):
+        suggested.note_suggested(ready.folder, sampling)
     output = TraceOutput(model=ready.folder)
     if described := find_ring("commands.attention_trace.described"):
         output, config = described.output_for(ready, sampling, config, targets)

@@ -59,6 +59,8 @@ def generate(
     samples = find("commands.generate.samples")
     n_rows = sampling.num_samples
     ready = load_to_continue(source, prompt, form, sampling, interventions, n_rows=n_rows)
+    if not as_json and (suggested := find_ring("commands.help.suggested")):
+        suggested.note_suggested(ready.folder, sampling)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     display = samples and samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
     if interactive:
