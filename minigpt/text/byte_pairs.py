@@ -59,8 +59,8 @@ class TiktokenTokenizer(Tokenizer):
             encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
             arrays = list(map(encode, split_whitespace(text)))
         except BaseException as error:
-            # PanicException cannot be imported, and is not an Exception.
-            if type(error).__name__ != "PanicException":
+            # The regex raises ValueError; PanicException cannot be imported, and is no Exception.
+            if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(
                 f"the split pattern of {self.name!r} failed on this text ({error}). "

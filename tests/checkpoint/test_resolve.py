@@ -18,17 +18,18 @@ def test_a_model_is_found_by_path_step_and_name(
     run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = run.path.parent
-    run.point("best", 1)
+    with run.lock():
+        write_step(run, 3, val_loss=1.8)  # newer, but worse than step 2
     plain = tmp_path / "gpt2"
     plain.mkdir()
     (plain / "config.json").write_text("{}")
-    assert resolve_model(str(run.path), root) == run.step_folder(1)
-    assert resolve_model("tales", root) == run.step_folder(1)
-    assert resolve_model(str(run.step_folder(2)), root) == run.step_folder(2)
+    assert resolve_model(str(run.path), root) == run.step_folder(2)
+    assert resolve_model("tales", root) == run.step_folder(2)
+    assert resolve_model(str(run.step_folder(1)), root) == run.step_folder(1)
     assert resolve_model(str(plain), root) == plain
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tales").mkdir()  # a folder of texts is not a model, so it hides no run
-    assert resolve_model("tales", root) == run.step_folder(1)
+    assert resolve_model("tales", root) == run.step_folder(2)
     assert resolve_model("gpt2", root) == Path("gpt2")
 
 

@@ -276,3 +276,8 @@ def test_a_pattern_that_overflows_its_stack_loses_no_text() -> None:
     tokenizer = TiktokenTokenizer("odd", make_encoding("odd", r"x+(?!x)$|.", ranks, {}))
     text = "x" * 1_100_000 + "y"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+    tokenizer = TiktokenTokenizer(
+        "odd", make_encoding("odd", r"x+(?!x)$|.", ranks | {b"ab": 256}, {})
+    )
+    with pytest.raises(DataError, match=r"split pattern of 'odd' failed .* longest runs"):
+        tokenizer.encode(text)
