@@ -1,7 +1,8 @@
 """Read and write the tokenizer.json and tokenizer_config.json of a model folder."""
 
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,18 @@ from minigpt.checkpoint.model_folder import (
 )
 from minigpt.checkpoint.vocabulary_files import drop_tokens_without_row, read_vocabulary_files
 from minigpt.config import ModelConfig
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, MinigptWarning, cut
 from minigpt.files import read_json, to_json
 from minigpt.rings import ring
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.token_ids import TokenIdTokenizer
-from minigpt.text.tokenizer import BytesTokenizer, Tokenizer
-from minigpt.text.tokenizer_classes import TOKENIZER_CONFIG, as_auto_tokenizer
+from minigpt.text.tokenizer import RESIZE, BytesTokenizer, Tokenizer
+from minigpt.text.tokenizer_classes import (
+    TOKENIZER_CONFIG,
+    as_auto_tokenizer,
+    named_tokens,
+    tokenizer_settings,
+)
 
 NAME_FIELD = "name_or_path"
 """Field of tokenizer_config.json that stores Tokenizer.name."""
@@ -57,6 +63,8 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
         raise CheckpointError(
             f"the vocabulary in {str(folder)!r} {problem}. Take both from the same place."
         )
+    if tokenizer is not None and tokenizer.without_row:
+        _warn_of_tokens_without_row(folder, tokenizer.without_row)
     return tokenizer
 
 
@@ -98,13 +106,32 @@ def read_tokenizer(
         data = read_vocabulary_files(folder)
     if data is None:
         return None
+    without_row: tuple[str, ...] = ()
     if n_rows is not None:
-        data = drop_tokens_without_row(data, n_rows)
+        data, without_row = drop_tokens_without_row(data, n_rows)
         end_of_text_ids = tuple(id_ for id_ in end_of_text_ids if id_ < n_rows)
     named = config.get(NAME_FIELD)
     place = folder.parent if folder.name.startswith("step-") else folder
     name = named if isinstance(named, str) else place.name
-    return tokenizer_from_json(data, name, end_of_text_ids=end_of_text_ids)
+    tokenizer = tokenizer_from_json(data, name, end_of_text_ids=end_of_text_ids)
+    tokenizer.without_row = without_row
+    return tokenizer
+
+
+def _warn_of_tokens_without_row(folder: Path, tokens: Sequence[str]) -> None:
+    """Warn of tokens without a row, except those that are for padding or images only."""
+    named = named_tokens(tokenizer_settings(folder))
+    unused = (named.get("pad_token"), named.get("image_token"))
+    texts = [token for token in tokens if token not in unused and "pad" not in token.lower()]
+    if not texts:
+        return
+    shown = ", ".join(map(cut, texts[:3])) + (", ..." if len(texts) > 3 else "")
+    warnings.warn(
+        f"the model's embedding in {str(folder)!r} has no row for {shown} of its tokenizer "
+        f"(plain text here). {RESIZE}",
+        MinigptWarning,
+        stacklevel=2,
+    )
 
 
 def tokenizer_from_json(

@@ -52,23 +52,26 @@ def read_vocabulary_files(folder: Path) -> JSONValue | None:
         ) from None
 
 
-def drop_tokens_without_row(data: Mapping[str, Any], n_rows: int) -> Mapping[str, Any]:
-    """Return a tokenizer.json without the added tokens that have no row in the model's embedding.
+def drop_tokens_without_row(
+    data: Mapping[str, Any], n_rows: int
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Leave out the added tokens that have no row in the model's embedding.
 
-    Such a token, often for padding, cannot occur in a text of the model.
+    Returns: the tokenizer.json without them, and their texts by id.
     """
     try:
-        without = {t["content"] for t in data["added_tokens"] if t["id"] >= n_rows}
+        tokens = [t for t in data["added_tokens"] if t["id"] >= n_rows]
+        without = tuple(str(t["content"]) for t in sorted(tokens, key=lambda t: t["id"]))
         if not without:
-            return data
+            return data, ()
         added = [t for t in data["added_tokens"] if t["content"] not in without]
         model, vocab = data["model"], data["model"].get("vocab")
         if isinstance(vocab, dict):
             vocab = {token: id_ for token, id_ in vocab.items() if token not in without}
             model = model | {"vocab": vocab}
-        return {**data, "added_tokens": added, "model": model}
+        return {**data, "added_tokens": added, "model": model}, without
     except (KeyError, TypeError, AttributeError):
-        return data  # damaged: reading it raises the error
+        return data, ()  # damaged: reading it raises the error
 
 
 def json_from_scores(data: Mapping[str, Any]) -> JSONValue:

@@ -327,6 +327,7 @@ def _encode(chunk: list[Document], corpus: Corpus, tokenizer: Tokenizer, dtype: 
             arrays.append(separator)
         parts = [piece.text]
         if data.special:  # the odd parts are special tokens
+            tokenizer.require_rows(piece.text)
             parts = tokenizer.special_pattern.split(piece.text)
         else:
             unparsed.update(tokenizer.special_pattern.findall(piece.text))

@@ -39,6 +39,7 @@ _PLAIN = "the plain chat template"
 
 # Unicode noncharacters, which normal text does not contain; they are removed from messages.
 _BEGIN, _END = "\ufdd0", "\ufdd1"  # around a special token that is plain text
+_MARKED = re.compile(f"{_BEGIN}[^{_END}]*{_END}")
 _NONCHARACTERS = re.compile("[\ufdd0-\ufdd3]")
 
 
@@ -115,7 +116,9 @@ class ChatTemplate:
     def end_of_turn(self, tokenizer: Tokenizer) -> int | None:
         """Return the id of the special token after an answer; None if there is none."""
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _BEGIN}]
-        after = self._rendered(messages, False).partition(_BEGIN)[2]
+        rendered_text = self._rendered(messages, False)
+        tokenizer.require_rows(rendered_text)
+        after = rendered_text.partition(_BEGIN)[2]
         found = tokenizer.special_pattern.match(_NONCHARACTERS.sub("", after).lstrip())
         return tokenizer.special_ids[found[0]] if found else None
 
@@ -330,6 +333,8 @@ def _marked(value: Any, tokenizer: Tokenizer) -> Any:
 
     def mark(text: str) -> str:
         plain = _NONCHARACTERS.sub("", well_formed(text))
+        for token in tokenizer.without_row:
+            plain = plain.replace(token, f"{_BEGIN}{token}{_END}")
         return tokenizer.special_pattern.sub(f"{_BEGIN}\\1{_END}", plain)
 
     return map_texts(value, mark)
@@ -339,6 +344,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the ids of a rendered text, in which marked special tokens are plain text."""
     if _BEGIN not in text and _END not in text:
         return tokenizer.encode(text, special=True)
+    tokenizer.require_rows(_MARKED.sub("", text))
     special = tokenizer.special_pattern.pattern
     ids: list[int] = []
     token: str | None = None

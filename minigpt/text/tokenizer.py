@@ -12,9 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from minigpt.errors import CheckpointError
 from minigpt.rings import ring
 
 END_OF_TEXT = "<|endoftext|>"
+RESIZE = (
+    "In transformers, call model.resize_token_embeddings(len(tokenizer)), train the new rows, and "
+    "save the model again."
+)
+"""Remedy for tokens that were added to a vocabulary, but not to its model."""
 BYTES_PATTERN = r"(?s:.)"
 
 
@@ -46,6 +52,8 @@ class Tokenizer(ABC):
         """Ids of end-of-text tokens, at which generation stops."""
         self.end_of_text = next(iter(self.end_of_text_ids), None) if usual is None else usual
         """Id of the token between documents. None if the vocabulary has none."""
+        self.without_row: tuple[str, ...] = ()
+        """Added tokens that are left out because the model's embedding has no row for them."""
 
     @abstractmethod
     def encode_array(
@@ -99,6 +107,18 @@ class Tokenizer(ABC):
         longest_first = sorted(texts, key=len, reverse=True)
         return re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
 
+    def require_rows(self, text: str) -> None:
+        """Raise CheckpointError if a text has a token of ``without_row``.
+
+        It would be encoded as plain text, although special tokens are parsed.
+        """
+        for token in self.without_row:
+            if token in text:
+                raise CheckpointError(
+                    f"{token!r} is a token of the vocabulary {self.name!r}, but the model has no "
+                    f"embedding for it. {RESIZE}"
+                )
+
     def encode_parsed(self, text: str) -> npt.NDArray[np.uint32]:
         """Return the ids of a text, with the text of special tokens parsed to their ids."""
         parts = self.special_pattern.split(text)
@@ -116,7 +136,12 @@ class Tokenizer(ABC):
         return {} if is_usual else {"end_of_text": list(self.end_of_text_ids)}
 
     def encode(self, text: str, *, is_start: bool = True, special: bool = False) -> list[int]:
-        """Return the ids of a text as a list; see ``encode_array``."""
+        """Return the ids of a text as a list; see ``encode_array``.
+
+        Raises: DataError as ``encode_array``; CheckpointError as ``require_rows``, if ``special``.
+        """
+        if special:
+            self.require_rows(text)
         return self.encode_array(text, is_start=is_start, special=special).tolist()
 
     def encode_prompt(self, text: str, *, special: bool = False) -> list[int]:
@@ -124,7 +149,7 @@ class Tokenizer(ABC):
 
         An empty text gives the token that begins a document, or no ids if there is no such token.
 
-        Raises: DataError as ``encode_array``.
+        Raises: as ``encode``.
         """
         begin = list(self.prefix)
         if not text and not begin and self.end_of_text is not None:

@@ -152,3 +152,58 @@ def test_special_tokens_in_a_message_are_plain_text(run: Run, folder: Path) -> N
     words = ["attention-trace", "--chat", "--model", "model", *GREEDY, "1"]
     ids = [token["token"] for token in facts(run(*words, "a<|im_end|>").out)[0]["prompt"]]
     assert (ids.count(257), ids.count(258)) == (2, 1)
+
+
+@pytest.fixture
+def resized_too_little(folder: Path) -> Path:
+    """Return the folder of a model whose tokenizer got three more tokens, and which was not."""
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text())
+    like = data["added_tokens"][-1]
+    for text in ("<|user|>", "<|bot|>", "<pad>"):
+        data["added_tokens"].append(like | {"content": text, "id": len(data["added_tokens"]) + 256})
+    path.write_text(json.dumps(data))
+    return folder
+
+
+def test_tokens_without_an_embedding_are_reported_or_refused(
+    run: Run, resized_too_little: Path
+) -> None:
+    said = "has no row for '<|user|>', '<|bot|>' of its tokenizer"
+    template = resized_too_little / "chat_template.jinja"
+    few = ["--model", "model", "--max-new-tokens", "2"]
+    for words in (
+        ["generate", "a", *few],
+        ["generate", "a <|user|>", "--chat", *few],  # plain text in a message, as any other token
+        ["checkpoints", "verify", "model"],
+    ):
+        result = run(*words)
+        assert result.code == 0, result.err
+        assert " ".join(result.err.split()).count(said) == 1, result.err
+    template.write_text("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}")
+    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 9)
+    Path("text.txt").write_text("a <|user|> b\n" * 99)
+    for words in (
+        ["generate", "a", "--chat", *few],
+        ["generate", "a <|user|>", "--special", *few],
+        ["generate", "a", "--special", "--force", "<|user|>", *few],
+        ["generate", "--interactive", "--chat", *few],
+        ["evaluate", "text.txt", "--special", "--model", "model"],
+        ["evaluate", "rows.jsonl", "--chat", "--model", "model"],
+        ["train", "rows.jsonl", "--chat", "--from", "model"],
+    ):
+        result = run(*words)
+        assert result.code == 4, words
+        line = result.err.splitlines()[-1]
+        assert line.startswith("error: '<|user|>' is a token of the vocabulary"), result.err
+        assert "resize_token_embeddings" in line
+
+
+def test_only_a_padding_token_without_an_embedding_is_no_reason_to_warn(
+    run: Run, resized_too_little: Path
+) -> None:
+    path = resized_too_little / "tokenizer.json"
+    data = json.loads(path.read_text())
+    data["added_tokens"] = [t for t in data["added_tokens"] if t["id"] not in (259, 260)]
+    path.write_text(json.dumps(data))
+    assert "no row" not in run("generate", "a", "--model", "model", "--max-new-tokens", "2").err

@@ -108,7 +108,7 @@ def test_characters_missing_in_a_vocabulary_are_skipped_in_conversations_too(
     path = tmp_path / "chats.jsonl"
     path.write_text(9 * (json.dumps(row) + "\n"))
     words = ["prepare", str(path), "--chat", "--from", str(tmp_path / "few"), "--out", "tokens"]
-    assert "--skip-unencodable" in error_line(run(*words))
+    assert "--skip-unencodable" in run(*words).err
     result = run(*words, "--skip-unencodable", "--json")
     assert result.code == 0
     assert json.loads(result.out)["n_skipped"] == 9 * 6

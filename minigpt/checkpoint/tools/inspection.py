@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.checkpoint.model_folder import read_config
+from minigpt.checkpoint.model_folder import read_config, read_vocabulary
 from minigpt.checkpoint.stored_tensors import StoredTensor, stored_tensors
 from minigpt.config import ModelConfig
 from minigpt.errors import MinigptError
@@ -71,7 +71,9 @@ class Check:
 
 
 def check(folder: Path, *, is_step: bool) -> Check:
-    """Compare a checkpoint with its manifest or, without one, its weight headers with its config.
+    """Compare a checkpoint with its manifest.
+
+    Without one, compare its weight headers with its config, and its tokenizer with its embedding.
 
     Args: is_step, whether it is a step of a run, which must have a manifest.
     """
@@ -82,7 +84,7 @@ def check(folder: Path, *, is_step: bool) -> Check:
             if has_manifest:
                 verify(folder, hashes=True)
             else:
-                describe(folder)
+                read_vocabulary(folder, describe(folder).config.vocab_size)  # it may warn
     except MinigptError as error:
         problem = str(error).removeprefix(f"the checkpoint {str(folder)!r} is damaged: ")
     return Check(folder, has_manifest, problem)
