@@ -86,7 +86,7 @@ def verify(
 
     Compares every byte of a checkpoint with the SHA-256 in its manifest. A model folder from
     elsewhere has no manifest: the names, shapes and dtypes of its tensors are compared with its
-    config.json.
+    config.json, and its tokenizer with its embedding.
 
     Prints one line each; the exit code is 4 if any is damaged or cannot be found.
     """
