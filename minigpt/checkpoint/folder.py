@@ -43,7 +43,6 @@ WEIGHTS_ONLY = "weights_only"
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = ".replaced-"
-_LOCK = ".lock"
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,6 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Lock the run folder against other writers, creating it if needed; clean up after kills.
 
-        A folder that was created and in which nothing was written is removed again.
-
         Raises: LockedError, without waiting, if another process or RunFolder holds it;
             ResourceError.
         """
@@ -78,7 +75,7 @@ class RunFolder:
             f"another run is writing {str(self.path)!r}. Wait until it ends, or give this one "
             "another --name."
         )
-        with _removing_unused(self.path), locked(self.path / _LOCK, message):
+        with locked(self.path / ".lock", message):
             with resource_errors(self.path):
                 for path in self.path.glob(f"{_REPLACED}*"):
                     final = self.path / path.name.removeprefix(_REPLACED)
@@ -88,13 +85,7 @@ class RunFolder:
                     for path in self.path.glob(f"{prefix}*"):
                         remove(path)
                 self._locked = os.stat(self.path)
-            try:
-                yield
-            finally:
-                with suppress(OSError):  # the folder may have been moved
-                    if os.listdir(self.path) == [_LOCK]:
-                        # While it is held: a later one could be another process's.
-                        (self.path / _LOCK).unlink()
+            yield
 
     def step_folder(self, step: int) -> Path:
         """Return the folder of a step's checkpoint, whether it exists or not."""
@@ -157,18 +148,6 @@ class RunFolder:
         best = min(pointers, key=lambda p: (_val_loss(p), p.step != named), default=None)
         is_known = best and (best.step == named or _val_loss(best) < math.inf)
         return best if is_known else self.latest()
-
-
-@contextmanager
-def _removing_unused(folder: Path) -> Iterator[None]:
-    """Remove a folder that the block creates if it is empty at the end."""
-    is_new = not os.path.exists(folder)
-    try:
-        yield
-    finally:
-        if is_new:
-            with suppress(OSError):  # it has files, or another process uses it by now
-                folder.rmdir()
 
 
 def moved(run: Path) -> ResourceError:

@@ -191,26 +191,6 @@ def test_lock_is_not_shared_within_a_process(run: RunFolder) -> None:
         pass
 
 
-def test_a_new_folder_is_removed_if_nothing_was_written_in_it(tmp_path: Path) -> None:
-    new = RunFolder(tmp_path / "new")
-
-    def fail() -> None:
-        with new.lock():
-            with pytest.raises(LockedError), RunFolder(new.path).lock():
-                pass
-            assert new.path.exists()  # another's attempt does not remove it
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert not new.path.exists()
-    with new.lock():
-        (new.path / "config.toml").write_text("")
-    with new.lock():
-        (new.path / "config.toml").unlink()
-    assert new.path.exists()  # the last call did not create it
-
-
 def test_an_exception_removes_the_unfinished_step(run: RunFolder) -> None:
     def write_and_interrupt() -> None:
         with run.writing_step(3) as folder:
