@@ -196,14 +196,3 @@ def read_vocabulary(folder: Path, n_rows: int) -> Tokenizer | None:
             "minigpt to use it."
         )
     return BytesTokenizer()
-
-
-def tokenizer_remedy(folder: Path) -> str:
-    """Return the remedy for a model folder without a tokenizer that is read."""
-    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
-        if (folder / name).is_file():
-            return (
-                f"Its {name} is SentencePiece's. Write tokenizer.json with transformers: "
-                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
-            )
-    return "Add the tokenizer.json that the model was trained with."

@@ -12,9 +12,12 @@ from minigpt.checkpoint.model_folder import (
     CONFIG,
     GENERATION_CONFIG,
     TOKENIZER,
+)
+from minigpt.checkpoint.vocabulary_files import (
+    drop_tokens_without_row,
+    read_vocabulary_files,
     tokenizer_remedy,
 )
-from minigpt.checkpoint.vocabulary_files import drop_tokens_without_row, read_vocabulary_files
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, MinigptWarning, cut
 from minigpt.files import read_json, to_json

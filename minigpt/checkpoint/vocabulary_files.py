@@ -158,3 +158,14 @@ def json_from_merges(
         **parts
         | {"model": model, "post_processor": beginning_with(begin, ids[begin]) if begins else None},
     )
+
+
+def tokenizer_remedy(folder: Path) -> str:
+    """Return the remedy for a model folder without a tokenizer that is read."""
+    for name in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        if (folder / name).is_file():
+            return (
+                f"Its {name} is SentencePiece's. Write tokenizer.json with transformers: "
+                "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
+    return "Add the tokenizer.json that the model was trained with."

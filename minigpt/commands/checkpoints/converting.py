@@ -13,6 +13,7 @@ from minigpt.commands import tables
 from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import ConfigError
 from minigpt.format import short, with_unit
+from minigpt.rings import ring
 
 _TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -86,7 +87,6 @@ def import_(
     Instead, --vocabulary names the text that prepare.py read: the vocabulary is its sorted
     characters. nanoGPT used gelu_tanh before June 2023; its checkpoints do not record this.
     """
-    from minigpt.checkpoint.model_folder import tokenizer_remedy
     from minigpt.checkpoint.tools.pickled import import_pickled
 
     if os.path.lexists(folder):
@@ -99,9 +99,10 @@ def import_(
         activation=activation,
     )
     if not imported.has_tokenizer:
+        remedy = ring("checkpoint.vocabulary_files").tokenizer_remedy(Path(folder))
         console.note(
             "note: the model has no vocabulary, so prompts and texts are token ids, and training, "
-            f"evaluation and chat are not possible. {tokenizer_remedy(Path(folder))}"
+            f"evaluation and chat are not possible. {remedy}"
         )
     if as_json:
         facts = {"folder": folder, "source": imported.source}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.checkpoint.manifest import MANIFEST, verify
-from minigpt.checkpoint.model_folder import tokenizer_remedy
 from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
@@ -27,7 +26,7 @@ from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.format import duration, short
 from minigpt.generation.loading import load
 from minigpt.model.device import inference_dtype, resolve_device
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import build, read_toml
 from minigpt.text.batches import validation_windows
 from minigpt.text.tokenizer import Tokenizer
@@ -55,9 +54,9 @@ def measure(
     loaded = load(folder, device=device.type, dtype="float32", quantize=source.quantize)
     model, tokenizer = loaded.model, loaded.tokenizer
     if tokenizer is None:
+        remedy = ring("checkpoint.vocabulary_files").tokenizer_remedy(folder)
         raise CheckpointError(
-            f"{str(folder)!r} has no tokenizer.json, so it cannot be evaluated on text. "
-            f"{tokenizer_remedy(folder)}"
+            f"{str(folder)!r} has no tokenizer.json, so it cannot be evaluated on text. {remedy}"
         )
     with ProgressLine("reading", is_quiet=is_quiet) as progress:
         data = _read(config, text, folder, tokenizer, progress)

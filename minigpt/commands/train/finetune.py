@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from minigpt.checkpoint.carried import read_carried
-from minigpt.checkpoint.model_folder import read_model, tokenizer_remedy
+from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.train.job import LIMITS, Request, Start, one_budget, require_memory
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
-from minigpt.rings import find_ring
+from minigpt.rings import find_ring, ring
 from minigpt.settings import build, flat, given, merge, to_dict
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import PreparedData, prepare, prepared_settings
@@ -80,9 +80,9 @@ def read_base(spec: str) -> Base:
             )
     tokenizer = loaded.tokenizer
     if tokenizer is None:
+        remedy = ring("checkpoint.vocabulary_files").tokenizer_remedy(folder)
         raise CheckpointError(
-            f"{str(folder)!r} has no tokenizer.json, so it cannot be trained on text. "
-            f"{tokenizer_remedy(folder)}"
+            f"{str(folder)!r} has no tokenizer.json, so it cannot be trained on text. {remedy}"
         )
     return Base(source, loaded.model, tokenizer, folder)
 
