@@ -1,4 +1,4 @@
-"""Read settings from TOML files and ``--set``, merge them, and convert them to and from configs."""
+"""Read and merge settings from TOML files and ``--set``, and build configs from them."""
 
 import dataclasses
 import tomllib

@@ -59,7 +59,7 @@ class TiktokenTokenizer(Tokenizer):
             encode = partial(self.encoding.encode_to_numpy, disallowed_special=())
             arrays = list(map(encode, split_whitespace(text)))
         except BaseException as error:
-            # The regex raises ValueError; PanicException cannot be imported, and is no Exception.
+            # A ValueError of its regex, or a PanicException, which cannot be imported.
             if not isinstance(error, ValueError) and type(error).__name__ != "PanicException":
                 raise
             raise DataError(

@@ -106,7 +106,7 @@ def verify(
 
 
 def _verdicts(models: Sequence[str] | None) -> Iterator["Check"]:
-    """Check all checkpoints of these models, or all in the root; names that are none are bad."""
+    """Check all checkpoints of these models, or all in the root; a name that is no model fails."""
     from minigpt.checkpoint.tools.inspection import Check, check  # imports torch; list does not
 
     found: list[Entry | Check] = [] if models else [*take_inventory(ROOT)]

@@ -41,7 +41,7 @@ _SYNONYMS = {
     # llama.cpp
     "--ctx-size": "--context-length",
     "--n-predict": "--max-new-tokens",
-    # of several
+    # several programs
     "--output": "--out",
     "--seq-len": "--context-length",
 }

@@ -127,7 +127,7 @@ class TrainingDisplay(ProgressLine, Display):
             self.live.stop()
         best = self._run.folder.best()
         assert best is not None, "a run ends with a checkpoint"
-        # The facts are missing if best.json was damaged and the latest step replaces it.
+        # Without a validation text there are no losses.
         losses = [
             f"{best.facts[key]:.4f} {unit}" for key, unit in _LOSSES.items() if key in best.facts
         ]

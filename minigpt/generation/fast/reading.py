@@ -174,7 +174,7 @@ def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], **kinds: Any
 
 
 def prepare_for_decoding(model: Model, *, joins: bool = True, **kinds: Any) -> Model:
-    """Return a copy of a model for inference, its weights laid out as the eager decode step reads.
+    """Return a copy of a model for inference, laid out as the eager decode step reads it.
 
     A step of a model that was not prepared copies its weights into this layout.
 
