@@ -4,10 +4,12 @@ By default the graph's operations run one by one, because compiling them is slow
 """
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -321,6 +323,27 @@ def test_greedy_tokens_equal_gpt_forward_and_the_graph_is_compiled_once(
     assert len(context) == 24
     monkeypatch.delattr(compiled, "_compile")
     assert tokens() == context[5:]
+
+
+@pytest.mark.slow  # compiles: half a minute
+@pytest.mark.parametrize("graph_mode", ["compiled"], indirect=True)
+def test_int8_is_loaded_into_registers_on_avx2(
+    graph_mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.cpu.get_capabilities().get("avx2"):
+        pytest.skip("needs a CPU with AVX2")
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")  # also on a CPU with AVX512
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    model, tokens = in_int8(small_model("llama-grouped")), random_tokens(1, 12)
+    forward = CompiledForward(model, capacity=24)
+    forward.feed(tokens[:, :3])
+    for end in range(4, 13):
+        assert_close(forward.feed(tokens[:, end - 1 : end]), fed(model, tokens[:, :end]))
+    [package] = tmp_path.rglob("*.pt2")
+    with ZipFile(package) as files:
+        [kernels] = (files.read(name) for name in files.namelist() if name.endswith(".kernel.cpp"))
+    assert b"_mm_loadl_epi64" in kernels
+    assert not re.search(rb"Vectorized<int8_t>::loadu\(.*\(8\)\)", kernels)
 
 
 class Loader:

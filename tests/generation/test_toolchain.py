@@ -1,4 +1,7 @@
-"""Parallel C++ compilations run the same commands and raise the same errors as sequential ones."""
+"""What is changed in torch's compiler: loads of int8 for AVX2, and compilations run in parallel.
+
+Parallel compilations run the same commands and raise the same errors as sequential ones.
+"""
 
 import gc
 import threading
@@ -6,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from torch._inductor import cpp_builder, cpu_vec_isa
+from torch._inductor.codegen.cpp import CppVecKernel
 
-from minigpt.generation.fast.toolchain import gc_disabled, overlapped
+from minigpt.generation.fast.toolchain import gc_disabled, loads_in_registers, overlapped
 
 WRAPPER, KERNEL = "g++ a.wrapper.cpp -c -o a.o", "g++ b.kernel.cpp -c -o b.o"
 LINK = "g++ a.o b.o -shared -o c.so"
@@ -93,3 +97,31 @@ def test_the_garbage_collector_runs_again_after_a_failure() -> None:
     with pytest.raises(OSError, match="failed"), gc_disabled():
         fail()
     assert gc.isenabled()
+
+
+INT8, FLOAT = "at::vec::Vectorized<int8_t>", "at::vec::Vectorized<float>"
+
+
+@pytest.mark.parametrize(
+    ("isa", "line", "expected"),
+    [
+        (
+            "avx2",
+            f"{INT8}::loadu(in_ptr7 + static_cast<int64_t>(x1 + 768L*x0), static_cast<int64_t>(8))",
+            f"{INT8}(_mm256_castsi128_si256(_mm_loadl_epi64(reinterpret_cast<const __m128i*>("
+            "in_ptr7 + static_cast<int64_t>(x1 + 768L*x0)))))",
+        ),
+        ("avx2", f"{INT8}::loadu(in_ptr7, static_cast<int64_t>(3))", None),  # the last few values
+        ("avx2", f"{FLOAT}::loadu(in_ptr7, static_cast<int64_t>(8))", None),
+        ("avx512", f"{INT8}::loadu(in_ptr7, static_cast<int64_t>(16))", None),
+        ("asimd", f"{INT8}::loadu(in_ptr7, static_cast<int64_t>(8))", None),
+    ],
+)
+def test_only_loads_of_eight_int8_values_for_avx2_change(
+    isa: str, line: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda: isa)
+    monkeypatch.setattr(CppVecKernel, "_get_vec_load_line", lambda *_: line)
+    with loads_in_registers():
+        assert CppVecKernel._get_vec_load_line(object(), "in_ptr7", 0, None) == (expected or line)  # type: ignore[arg-type]
+    assert CppVecKernel._get_vec_load_line(object(), "in_ptr7", 0, None) == line  # type: ignore[arg-type]

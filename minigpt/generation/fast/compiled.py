@@ -294,6 +294,7 @@ def _compile(step: GraphStep, path: Path, *, is_batch: bool) -> None:
             torch.no_grad(),
             toolchain.gc_disabled(),
             toolchain.less_code(),
+            toolchain.loads_in_registers(),
             toolchain.overlapped(),
         ):
             warnings.simplefilter("ignore")  # the compiler warns about its own code
