@@ -1,5 +1,6 @@
 """Matrix-vector products over weight tables equal plain matrix products."""
 
+import itertools
 import threading
 from typing import Any
 
@@ -96,13 +97,16 @@ def test_a_matmul_restricted_to_some_outputs_equals_those_of_the_full_matmul(
     )
 
 
-def test_a_table_product_is_bitwise_independent_of_threads_and_rows() -> None:
+def test_a_table_product_is_bitwise_independent_of_threads_rows_and_blocks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     weight, x = matrix((1000, 96), torch.int8), factors(4, 96)
     n_threads = torch.get_num_threads()
     try:
         products = []
-        for n in (1, 2, 3):
+        for n, has_avx512 in itertools.product((1, 2, 3), (True, False)):
             torch.set_num_threads(n)
+            monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": has_avx512})  # noqa: B023
             table = MatvecTable(weight)
             products += [table.product(x), torch.cat([table.product(row[None]) for row in x])]
     finally:
@@ -110,11 +114,19 @@ def test_a_table_product_is_bitwise_independent_of_threads_and_rows() -> None:
     assert all(torch.equal(product, products[0]) for product in products)
 
 
+@pytest.mark.parametrize(("has_avx512", "widest"), [(True, 256), (False, 112)])
 @pytest.mark.parametrize("n_threads", [1, 2, 6, 16])
 @pytest.mark.parametrize("n_outputs", [1, 32, 257, 384, 2304, 50257])
-def test_table_blocks_cover_all_outputs_with_little_padding(n_outputs: int, n_threads: int) -> None:
+def test_table_blocks_cover_all_outputs_with_little_padding(
+    n_outputs: int,
+    n_threads: int,
+    has_avx512: bool,
+    widest: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": has_avx512})
     n_blocks, width = split_into_blocks(n_outputs, n_threads)
     assert n_outputs <= n_blocks * width <= n_outputs + 16 * n_blocks
-    assert width <= 256
+    assert width <= widest
     if n_outputs >= 256 * n_threads:
         assert n_blocks % n_threads == 0
