@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from calls import Run
 
+from minigpt.commands import loading
 from minigpt.settings import read_toml
 
 _SHAPE = """
@@ -44,6 +45,15 @@ def test_settings_derived_from_a_small_text_are_recorded_reported_and_resumed(ru
         assert saved["training"][name] > 0, name
     assert run("train", "--resume", "--name", "small").code == 0
     assert config_of("small") == saved
+
+
+def test_training_in_a_dtype_that_the_cpu_computes_slowly_is_noted(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda _: False)
+    words = ["train", "corpus.txt", "--max-steps", "1", "--device", "cpu", *SHAPE]
+    assert "no bfloat16 instructions" in run(*words, "--dtype", "bfloat16").err
+    assert "no bfloat16 instructions" not in run(*words, "--dtype", "float32").err
 
 
 def test_explicit_settings_override_those_derived_from_the_text(run: Run) -> None:

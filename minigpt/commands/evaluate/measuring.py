@@ -16,7 +16,7 @@ from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
-from minigpt.commands.loading import use_threads
+from minigpt.commands.loading import slow_dtype_note, use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.tables import fact_lines
 from minigpt.config import DataConfig, ModelConfig, RunConfig
@@ -64,6 +64,8 @@ def measure(
         windows = _windows(config, model.config, len(span), device.type)
         n_predicted = min(config.eval_tokens or len(span), len(span) - 1)
         progress.note(f"model {shown_name(folder)}")
+        if slow := slow_dtype_note(device, dtype):
+            progress.note(slow)
         # A run with --val has a separate validation text; without the ring of corpora, no run does.
         paths = getattr(text, "val", ()) or text.paths
         if not config.data:

@@ -9,6 +9,7 @@ from pathlib import Path
 from minigpt.checkpoint.folder import Pointer
 from minigpt.checkpoint.model_folder import name_of
 from minigpt.checkpoint.resolve import shown_name
+from minigpt.commands.loading import slow_dtype_note
 from minigpt.commands.process import command_line
 from minigpt.errors import DataError
 from minigpt.format import count, duration, short
@@ -50,6 +51,8 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
         f"width {model.d_model}, context {model.context_length}{sequences}",
     )
     yield "run", _budget(trainer)
+    if slow := slow_dtype_note(trainer.device, trainer.dtype):
+        yield "note", slow
     if resume := find_ring("commands.train.resume"):
         for line in resume.resumed_notes(trainer):
             yield "note", line
