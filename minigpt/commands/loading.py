@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minigpt.checkpoint.model_folder import LoadedModel
 from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.options import Interventions, ModelSource, PromptForm
@@ -16,7 +14,6 @@ from minigpt.config import SamplingConfig
 from minigpt.console import note
 from minigpt.errors import DataError
 from minigpt.generation import loading as models
-from minigpt.model.device import has_fast_bfloat16
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.text.tokenizer import Tokenizer
@@ -123,20 +120,12 @@ def show_model(folder: Path) -> None:
 
 def use_threads(threads: int | None) -> None:
     """Set the number of CPU threads that torch uses; None leaves the default."""
+    import torch
+
     if threads is not None:
         torch.set_num_threads(threads)
     if openmp := find_ring("commands.openmp"):
         openmp.share_cores(torch.get_num_threads())
-
-
-def slow_dtype_note(device: torch.device, dtype: torch.dtype) -> str:
-    """Return a note if a CPU computes in a dtype slowly; "" if not."""
-    if device.type != "cpu" or dtype != torch.bfloat16 or has_fast_bfloat16(device):
-        return ""
-    return (
-        "this CPU has no bfloat16 instructions, so bfloat16 is several times as slow as float32: "
-        "leave --dtype out"
-    )
 
 
 def compiling(

@@ -15,8 +15,8 @@ from test_streams import Screen
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
-from minigpt.commands import loading
 from minigpt.commands.display import progress
+from minigpt.commands.train import explanations
 from minigpt.model.device import resolve_dtype
 from minigpt.text.bpe import train_bpe
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
@@ -60,7 +60,7 @@ def test_evaluate_reproduces_the_validation_loss_of_a_run(run: Run) -> None:
 def test_a_dtype_that_the_cpu_computes_slowly_is_noted(
     run: Run, dtype: str, is_fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda _: is_fast)
+    monkeypatch.setattr(explanations, "has_fast_bfloat16", lambda _: is_fast)
     result = run("evaluate", "corpus.txt", "--model", "tiny", "--dtype", dtype, "--device", "cpu")
     assert result.code == 0
     assert ("no bfloat16 instructions" in result.err) is (dtype == "bfloat16" and not is_fast)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from calls import Run
 
-from minigpt.commands import loading
+from minigpt.commands.train import explanations
 from minigpt.settings import read_toml
 
 _SHAPE = """
@@ -50,7 +50,7 @@ def test_settings_derived_from_a_small_text_are_recorded_reported_and_resumed(ru
 def test_training_in_a_dtype_that_the_cpu_computes_slowly_is_noted(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "has_fast_bfloat16", lambda _: False)
+    monkeypatch.setattr(explanations, "has_fast_bfloat16", lambda _: False)
     words = ["train", "corpus.txt", "--max-steps", "1", "--device", "cpu", *SHAPE]
     assert "no bfloat16 instructions" in run(*words, "--dtype", "bfloat16").err
     assert "no bfloat16 instructions" not in run(*words, "--dtype", "float32").err

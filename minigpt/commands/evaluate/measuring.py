@@ -16,9 +16,10 @@ from minigpt.checkpoint.manifest import MANIFEST, verify
 from minigpt.checkpoint.resolve import resolve_model, shown_name
 from minigpt.commands.display.progress import ProgressLine
 from minigpt.commands.evaluate import EvaluationConfig
-from minigpt.commands.loading import slow_dtype_note, use_threads
+from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.tables import fact_lines
+from minigpt.commands.train.explanations import slow_dtype_note
 from minigpt.config import DataConfig, ModelConfig, RunConfig
 from minigpt.console import one_line
 from minigpt.errors import CheckpointError, ConfigError, DataError

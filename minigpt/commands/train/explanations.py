@@ -6,14 +6,16 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from minigpt.checkpoint.folder import Pointer
 from minigpt.checkpoint.model_folder import name_of
 from minigpt.checkpoint.resolve import shown_name
-from minigpt.commands.loading import slow_dtype_note
 from minigpt.commands.process import command_line
 from minigpt.errors import DataError
 from minigpt.format import count, duration, short
 from minigpt.model.cost import parameter_count
+from minigpt.model.device import has_fast_bfloat16
 from minigpt.rings import find_ring, ring
 from minigpt.training.events import EvalEvent
 from minigpt.training.schedule import steps_of_max_epochs
@@ -65,6 +67,16 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
         yield "", "already complete: raise --max-steps or --max-minutes to continue"
     elif trainer.is_early_stop_due:
         yield "", "stopped early: raise --patience to continue, or 0 for no limit"
+
+
+def slow_dtype_note(device: torch.device, dtype: torch.dtype) -> str:
+    """Return a note if a CPU computes in a dtype slowly; "" if not."""
+    if device.type != "cpu" or dtype != torch.bfloat16 or has_fast_bfloat16(device):
+        return ""
+    return (
+        "this CPU has no bfloat16 instructions, so bfloat16 is several times as slow as float32: "
+        "leave --dtype out"
+    )
 
 
 def _saved(trainer: Trainer) -> Iterator[tuple[str, str]]:

@@ -98,9 +98,8 @@ def _load_in_register(kernel: Any, load: Callable[..., str], *args: Any) -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     line = load(kernel, *args)
-    isa = pick_vec_isa()
-    found = _PARTIAL_LOAD.fullmatch(line) if str(isa) == "avx2" else None
-    if found is None:
+    found = _PARTIAL_LOAD.fullmatch(line)
+    if found is None or str(pick_vec_isa()) != "avx2":
         return line
     quarter = f"_mm_loadl_epi64(reinterpret_cast<const __m128i*>({found[1]}))"
     return f"{_INT8}(_mm256_castsi128_si256({quarter}))"
