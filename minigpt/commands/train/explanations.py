@@ -70,12 +70,12 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
 
 
 def slow_dtype_note(device: torch.device, dtype: torch.dtype) -> str:
-    """Return a note if a CPU computes in a dtype slowly; "" if not."""
+    """Return a note if this is a CPU without instructions for a dtype; "" if not."""
     if device.type != "cpu" or dtype != torch.bfloat16 or has_fast_bfloat16(device):
         return ""
     return (
-        "this CPU has no bfloat16 instructions, so bfloat16 is several times as slow as float32: "
-        "leave --dtype out"
+        "this CPU has no bfloat16 instructions, so bfloat16 takes several times as long as "
+        "--dtype float32"
     )
 
 

@@ -20,7 +20,7 @@ _ROWS_AT_ONCE = 4096
 _VALUES_AT_ONCE = 2**20  # to round: a copy of a large embedding would set the peak memory
 _CACHED_ROWS = 512
 """Rows converted together of a large weight: their float32 copy fits a CPU's cache. GPT-2's logits
-take a quarter of the time of converting all rows; with 128, calls take most of the time."""
+take a quarter of the time of converting all rows, and two to three times as long with 128."""
 
 
 class WeightOnlyLinear(nn.Module):

@@ -78,9 +78,9 @@ def _point_to_part(
 def loads_in_registers() -> Iterator[None]:
     """Load int8 for AVX2 into a register, not through memory.
 
-    To become a vector of float32, 8 values are loaded, a quarter of a vector of int8. torch writes
-    them and a filling into memory first, and waits until the vector can be read back. It does not
-    do so for AVX512 or for bfloat16.
+    Eight values are loaded to become a vector of float32; they fill a quarter of a vector of int8.
+    torch first writes them and a padding to memory, and the processor has to wait until it can
+    read them back as one vector. For AVX512 and for bfloat16, torch does not do so.
     """
     from torch._inductor.codegen.cpp import CppVecKernel
 
