@@ -197,7 +197,7 @@ class EarlyStop:
     val_loss: float | None = None
     """Lowest validation loss, in nats/token. None before the first evaluation."""
     evaluated_step: int = 0
-    """Step of the latest evaluation."""
+    """Step of the latest scheduled evaluation."""
 
     def add(self, step: int, val_loss: float) -> None:
         """Add an evaluation. An equal loss is no improvement."""

@@ -70,6 +70,8 @@ class Lowest(Checked):
     step: int = setting(0, "[0, inf)")
     val_loss: float | None = setting(None, "[0, inf)")
     """Loss in nats/token. None before the first evaluation."""
+    evaluated_step: int = setting(0, "[0, inf)")
+    """Step of the latest scheduled evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +148,11 @@ def training_state(run: Run) -> TrainingState:
         lr_scale=run.last_lr_scale,
         next_lr_scale=run.lr_scale,
         is_warm=run.context_length == run.config.sequence_length,
-        lowest=Lowest(step=early_stop.best_step, val_loss=early_stop.val_loss)
+        lowest=Lowest(
+            step=early_stop.best_step,
+            val_loss=early_stop.val_loss,
+            evaluated_step=early_stop.evaluated_step,
+        )
         if early_stop
         else Lowest(),
         seam=run.seam,
@@ -175,7 +181,7 @@ def restore(run: Run, folder: Path) -> None:
     if run.early_stop:
         run.early_stop.best_step = state.lowest.step
         run.early_stop.val_loss = state.lowest.val_loss
-        run.early_stop.evaluated_step = state.step
+        run.early_stop.evaluated_step = state.lowest.evaluated_step
     run.seam, run.last_lr_scale = state.seam, state.lr_scale
     is_changed = state.next_lr_scale not in (None, run.lr_scale)
     if is_changed and state.lr_scale is not None:

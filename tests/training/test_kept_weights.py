@@ -157,6 +157,33 @@ def test_a_run_whose_loss_rises_stops_early_and_saves_its_best_weights(
     assert on.step == 200
 
 
+@pytest.mark.integration
+def test_a_stopped_run_ends_early_at_the_same_evaluation(
+    short: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(eval_every=40, patience=3.0, **OVERFITTING | {"max_steps": 400})
+    straight = trainer_of(config, short, tmp_path / "straight")
+    *_, stop = [event for event in straight.run() if isinstance(event, EarlyStopEvent)]
+    assert stop.step == stop.best_step + 120  # the first evaluation after a hundred steps
+    run_until(trainer_of(config, short, tmp_path / "stopped"), stop.step - 10)
+    resumed = trainer_of(config, short, tmp_path / "stopped", resume=True)
+    assert not resumed.is_early_stop_due
+    list(resumed.run())
+    assert resumed.step == stop.step
+    assert differing(bits(resumed), bits(straight)) == []
+
+
+def test_a_resumed_run_without_validation_text_never_ends_early(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = config_of(max_steps=130, patience=0.1)
+    config = replace(config, data=replace(config.data, val_fraction=0.0))
+    run_until(trainer_of(config, data, tmp_path), 120)
+    resumed = trainer_of(config, data, tmp_path, resume=True)
+    list(resumed.run())
+    assert resumed.step == 130
+
+
 def test_dropout_starts_after_dropout_start_epochs(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(dropout=0.5, dropout_start=1.0, max_steps=80)
     late, none = (
