@@ -66,6 +66,22 @@ def test_a_signal_saves_a_checkpoint_and_resuming_gives_the_same_bits(
     assert Path("checkpoints/a", weights).read_bytes() == straight
 
 
+def test_the_command_that_resumes_keeps_the_number_of_threads(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_threads = torch.get_num_threads()
+    try:
+        with monkeypatch.context() as patch:
+            press_at(2, signal.SIGTERM, patch)
+            threads = ["--threads", str(n_threads + 1)]
+            stopped = run("train", "corpus.txt", "--name", "a", *TINY, *threads)
+        torch.set_num_threads(n_threads)
+        [words] = proposed(stopped.err, "resume")
+        assert "rounds differently" not in run(*words).err
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,4 +70,4 @@ def train(
         return
     from minigpt.commands.train.run import run_training
 
-    run_training(name, overrides, report_to, resume=resume)
+    run_training(name, overrides, report_to, resume=resume, threads=threads)

@@ -12,7 +12,7 @@ import typer
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.commands.train.job import Job
 from minigpt.commands.train.run import Display
-from minigpt.commands.train.stopping import resume_command, stopping_on_signals
+from minigpt.commands.train.stopping import stopping_on_signals
 from minigpt.config import RunConfig
 from minigpt.console import make_console
 from minigpt.errors import DivergedError, MinigptError
@@ -44,6 +44,7 @@ def leading(job: Job, world: DistributedWorld, resume: str, display: Display) ->
     display.note(f"if one process dies, all of them end; resume with: {resume}")
     assert isinstance(job.data, StoredData), "tokens that every rank can open"
     plan = {"config": to_dict(job.config), "data": str(job.data.folder), "run": str(job.run.path)}
+    plan["resume"] = resume
     world.send_plan(plan | ({"resume_from": str(job.resume_from)} if job.resume_from else {}))
     with _explaining_lost_process(job.run, world, resume):
         yield
@@ -68,8 +69,7 @@ def follow(world: DistributedWorld) -> None:
             start = {"start_from": base.model}
         data, run = open_prepared(Path(plan["data"])), RunFolder(Path(plan["run"]))
         job = Job(config, data, run, **start)
-        resume = resume_command(job, world)
-        with _explaining_lost_process(job.run, world, resume):
+        with _explaining_lost_process(job.run, world, plan["resume"]):
             trainer = job.trainer(world)
             with stopping_on_signals(trainer.request_stop, world) as received:
                 for _ in trainer.run():

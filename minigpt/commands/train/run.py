@@ -62,10 +62,16 @@ def make_display() -> Display:
 
 
 def run_training(
-    name: str | None, overrides: dict[str, Any], report_to: str | None, *, resume: bool
+    name: str | None,
+    overrides: dict[str, Any],
+    report_to: str | None,
+    *,
+    resume: bool,
+    threads: int | None,
 ) -> None:
     """Train as the only process, or as one of those that torchrun started.
 
+    Args: threads, the given number of CPU threads, for the command that resumes the run.
     Raises: as ``open_job`` and ``Trainer.run``.
     """
     with joined() as world, make_display() as display:
@@ -76,7 +82,7 @@ def run_training(
             again = ""
             if stopping := find_ring(_STOPPING):
                 job = stopping.with_command(job, world)
-                again = stopping.resume_command(job, world)
+                again = stopping.resume_command(job, world, threads)
             ranks = ring("commands.train.ranks") if world.size > 1 else None
             with ranks.leading(job, world, again, display) if ranks else nullcontext():
                 trainer, signal_number = train_job(job, display, report_to, world)

@@ -60,9 +60,10 @@ def launch_command(world: World, *words: str) -> str:
     return str(ring("commands.train.ranks").torchrun_command(world, *words))
 
 
-def resume_command(job: Job, world: World) -> str:
-    """Return the shell command that resumes a run."""
-    command = launch_command(world, "train", "--resume", "--name", job.run.path.name)
+def resume_command(job: Job, world: World, threads: int | None) -> str:
+    """Return the shell command that resumes a run, with the given number of CPU threads."""
+    words = [] if threads is None else ["--threads", str(threads)]
+    command = launch_command(world, "train", "--resume", "--name", job.run.path.name, *words)
     return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command
 
 
