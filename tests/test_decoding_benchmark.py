@@ -108,6 +108,7 @@ def job(tmp_path: Path) -> Job:
     return Job(str(tmp_path), prompt, N_NEW, threads=1, device="cpu", gpt_fast="")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "contender",
     [

@@ -88,6 +88,7 @@ def test_process_groups_are_rehearsed_on_the_cpu(
     require_ok(tmp_path, capsys.readouterr().out, set(IN_GROUPS))
 
 
+@pytest.mark.integration
 def test_command_stops_at_the_first_part_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -112,6 +113,7 @@ def test_no_part_starts_after_the_time_limit(
 REHEARSED = ["--device", "cpu", "--quick", "--without-transformers"]
 
 
+@pytest.mark.integration
 def test_a_failed_part_keeps_its_results_so_far(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +141,7 @@ def test_a_failed_part_keeps_its_results_so_far(
     assert "| parity | one | a / b |" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 def test_parts_out_of_time_or_interrupted_are_reported_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -195,6 +195,7 @@ class Letters:
         return bytes([65 + token % 26])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("options", "changes", "n_copies"),
     [

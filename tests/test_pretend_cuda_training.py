@@ -83,6 +83,7 @@ def test_memory_used_by_other_processes_is_not_available() -> None:
         assert machine_bytes(CUDA) == 3 * 2**30
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "changes",
     [

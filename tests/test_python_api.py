@@ -231,6 +231,7 @@ def test_importing_minigpt_and_its_version_import_no_torch() -> None:
         assert getattr(minigpt, name)
 
 
+@pytest.mark.integration
 def test_the_code_of_the_page_about_python_runs(text: Path) -> None:
     page = Path(__file__).resolve().parents[1] / "docs/python.md"
     text.rename("my-book.txt")
@@ -314,6 +315,7 @@ def test_a_trace_adds_no_hook_to_a_model_that_other_threads_may_use(
     assert set(counts) == {1}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}], ids=str)
 def test_threads_that_share_a_model_laid_out_for_decoding_get_their_own_text(
     options: dict[str, Any],

@@ -3,22 +3,34 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "minigpt"
-FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
-CONSTANTS = {
-    line.targets[0].id: line.value.value
-    for tree in TREES.values()
-    for line in tree.body
-    if isinstance(line, ast.Assign)
-    and isinstance(line.targets[0], ast.Name)
-    and isinstance(line.value, ast.Constant)
-}
+
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Syntax trees of the package's files."""
+    files = sorted(PACKAGE.rglob("*.py"))
+    return {path: ast.parse(path.read_text(encoding="utf-8")) for path in files}
+
+
+@cache
+def constants() -> dict[str, Any]:
+    """Constants of all modules, by name."""
+    return {
+        line.targets[0].id: line.value.value
+        for tree in trees().values()
+        for line in tree.body
+        if isinstance(line, ast.Assign)
+        and isinstance(line.targets[0], ast.Name)
+        and isinstance(line.value, ast.Constant)
+    }
 
 
 def text_of(node: ast.expr) -> str:
@@ -27,7 +39,7 @@ def text_of(node: ast.expr) -> str:
         case ast.Constant(value=str(text)):
             return text
         case ast.Name(id=name):
-            return str(CONSTANTS[name])
+            return str(constants()[name])
         case ast.JoinedStr(values=parts):
             return "".join(
                 text_of(part.value if isinstance(part, ast.FormattedValue) else part)
@@ -82,7 +94,7 @@ def has(module: str, name: str) -> bool:
 def test_attributes_looked_up_in_rings_exist() -> None:
     found = {
         (module, name, path.relative_to(PACKAGE))
-        for path, tree in TREES.items()
+        for path, tree in trees().items()
         for module, name in looked_up_attributes(tree)
     }
     missing = [f"{path}: {module}.{name}" for module, name, path in found if not has(module, name)]
@@ -99,7 +111,7 @@ def test_attributes_looked_up_in_rings_exist() -> None:
     ],
 )
 def test_a_missing_attribute_is_found(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CONSTANTS, "NAME", "errors")
+    monkeypatch.setitem(constants(), "NAME", "errors")
     [(module, name)] = set(looked_up_attributes(ast.parse(code)))
     assert (module, name) == ("errors", "no_such_name")
     assert not has(module, name)

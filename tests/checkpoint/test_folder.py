@@ -140,6 +140,7 @@ for n in range(1, 300):
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 def test_a_kill_at_any_moment_loses_no_checkpoint(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, timeout=60)

@@ -228,6 +228,7 @@ def test_a_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Do
         read_model(downloads.folders["tiny/bad"])
 
 
+@pytest.mark.integration
 def test_an_index_of_files_elsewhere_is_refused(hub: Hub, tmp_path: Path) -> None:
     (answer,) = resolve(tmp_path, environment(tmp_path, hub.url), "tiny/lying")
     assert answer["code"] == 4

@@ -176,6 +176,7 @@ def test_hostile_names_are_escaped_in_the_metadata_and_the_markdown(text: str) -
         assert index["name"] == text
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("layout", ["qwen3", "llama-grouped", "gpt2-tied", "qwen2"])
 def test_the_commands_on_the_card_work(layout: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():

@@ -46,6 +46,7 @@ def test_other_families_decode_with_their_own_forward(
     assert type(Decoder(model, TOKENS[0].tolist()).forward).__name__ == "PlainForward"
 
 
+@pytest.mark.integration
 def test_a_new_model_of_each_family_is_trained_saved_and_loaded(
     config: ModelConfig, tmp_path: Path
 ) -> None:

@@ -102,6 +102,7 @@ def test_the_tokenizers_library_gives_the_same_ids_and_text(pair: Written) -> No
     assert theirs.encode("<|endoftext|>").ids == [end]
 
 
+@pytest.mark.integration
 def test_a_saved_tokenizer_json_is_read_back_equal(pair: Written) -> None:
     tokenizer, data = pair
     again = tokenizer_from_json(json.loads(json.dumps(data)), "again")

@@ -54,6 +54,7 @@ def test_json_has_a_line_per_requested_claim(run: Run) -> None:
     assert all(isinstance(reason, str) for reason in parallel["reasons"])
 
 
+@pytest.mark.integration
 def test_out_writes_claims_json_and_pictures(run: Run) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     result = run("claims", "--quick", "--json", "--out", "found/here")

@@ -56,6 +56,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
     monkeypatch.setattr(Trainer, "take_step", stopped)
 
 
+@pytest.mark.integration
 def test_table_json_and_metrics_agree(run: Run) -> None:
     result = run("compare", *TINY, "--variants", "dot,lstm,lstm-attention", "--budget", "steps:4")
     assert result.code == 0, result.err
@@ -89,6 +90,7 @@ def test_table_json_and_metrics_agree(run: Run) -> None:
             assert one["steps"] == 4
 
 
+@pytest.mark.integration
 def test_each_compared_run_equals_a_training_run_with_the_same_settings(run: Run) -> None:
     assert run("compare", *TWO, "--name", "cmp").code == 0
     # Like train, compare derives dropout and averaging from the text, but never stops a run early.

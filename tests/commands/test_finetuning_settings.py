@@ -98,6 +98,7 @@ def test_fine_tuning_defaults_fit_the_memory_of_a_laptop(
     assert micro == 1 or micro * length * model.vocab_size * 4 <= 2**29  # half a GiB of logits
 
 
+@pytest.mark.integration
 def test_stories260k_is_fine_tuned_from_text(run: Run, workplace: Path, shared: Path) -> None:
     folder = shared / "weights/stories260K"
     text = (shared / "data/tinyshakespeare.txt").read_text()[:30_000]

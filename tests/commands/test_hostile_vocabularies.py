@@ -144,6 +144,7 @@ class Scripts(HTMLParser):
         self.handlers += [name for name, _ in attrs if name.startswith("on")]
 
 
+@pytest.mark.integration
 def test_hostile_tokens_cannot_run_in_a_page_or_picture(model: Path, run: Run) -> None:
     pytest.importorskip("matplotlib", reason="needs the extra plot")
     words = [

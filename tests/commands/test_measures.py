@@ -22,6 +22,7 @@ def folder(workplace: Path) -> Path:
     return workplace / "m"
 
 
+@pytest.mark.integration
 def test_json_and_table_have_the_same_means(run: Run, folder: Path) -> None:
     result = run("measures", "--model", str(folder), *WORDS, "--json")
     assert result.code == 0, result.err
@@ -49,6 +50,7 @@ def test_the_widest_interval_does_not_touch_the_next_column() -> None:
     assert row.split("  ")[-5:] == ["-0.28 [-0.48, -0.08]"] * 5
 
 
+@pytest.mark.integration
 def test_measures_writes_a_picture(run: Run, folder: Path) -> None:
     pytest.importorskip("matplotlib")
     words = ("measures", "--model", str(folder), *WORDS, "--picture")

@@ -78,6 +78,7 @@ def test_prepare_does_not_import_torch(workplace: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "False\n")
 
 
+@pytest.mark.integration
 def test_training_on_a_prepared_folder_equals_training_on_its_text(run: Run) -> None:
     assert run("prepare", "corpus.txt", "--tokenizer", "bpe:300", "--out", "tokens").code == 0
     of_text = run("train", "corpus.txt", "--tokenizer", "bpe:300", "--name", "text", *TINY[2:])

@@ -206,6 +206,7 @@ def test_traces_have_the_numbers_of_the_cpu_and_few_waits(
         assert sum(seen.syncs.values()) == 4 * MEASURES[options] + 1, seen.syncs
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", [*PLAIN, *FAMILIES])
 def test_each_kind_of_model_is_traced_and_verified_as_on_the_cpu(
     kind: str, models: Path, run: Run
@@ -248,6 +249,7 @@ def test_training_resuming_and_evaluating_equal_the_cpu(
         assert losses[device] == pytest.approx(losses["cpu"], rel=rel)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_dry_run_works_on_the_device(device: str, trained: Path, run: Run) -> None:
     run_on(device, run, "train", str(trained / "corpus.txt"), *TINY, "--dry-run")
@@ -309,6 +311,7 @@ def without_speed(value: Any) -> Any:
 TEXT = "--max-new-tokens 0 --prompt-rows --no-compile --lens --candidates 3 --n-verified all"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
     "words",
@@ -354,6 +357,7 @@ def test_measures_are_compared_as_on_the_cpu(
     require_close(found, expected)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_model_is_fine_tuned_with_its_tokenizer_as_on_the_cpu(
     device: str, models: Path, at_trained: Path, run: Run

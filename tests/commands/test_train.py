@@ -282,6 +282,7 @@ def test_max_epochs_is_converted_to_steps_and_resumed(run: Run) -> None:
     assert (config["max_epochs"], config["max_steps"]) == (0, last + 1)
 
 
+@pytest.mark.integration
 def test_every_score_can_be_trained_and_traced_from_the_command_line(
     run: Run, trained: Path
 ) -> None:
@@ -309,6 +310,7 @@ def test_every_score_can_be_trained_and_traced_from_the_command_line(
     assert "additive, 2 heads of 8" in shown
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arch", ["lstm", "lstm-attention"])
 def test_an_lstm_can_be_trained_and_sampled_from_the_command_line(
     run: Run, trained: Path, arch: str

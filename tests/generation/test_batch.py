@@ -171,6 +171,7 @@ def plain_sliding(
     return result
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_sliding_window_equals_a_plain_loop(layout: str) -> None:
     model = small_model(layout)
@@ -283,6 +284,7 @@ def test_a_prompt_too_long_for_the_window_raises_or_slides() -> None:
     assert not Conversation(model, before).is_full
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_equals_transformers(penalty: float) -> None:
     """200 tokens in float32, with GPT-2's layout and Llama's layout with grouped heads."""

@@ -56,6 +56,7 @@ def test_successive_samples_are_independent() -> None:
     assert chi_squared_is_plausible(pairs, torch.outer(p, p).flatten().tolist())
 
 
+@pytest.mark.integration
 def test_first_samples_of_consecutive_seeds_follow_the_distribution() -> None:
     """Samples 1, 2, 3 of a prompt use consecutive seeds."""
     logits = some_logits(4)

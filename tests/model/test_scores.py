@@ -216,6 +216,7 @@ def test_chunked_gradients_equal_finite_differences(
     )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", TANH)
 def test_the_memory_of_tanh_scores_does_not_grow_with_queries_times_keys(
     name: str, monkeypatch: pytest.MonkeyPatch

@@ -114,6 +114,7 @@ def test_hiding_a_position_equals_a_forward_pass_with_a_mask(arch: str) -> None:
             torch.testing.assert_close(answers.log_p_B4[:, column], wanted, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_a_study_measures_and_judges_each_claim() -> None:
     study = Study(TINY, seeds=(0, 1), device=CPU)
     findings = {}

@@ -182,6 +182,7 @@ def test_preparation_killed_at_any_fsync_resumes_with_the_same_bytes(
     assert prepared("whole")[1] == Work(0, 0.0)
 
 
+@pytest.mark.integration
 def test_preparation_of_a_killed_process_is_resumed_by_another(
     prepared: Prepare, tmp_path: Path
 ) -> None:

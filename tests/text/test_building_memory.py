@@ -12,6 +12,7 @@ from minigpt.config import DataConfig
 from minigpt.text.prepared_folders import prepare_folder
 
 
+@pytest.mark.integration
 def test_memory_of_many_workers_on_a_long_jsonl_is_bounded(tmp_path: Path) -> None:
     """Prepare 32 MB of documents of 8 kB each, 64 MB as tokens."""
     line = json.dumps({"text": "the owl and the nest and the tree\n" * 240}) + "\n"

@@ -63,6 +63,7 @@ def test_a_config_value_of_400_digits_is_refused_by_name(layout: str) -> None:
             read_or_refuse(CONFIGS[layout] | {name: 10**400})
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.sampled_from(sorted(CONFIGS)), st.data())
 def test_any_changed_config_is_read_or_refused(layout: str, data: st.DataObject) -> None:

@@ -110,6 +110,7 @@ def test_any_changed_rows_are_read_skipped_or_refused(
         assert not skip_bad or not message or "JSON" in message or "no row" in message
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.data())
 def test_any_table_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
@@ -212,6 +213,7 @@ FILES = {
 }
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.sampled_from(sorted(FILES)), st.data())
 def test_any_changed_file_of_a_model_is_read_or_refused(

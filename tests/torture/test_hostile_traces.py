@@ -133,6 +133,7 @@ def check(tmp_path: Path, line: int, place: tuple[Any, ...], value: Any) -> None
     try_out(write(tmp_path / "t.jsonl", lines))
 
 
+@pytest.mark.integration
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.sampled_from(PLACES), values)
 @example(
@@ -220,6 +221,7 @@ def dense(tmp_path: Path) -> tuple[Path, Path]:
     return path, tmp_path / "d"
 
 
+@pytest.mark.integration
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(hostile_dense())
 def test_any_other_file_in_place_of_dense_rows_is_refused(

@@ -85,6 +85,7 @@ def levels(begun: Path, straight: Path, n: int) -> list[int]:
     return [least + (most - least) * i // (n - 1) for i in range(n)]
 
 
+@pytest.mark.integration
 def test_a_full_file_system_loses_nothing_and_resumes_with_the_same_bits(
     mount: Mount, begun: Path, straight: Path, data: PreparedData
 ) -> None:

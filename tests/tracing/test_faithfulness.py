@@ -132,6 +132,7 @@ def test_measures_but_not_controls_rank_the_true_source_of_a_copy_first(
     assert max(found["random"], found["distance"]) < 0.3
 
 
+@pytest.mark.integration
 def test_samples_are_pooled_and_all_registered_measures_are_compared() -> None:
     model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or not")
     found = compare(model, prompt, measures=None, n_tokens=3, n_samples=2)
@@ -163,6 +164,7 @@ def test_progress_grows_within_each_pass() -> None:
     assert min(stages.values()) >= 4, "progress must be reported for each token"
 
 
+@pytest.mark.integration
 def test_unsupported_measures_are_omitted_with_the_reason() -> None:
     lstm = model_of(VARIANTS["lstm-attention"])
     found = compare(lstm, list(range(12)), measures=None, n_tokens=3)

@@ -194,6 +194,7 @@ def test_a_compiler_failure_falls_back_to_eager_with_the_same_bits(
     assert differing(bits(found), bits(straight)) == []
 
 
+@pytest.mark.integration
 def test_a_run_whose_compilation_failed_is_resumed_without_it(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,7 @@ def test_estimated_memory_counts_the_saved_tensors_of_other_families(
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
 
 
+@pytest.mark.integration
 def test_estimated_memory_counts_an_evaluation_larger_than_a_step(
     data: PreparedData, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def facts(events: list[Event]) -> list[tuple[Any, ...]]:
     return result
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("layout", "optimizer", "dtype", "n_steps"),
     [
