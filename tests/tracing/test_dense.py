@@ -113,6 +113,10 @@ def test_rows_of_a_file_are_those_of_a_trace_with_other_options(
     found = with_rows_of(traced_first, tmp_path / "rows", AnalysisConfig(**config), n_kept=8)
     assert found.header.selection == expected.header.selection
     assert found.header.measures == ("weight",)
+    errors = [one.footer.worst_row_sum_error for one in (found, expected)]
+    assert errors == pytest.approx(
+        [None, None] if config.get("reduce") == "max" else [0, 0], abs=1e-6
+    )
     for one, other in zip(found.steps, expected.steps, strict=True):
         np.testing.assert_allclose(one.row.weights_S, other.row.weights_S, rtol=0, atol=1e-7)
         assert one.row.sources[0].token == other.row.sources[0].token

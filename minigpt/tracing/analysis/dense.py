@@ -104,7 +104,9 @@ def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: in
     changed = replace(
         header, selection=selection, measures=("weight",), reduce=config.reduce, against=None
     )
-    footer = replace(trace.footer, cause=tally.check())
+    errors = [] if config.reduce == "max" else [abs(step.row.total - 1) for step in steps]
+    error = max(errors, default=None)
+    footer = replace(trace.footer, worst_row_sum_error=error, cause=tally.check())
     return replace(trace, header=changed, steps=tuple(steps), footer=footer)
 
 
