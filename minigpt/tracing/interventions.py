@@ -156,10 +156,11 @@ class _PatchSites:
 
     def __init__(self, model: GPT, positions: range) -> None:
         self._positions, self._first = positions, 0
-        model.register_forward_pre_hook(self._note_first, with_kwargs=True)
+        # Not of the model: its forward may compute cached positions again (LongRoPE).
+        model.blocks[0].register_forward_pre_hook(self._note_first)
 
-    def _note_first(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        cache = args[1] if len(args) > 1 else kwargs.get("cache")
+    def _note_first(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        cache = inputs[2] if len(inputs) > 2 else None
         self._first = 0 if cache is None else cache.length
 
     def put(self, x_BTX: Tensor, source_PX: Tensor, is_chosen: Tensor | None = None) -> bool:

@@ -119,6 +119,24 @@ def test_a_patched_run_equals_a_plain_forward_with_hooks(layout: str, position: 
     )
 
 
+def test_a_patch_remains_when_longrope_computes_the_prompt_again() -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "attention_factor": 1.5}
+    scaling = factors | {"rope_type": "longrope", "original_max_position_embeddings": 10}
+    model = any_model("olmo2", rope_scaling=scaling, vocab_size=257)
+    trace = traced(model, patch_from=OTHER, patch="0.1,1.*", patch_position=3)
+    _, outputs = plain(model, torch.tensor([list(OTHER.encode())]))
+
+    def put(layer: int, z_THD: torch.Tensor) -> None:
+        for head in ([1], range(4))[layer]:
+            if len(z_THD) > 3:
+                z_THD[3, head] = outputs[layer][3, head]
+
+    for step in trace.steps:  # the frequencies depend on the number of tokens
+        log_p, _ = plain(model, ids_of(trace)[:, : step.token.position], put)
+        expected = log_p[-1, step.token.id].item()
+        assert step.log_probability == pytest.approx(expected, abs=1e-3)
+
+
 def log_p_with_streams(
     model: GPT, tokens: torch.Tensor, streams: dict[int, torch.Tensor], places: list[int]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
