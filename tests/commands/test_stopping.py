@@ -66,6 +66,22 @@ def test_a_signal_saves_a_checkpoint_and_resuming_gives_the_same_bits(
     assert Path("checkpoints/a", weights).read_bytes() == straight
 
 
+def test_a_run_stopped_before_its_first_step_is_not_called_fine_tuning(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = TrainingDisplay.start
+
+    def start_and_press(display: TrainingDisplay, trainer: Trainer) -> None:
+        start(display, trainer)
+        monkeypatch.setattr(Trainer, "_must_stop", lambda trainer: True)
+
+    monkeypatch.setattr(TrainingDisplay, "start", start_and_press)
+    result = run("train", "corpus.txt", "--name", "a", *TINY)
+    assert RunFolder(Path("checkpoints/a")).steps() == [0]
+    assert "(untrained: " in result.err
+    assert "fine-tuning" not in result.err
+
+
 def test_the_command_that_resumes_keeps_the_number_of_threads(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,7 +244,9 @@ def test_a_fine_tuning_run_that_stops_immediately_is_evaluated_once(
                 signal.raise_signal(signal.SIGTERM)
 
         patch.setattr(TrainingDisplay, "show", show_and_press)
-        assert run(*words).code == 143
+        stopped = run(*words)
+    assert stopped.code == 143
+    assert "did not lower" not in stopped.err, "nothing was trained yet"
     assert run("train", "--resume", "--name", "a").code == 0
     lines = metrics("a")
     kinds = [(line["event"], line["step"]) for line in lines]

@@ -139,10 +139,12 @@ def meaning(
     Args: evaluations, all that this process made; train_loss, the last one.
     """
     evaluation = evaluations[-1] if evaluations else None
-    base_loss = evaluations[0].val_loss if evaluations and not evaluations[0].step else None
+    base_loss = None
+    if trainer.config.from_ is not None and evaluations and not evaluations[0].step:
+        base_loss = evaluations[0].val_loss
     val_loss = best.facts["val_loss"]
     yield "", _perplexities(trainer, best, base_loss)
-    if base_loss is not None and val_loss >= base_loss:
+    if base_loss is not None and val_loss >= base_loss and trainer.step:
         yield (
             "note",
             f"fine-tuning did not lower the validation loss, which was {base_loss:.4f} before: the "
