@@ -5,6 +5,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def command_line(*words: str) -> str:
@@ -16,6 +17,15 @@ def command_line(*words: str) -> str:
     elif called.suffix != ".py":
         program = [_shortest(called)]
     return shlex.join([*program, *words])
+
+
+def with_text_again(command: str, data: Any) -> str:
+    """Return a command that is given the same standard input again, if its text is from there.
+
+    Args: data, the ``DataConfig`` of the run.
+    """
+    paths = (*data.paths, *getattr(data, "val", ()))  # val is a setting of the ring of corpora
+    return f"{command} < THE_SAME_TEXT" if "-" in paths else command
 
 
 def _shortest(executable: Path) -> str:

@@ -98,6 +98,16 @@ def test_the_command_that_resumes_keeps_the_number_of_threads(
         torch.set_num_threads(n_threads)
 
 
+def test_the_command_that_resumes_reads_a_validation_text_from_standard_input_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    press_at(2, signal.SIGTERM, monkeypatch)
+    words = ["train", "corpus.txt", "--val", "-", "--name", "a", *TINY]
+    stopped = run(*words, stdin=b"The queen said: once upon a time.\n" * 20)
+    assert stopped.code == 143
+    assert stopped.err.rstrip().endswith(" < THE_SAME_TEXT")
+
+
 def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

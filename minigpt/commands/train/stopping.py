@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from types import FrameType
 
-from minigpt.commands.process import command_line
+from minigpt.commands.process import command_line, with_text_again
 from minigpt.commands.train.job import Job
 from minigpt.rings import ring
 from minigpt.training.world import World
@@ -64,7 +64,7 @@ def resume_command(job: Job, world: World, threads: int | None) -> str:
     """Return the shell command that resumes a run, with the given number of CPU threads."""
     words = [] if threads is None else ["--threads", str(threads)]
     command = launch_command(world, "train", "--resume", "--name", job.run.path.name, *words)
-    return f"{command} < THE_SAME_TEXT" if "-" in job.config.data.paths else command
+    return with_text_again(command, job.config.data)
 
 
 def with_command(job: Job, world: World) -> Job:
