@@ -180,6 +180,15 @@ def test_the_same_command_finds_its_runs_despite_derived_evaluation_settings(
     assert losses[0] == losses[1]
 
 
+def test_the_command_to_resume_reads_standard_input_again(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop_at(monkeypatch, 2)
+    result = run("compare", "-", *TWO[1:], stdin=Path("corpus.txt").read_bytes())
+    assert result.code == 130
+    assert result.err.splitlines()[-1].endswith(" < THE_SAME_TEXT")
+
+
 def test_ctrl_c_in_the_first_run_prints_no_table(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     stop_at(monkeypatch, 2)
     result = run("compare", *TWO)
@@ -268,8 +277,29 @@ def test_a_diverging_variant_is_named(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert (result.code, result.out) == (5, ""), result.err
     line = result.err.splitlines()[-1]
     assert line.startswith("error: 'cmp-additive-s1337': training diverged at step 1")
-    assert line.endswith("--set training.lr=N, or leave additive out of --variants.")
+    assert line.endswith(
+        "--set training.lr=N and another --name, or leave additive out of --variants."
+    )
     assert weights("cmp-scaled_dot-s1337")
+
+
+def test_the_weights_of_a_run_that_diverged_are_not_mixed_with_other_settings(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*TINY, "--variants", "dot", "--seeds", "1", "--budget", "steps:4", "--name", "cmp"]
+    loss = Trainer._accumulate_gradients
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Trainer,
+            "_accumulate_gradients",
+            lambda self: loss(self) * (math.nan if self.step == 3 else 1),
+        )
+        assert run("compare", *words).code == 5
+    assert list(Path("checkpoints/cmp-dot-s1337").glob("step-*")), "its best weights"
+    result = run("compare", *words, "--set", "training.lr=0.001")
+    assert result.code == 2
+    assert "exists with another training.lr" in error_line(result)
+    assert run("compare", *words).code == 0
 
 
 def test_the_picture_has_a_line_per_run_and_a_name_per_variant(run: Run) -> None:

@@ -13,7 +13,7 @@ from minigpt.checkpoint.folder import CONFIG_FILE
 from minigpt.commands.compare import ComparisonConfig
 from minigpt.commands.options import XAxis
 from minigpt.commands.plot.curves import PICTURES, validation_curves, write_picture
-from minigpt.commands.process import command_line
+from minigpt.commands.process import command_line, with_text_again
 from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, checked_name, fresh_names, settings_of, with_vocabulary
@@ -83,7 +83,7 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
             note(f"wrote {config.out}")
     if signal_number:
         note(f"{len(finished)} of {len(runs)} runs are finished. Resume with:")
-        note(command_line(*sys.argv[1:]))
+        note(with_text_again(command_line(*sys.argv[1:]), base.data))
         raise typer.Exit(128 + signal_number)
 
 
@@ -135,8 +135,7 @@ def _evaluated_often(config: RunConfig) -> RunConfig:
 
 def _require_same(run: ComparedRun, data: PreparedData) -> None:
     """Raise ConfigError if a run of this name has other settings or another text."""
-    latest = run.folder.latest()
-    if latest is None:
+    if not run.folder.steps():
         return
     remedy = "Use the settings that it started with, or another --name."
     before, after = (flat(to_dict(config)) for config in (_saved(run), run.config))
@@ -147,7 +146,8 @@ def _require_same(run: ComparedRun, data: PreparedData) -> None:
                 f"the run {run.folder.path.name!r} exists with another {key}: "
                 f"{before.get(key)!r}, not {after.get(key)!r}. {remedy}"
             )
-    if read_state(latest.folder).corpus != data.tokens.fingerprint:
+    latest = run.folder.latest()  # None if the run diverged and left only its best weights
+    if latest and read_state(latest.folder).corpus != data.tokens.fingerprint:
         raise ConfigError(f"the run {run.folder.path.name!r} exists with another text. {remedy}")
 
 
@@ -179,8 +179,8 @@ def _train(runs: Sequence[ComparedRun], data: PreparedData) -> int:
                     _, signal_number = train_job(job, display)
                 except DivergedError as error:
                     raise DivergedError(
-                        f"{run.folder.path.name!r}: {error} Set it with --set training.lr=N, or "
-                        f"leave {run.variant} out of --variants."
+                        f"{run.folder.path.name!r}: {error} Set it with --set training.lr=N "
+                        f"and another --name, or leave {run.variant} out of --variants."
                     ) from None
                 display.finish()
         if signal_number:
