@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from minigpt.text.shard_files import (
     open_prepared,
     read_record,
     reading_prepared,
+    write_json,
 )
 from minigpt.text.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ def _open_or_build(corpus: Corpus, n_workers: int) -> StoredData:
     folder = corpus.cache / "prepared" / corpus.identity[:32]
     with locked(Path(f"{folder}.lock")):
         with suppress(DataError):
-            return open_prepared(folder)
+            return _with_split(open_prepared(folder), corpus)
         aside = folder.with_name(f"{WRITING}{folder.name}")
         shutil.rmtree(folder, ignore_errors=True)
         aside.mkdir(exist_ok=True)
@@ -124,7 +125,22 @@ def prepare_folder(
                 except BaseException:
                     tidy(folder)
                     raise
+            else:
+                found = open_prepared(folder)
+                wanted = _with_split(found, corpus)
+                if wanted.manifest != found.manifest:
+                    write_json(folder / MANIFEST, asdict(wanted.manifest))
     return open_prepared(folder), work
+
+
+def _with_split(prepared: StoredData, corpus: Corpus) -> StoredData:
+    """Return prepared tokens with the split of a corpus, which may differ for the same tokens.
+
+    Only a vocabulary of ``bpe`` and documents held out for validation depend on the split.
+    """
+    fraction = corpus.data.val_fraction
+    manifest = replace(prepared.manifest, val_split=corpus.val_split, val_fraction=fraction)
+    return replace(prepared, manifest=manifest)
 
 
 def tidy(folder: Path) -> None:

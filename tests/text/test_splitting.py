@@ -11,7 +11,7 @@ from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError
 from minigpt.text import splitting
 from minigpt.text.corpus import Document
-from minigpt.text.prepared_folders import prepare_folder
+from minigpt.text.prepared_folders import prepare_folder, prepared_settings
 from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 
 DRAW = random.Random(3)
@@ -189,6 +189,18 @@ def test_a_prepared_folder_keeps_its_split(options: dict[str, object]) -> None:
     direct = prepare(text)
     assert parts(made, share) == parts(direct, share)
     assert made.manifest.val_split == direct.manifest.val_split
+
+
+def test_preparing_again_with_another_fraction_records_it() -> None:
+    Path("a.txt").write_text("one text " * 200)
+    for fraction in (0.1, 0.0, 0.3):
+        data = DataConfig(paths=("a.txt",), val_fraction=fraction)
+        manifest = prepare_folder(data, Path("out"))[0].manifest
+        kind = "tail" if fraction else "none"
+        assert (manifest.val_split, manifest.val_fraction) == (kind, fraction)
+        settings = prepared_settings(DataConfig(paths=("out",)))
+        assert settings["val_fraction"] == fraction
+        assert prepare(data).manifest.val_split == kind
 
 
 def test_a_folder_prepared_by_documents_refuses_another_split() -> None:
