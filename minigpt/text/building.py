@@ -25,7 +25,14 @@ from minigpt.errors import DataError
 from minigpt.files import make_folder, resource_errors
 from minigpt.places import OTHER_CACHE, cache_folder
 from minigpt.rings import ring
-from minigpt.text.corpus import Corpus, Document, PrepareProgress, content_hash, reporter
+from minigpt.text.corpus import (
+    Corpus,
+    Document,
+    PrepareProgress,
+    content_hash,
+    reporter,
+    versions,
+)
 from minigpt.text.shard_files import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -111,10 +118,11 @@ def opened_corpus(
                 on_note=lambda note: report(PrepareProgress("read", 0, 0, note)),
             )
             files, val_files = find(data.paths), find(data.val) if data.val else []
+            found_as = versions([*files, *val_files])
             used = tokenizer or data.tokenizer
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
             corpus = split(corpus)
-            yield replace(corpus, identity=_identity(corpus))
+            yield replace(corpus, identity=_identity(corpus), versions=found_as)
 
 
 def _identity(corpus: Corpus) -> str:
@@ -230,6 +238,7 @@ def build_resumable(folder: Path, corpus: Corpus, n_workers: int = 0) -> Work:
             shards.append(shard)
             places.append(replace(place, n_tokens=place.n_tokens + n_written))
             _write_record(folder, corpus, tokenizer, shards, places)
+    corpus.require_unchanged()  # its tokens would be stored as those of the earlier text
     manifest = _manifest(corpus, tokenizer, bad_rows.plus(place), dtype, shards)
     write_json(folder / MANIFEST, asdict(manifest))
     (folder / UNFINISHED).unlink(missing_ok=True)

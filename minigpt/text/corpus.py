@@ -157,6 +157,18 @@ class Corpus:
     """Predicate on a document's first piece: is it held out? None unless val_split is documents."""
     identity: str = ""
     """SHA-256 of the text, the split and the tokenizer."""
+    versions: Sequence[tuple[int, int]] = ()
+    """Time and size of each file before any was read, those of ``val_files`` last."""
+
+    def require_unchanged(self) -> None:
+        """Raise DataError if a file changed after its content was hashed for ``identity``."""
+        files = (*self.files, *self.val_files)
+        for file, before, now in zip(files, self.versions, versions(files), strict=True):
+            if now != before:
+                raise DataError(
+                    f"{cut(file.name, 200)} changed while it was read. Wait until it is complete, "
+                    "or give a copy of it."
+                )
 
     def documents(
         self, *, training_only: bool = False, on_skip: Callable[[str], None] | None = None
@@ -222,6 +234,16 @@ def reporter(
         return document
 
     return passed
+
+
+def versions(files: Iterable[CorpusFile]) -> list[tuple[int, int]]:
+    """Return the modification time in nanoseconds and the size of each file."""
+    found = []
+    for corpus_file in files:
+        with reading(corpus_file.name):
+            status = corpus_file.path.stat()
+        found.append((status.st_mtime_ns, status.st_size))
+    return found
 
 
 def content_hash(files: Iterable[CorpusFile]) -> str:

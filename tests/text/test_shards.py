@@ -19,11 +19,11 @@ import pytest
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
-from minigpt.text import corpus, prepared_folders, shard_files
+from minigpt.text import building, corpus, prepared_folders, shard_files
 from minigpt.text.batches import window_starts
 from minigpt.text.building import Work
 from minigpt.text.byte_pairs import TiktokenTokenizer, make_encoding
-from minigpt.text.corpus import PrepareProgress
+from minigpt.text.corpus import Corpus, PrepareProgress
 from minigpt.text.shard_files import open_prepared, tokenizer_from_dict
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import PreparedData, TokenSpan, prepare
@@ -193,6 +193,27 @@ def test_a_corpus_is_prepared_once(prepared: Prepare, tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
     assert stages == []
     assert tokens_of(open_prepared(first.folder)) == tokens_of(first)
+
+
+def test_tokens_of_a_text_that_changes_while_it_is_read_are_not_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("first " * 100)
+    data = DataConfig(paths=(str(path),))
+    begin = building.begin
+
+    def change(folder: Path, corpus: Corpus) -> Tokenizer:
+        path.write_text("second " * 100)
+        return begin(folder, corpus)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "begin", change)
+        with pytest.raises(DataError, match=r"a\.txt' changed while it was read\. Wait"):
+            prepare(data, tmp_path / "cache")
+    path.write_text("first " * 100)
+    again = prepare(data, tmp_path / "cache")
+    assert again.tokenizer.decode(again.tokens.split(0.0)[0].first_ids(6)).endswith("first")
 
 
 def test_ranks_that_start_together_share_one_preparation(
