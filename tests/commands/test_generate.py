@@ -329,7 +329,7 @@ def test_a_compiled_graph_in_the_cache_is_used_by_default_and_reported(
     words = [command, "The", "--max-new-tokens", "20", "--temperature", "3", "--seed", "1"]
     eager = run(*words)
     assert "compiled graph" not in eager.err
-    monkeypatch.setattr(fast, "is_cached", lambda model: True)
+    monkeypatch.setattr(fast, "is_default", lambda model: True)
     monkeypatch.setattr(compiled, "load_step", uncompiled)
     cached = run(*words)
     assert "decoding with the compiled graph in the cache; --no-compile" in cached.err

@@ -74,7 +74,7 @@ def test_weights_are_laid_out_for_all_samples_together(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One row would use the compiled graph in the cache; several use the eager step."""
-    monkeypatch.setattr(fast, "is_cached", lambda model: True)
+    monkeypatch.setattr(fast, "is_default", lambda model: True)
     models = []
     monkeypatch.setattr(api, "make_decoder", lambda model, *_, **__: models.append(model))
     for num_samples in (1, 2):

@@ -22,16 +22,19 @@ from minigpt.generation.fast import (
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.packages import failure_path, lock_path
 from minigpt.generation.fast.reading import prepare_for_decoding
+from minigpt.model.cache import KVCache
 from minigpt.model.gpt import GPT
 from minigpt.places import CACHE_VARIABLE
 
 KINDS = ["float32", "int8"]
+TIMED = background.is_slower
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(background.shutil, "which", lambda name: name)  # the compiler is never run
+    monkeypatch.setattr(background, "is_slower", lambda model: False)  # nor its code
     return tmp_path / "compiled"
 
 
@@ -135,6 +138,48 @@ def test_a_failed_compilation_is_recorded_and_not_retried(
     assert not background.start(model)
     failure.unlink()
     assert background.start(model)
+
+
+def test_a_graph_slower_than_the_eager_step_is_used_only_on_request(
+    monkeypatch: pytest.MonkeyPatch, fake_compiler: list[Path], started: list[list[str]]
+) -> None:
+    monkeypatch.setattr(background, "is_slower", lambda model: True)
+    model = small_model()
+    background.compile_described(background.description(model))
+    assert not is_compiled(model, None)
+    assert is_compiled(model, True)
+    compiled.compile_step(model)
+    assert len(fake_compiler) == 1
+    assert not background.start(model)
+    assert started == []
+
+
+class TimedForward:
+    """Lets a clock go on at each token."""
+
+    clock = 0.0
+    token_s: float
+
+    def __init__(self, model: GPT, *, capacity: int) -> None:
+        self.cache = KVCache(model.config, capacity=capacity)
+
+    def feed(self, tokens: torch.Tensor) -> None:
+        TimedForward.clock += self.token_s
+
+
+@pytest.mark.parametrize(("compiled_s", "eager_s"), [(2.0, 1.0), (1.0, 2.0)])
+def test_a_compiled_step_is_timed_against_the_eager_one(
+    compiled_s: float, eager_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("CompiledForward", compiled_s), ("EagerForward", eager_s)):
+        forward = type(name, (TimedForward,), {"token_s": seconds})
+        monkeypatch.setattr(background, name, forward)
+    monkeypatch.setattr(background.time, "perf_counter", lambda: TimedForward.clock)
+    model = model_of("int8")
+    assert TIMED(model) == (compiled_s > eager_s)
+    assert all(x.any() for x in model.parameters())  # zeros would be read faster
+    monkeypatch.setattr(background, "_MAX_TIMED_BYTES", 1000)
+    assert not TIMED(model)
 
 
 def test_nothing_starts_without_a_compiler(

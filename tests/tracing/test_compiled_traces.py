@@ -34,7 +34,7 @@ ANALYSES: tuple[dict[str, Any], ...] = (
 @pytest.fixture(autouse=True)
 def _cached_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use an uncompiled graph as if a compiled one were in the cache."""
-    monkeypatch.setattr(fast, "is_cached", lambda model: True)
+    monkeypatch.setattr(fast, "is_default", lambda model: True)
     monkeypatch.setattr(
         compiled,
         "load_step",

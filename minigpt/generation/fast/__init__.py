@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from minigpt.errors import ConfigError, MinigptWarning, ResourceError
-from minigpt.generation.fast.compiled import CompiledForward, is_cached
+from minigpt.generation.fast.compiled import CompiledForward, is_default
 from minigpt.generation.fast.eager import EagerForward
 from minigpt.generation.fast.prompts import PromptLinear
 from minigpt.generation.fast.quantize import WeightOnlyEmbedding, WeightOnlyLinear
@@ -66,15 +66,15 @@ def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) ->
     """Return whether to decode with a compiled graph.
 
     Args: compiles, whether the user requests it. None for the default: on CUDA, if the model is
-        supported; on a CPU, for one row, if its graph is in the cache and computes the same as the
-        eager step up to float32 rounding. If compiling then fails, ``make_forward`` warns and
-        decodes without it.
+        supported; on a CPU, for one row, if its graph is in the cache, computes the same as the
+        eager step up to float32 rounding, and was not slower when it was compiled. If compiling
+        then fails, ``make_forward`` warns and decodes without it.
     """
     if compiles is not None:
         return compiles
     if model.device.type == "cuda":
         return supports(model, compiles=True)
-    return n_rows == 1 and compiled_matches_eager(model) and is_cached(model)
+    return n_rows == 1 and compiled_matches_eager(model) and is_default(model)
 
 
 def compiled_matches_eager(model: LanguageModel) -> TypeGuard[GPT]:

@@ -2,7 +2,8 @@
 
 The process outlives the command that starts it. It holds a lock, so that no other process compiles
 the same step. It writes a package to the cache or, if compilation fails, a file with the error, so
-that later commands do not try again.
+that later commands do not try again. If the compiled step is slower than the eager one on this
+machine, it says so in another file, and commands use the package only with ``--compile``.
 """
 
 import json
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from typing import Any, NoReturn
 
@@ -20,8 +22,10 @@ from minigpt.config import ModelConfig
 from minigpt.errors import LockedError, MinigptError
 from minigpt.files import locked, resource_errors, write_atomically
 from minigpt.generation.fast import compiled_matches_eager, stored_dtype
-from minigpt.generation.fast.compiled import compile_step, is_cached, package_key
-from minigpt.generation.fast.packages import failure_path, lock_path
+from minigpt.generation.fast.compiled import CompiledForward, compile_step, package_key
+from minigpt.generation.fast.decode_step import StepForward
+from minigpt.generation.fast.eager import EagerForward
+from minigpt.generation.fast.packages import failure_path, find_package, lock_path, slower_path
 from minigpt.generation.fast.reading import model_of_zeros
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
@@ -31,6 +35,8 @@ VARIABLE = "MINIGPT_COMPILE_AFTER"
 
 _AFTER_S = 5.0
 _GIVE_UP_S = 1800
+_MAX_TIMED_BYTES = 2**30
+_N_ROUNDS, _N_TIMED = 10, 4
 
 
 def compile_after() -> float:
@@ -55,9 +61,8 @@ def start(model: LanguageModel) -> bool:
     if not compiled_matches_eager(model) or not shutil.which(compiler):
         return False
     properties = description(model)
-    meta_model = model_of_zeros_like(properties, "meta")
-    key = package_key(meta_model)
-    if failure_path(key).exists() or is_cached(meta_model):
+    key = package_key(model_of_zeros_like(properties, "meta"))
+    if failure_path(key).exists() or find_package(key):
         return False
     try:
         with resource_errors(lock_path(key)), locked(lock_path(key), "it is being compiled"):
@@ -104,11 +109,39 @@ def compile_described(properties: dict[str, Any]) -> None:
     try:
         with locked(lock_path(key), "it is being compiled"):
             compile_step(model)
+            if is_slower(model):
+                write_atomically(slower_path(key), b"")
     except LockedError:
         return
     except MinigptError as error:
         write_atomically(failure_path(key), f"{error}\n".encode())
     lock_path(key).unlink(missing_ok=True)
+
+
+def is_slower(model: GPT) -> bool:
+    """Return whether a token takes longer with the compiled step than with the eager one.
+
+    It overwrites the weights. Large models are not timed, because the eager step copies them.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    if sum(x.nbytes for x in weights) > _MAX_TIMED_BYTES:
+        return False
+    for x in weights:  # untouched memory would be read faster than weights are
+        x.random_(-99, 99) if x.dtype == torch.int8 else x.normal_(std=0.02)
+    n_tokens = min(_N_TIMED, model.config.context_length)
+    compiled, eager = (kind(model, capacity=n_tokens) for kind in (CompiledForward, EagerForward))
+    times = [(_seconds(compiled, n_tokens), _seconds(eager, n_tokens)) for _ in range(_N_ROUNDS)]
+    # Other processes only make a round slower.
+    return min(one for one, _ in times) > min(other for _, other in times)
+
+
+def _seconds(forward: StepForward, n_tokens: int) -> float:
+    """Return the seconds that the first tokens of a text take."""
+    forward.cache.truncate(0)
+    started = time.perf_counter()
+    for _ in range(n_tokens):
+        forward.feed(torch.zeros(1, 1, dtype=torch.int64))
+    return time.perf_counter() - started
 
 
 def _raise_on_signals() -> None:

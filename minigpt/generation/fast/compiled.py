@@ -30,7 +30,7 @@ from minigpt.generation.fast.decode_step import Shown, StepForward
 from minigpt.generation.fast.eager import EagerKernels, PromptStep
 from minigpt.generation.fast.graph import GraphStep
 from minigpt.generation.fast.idle import borrow, has_idle_step, lend
-from minigpt.generation.fast.packages import cached_package, find_package
+from minigpt.generation.fast.packages import cached_package, find_package, slower_path
 from minigpt.model import layers
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT
@@ -159,12 +159,15 @@ def _make_step(model: GPT, shown: Shown, *, is_batch: bool) -> tuple[Run, Prompt
     return run, PromptStep(model, EagerKernels(model, copies=False), "nothing")
 
 
-def is_cached(model: GPT) -> bool:
-    """Return whether a model's step is idle or its package is in the cache.
+def is_default(model: GPT) -> bool:
+    """Return whether a model's step is idle, or in the cache and not slower than the eager step.
 
     For a model whose weights were prepared for eager decoding, it is not.
     """
-    return has_idle_step(model, _kind()) or find_package(package_key(model)) is not None
+    if has_idle_step(model, _kind()):
+        return True
+    key = package_key(model)
+    return find_package(key) is not None and not slower_path(key).exists()
 
 
 def package_key(model: GPT) -> str:

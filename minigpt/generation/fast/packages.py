@@ -73,6 +73,11 @@ def failure_path(key: str) -> Path:
     return _folder() / f"{_name(key)}.failed"
 
 
+def slower_path(key: str) -> Path:
+    """Return the path of the file that says that a package is slower than the eager step here."""
+    return _folder() / f"{_name(key)}.slower"
+
+
 def _folder() -> Path:
     return cache_folder() / "compiled"
 
