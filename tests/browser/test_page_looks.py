@@ -69,6 +69,40 @@ def test_dark_and_light_themes_have_enough_contrast(opened: Opened) -> None:
     assert papers[1] < 0.05
 
 
+def maps(page: OpenPage, **media: str) -> list[str]:
+    """Return the large map and those of the heads as URLs, after a change of media features."""
+    page.page.emulate_media(**media)
+    page.drawn()
+    page.page.wait_for_timeout(200)  # small maps are drawn in slices
+    urls = "() => Array.from(document.querySelectorAll('canvas'), (one) => one.toDataURL())"
+    return list(page.page.evaluate(urls))
+
+
+def test_maps_follow_a_change_of_theme_and_paper_is_light(opened: Opened) -> None:
+    light = maps(opened(random_trace(), color_scheme="light"))
+    page = opened(random_trace(), color_scheme="dark")
+    dark = maps(page)
+    assert not set(light) & set(dark)
+    assert maps(page, color_scheme="light") == light
+    assert maps(page, color_scheme="dark") == dark
+    assert maps(page, media="print")[1:] == light[1:]  # the large map is as wide as the paper
+
+
+def test_a_printed_page_has_all_tokens_with_their_shades(opened: Opened) -> None:
+    page = opened(random_trace(24, 1000, n_layer=3, n_head=30)).page
+    cut = """() => ["#strip", "#grid-frame"].filter((name) => {
+      const box = document.querySelector(name);
+      return box.scrollHeight > box.clientHeight || box.scrollWidth > box.clientWidth;
+    })"""
+    page.set_viewport_size({"width": 700, "height": 900})  # A4 in CSS pixels, without margins
+    assert page.evaluate(cut) == ["#strip", "#grid-frame"]
+    page.emulate_media(media="print")
+    assert page.evaluate(cut) == []
+    adjusted = "(name) => getComputedStyle(document.querySelector(name)).printColorAdjust"
+    for name in ("#strip .token", "#strip .bar", "#sources .share", "#grid .entropy"):
+        assert page.evaluate(adjusted, name) == "exact", name
+
+
 @pytest.mark.parametrize("width", [420, 1000, 1400])
 def test_the_page_fits_its_window(width: int, opened: Opened) -> None:
     page = opened(

@@ -184,14 +184,14 @@ function pointAt(map, at) {
 const MAP_HINT = "Hover over a cell to read it; click to choose its line.";
 
 // The small maps of all heads, drawn in short slices so that the page stays responsive.
-function fillSmallMaps(trace, grid, measure) {
+function fillSmallMaps(trace, grid, measure, sliceMs = 12) {
   if (grid.drawn === measure) return;
   grid.drawn = measure;
   const size = Math.min(SMALL_BINS, trace.firstRow + trace.steps.length - 1);
   const down = Math.max(1, Math.min(size, trace.steps.length));
   let head = 0;
   const drawSome = () => {
-    const end = performance.now() + 12;
+    const end = performance.now() + sliceMs;
     while (head < grid.cells.length && performance.now() < end) {
       const view = { measure, reduction: "mean", layer: Math.floor(head / trace.nHead), head: head % trace.nHead };
       const rows = rowsOf(trace, view);
@@ -203,5 +203,5 @@ function fillSmallMaps(trace, grid, measure) {
     }
     if (head < grid.cells.length && grid.drawn === measure) setTimeout(drawSome);
   };
-  setTimeout(drawSome);
+  drawSome();
 }

@@ -231,6 +231,16 @@ class Page {
     byId("download").addEventListener("click", download);
     byId("help-button").addEventListener("click", toggleHelp);
     document.addEventListener("keydown", (event) => this.press(event));
+    for (const query of ["print", "(prefers-color-scheme: dark)"]) {
+      matchMedia(query).addEventListener("change", () => this.repaint());
+    }
+  }
+
+  // Maps are pictures: paper and another theme need other colours. Printing does not wait for timers.
+  repaint() {
+    this.map.image = this.grid.drawn = null;
+    paintMap(this.map);
+    if (this.hasHeads) fillSmallMaps(this.trace, this.grid, this.headMeasure, Infinity);
   }
 
   press(event) {
