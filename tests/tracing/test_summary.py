@@ -101,6 +101,8 @@ def test_the_footer_names_the_measure_that_ranked_the_sources() -> None:
         ),
         (CauseCheck(60, 58, 0.3, 0.2, 0.8), ["mattered little more than", "0.80", "say much"]),
         (CauseCheck(60, 58, 0.2, 0.3, 0.1), ["mattered no more than", "say little"]),
+        (CauseCheck(60, 58, 0.0004, 0.0001, 0.1), ["by 0.000", "mattered no more than"]),
+        (CauseCheck(60, 58, 0.0006, 0.0004, 0.1), ["by 0.001", "mattered little more than"]),
         (CauseCheck(2, 2, 0.3, 0.2, 0.76), ["0.76, which may be chance with 4 knockouts."]),
         (CauseCheck(8, 8, 0.3, 0.2, -0.5), ["-0.50, which may be chance with 16 knockouts."]),
         (CauseCheck(8, 8, 0.3, 0.2, 0.53), ["0.53, so here the weights say something"]),

@@ -201,7 +201,8 @@ def cause_in_words(check: CauseCheck, measure: Measure = "weight", *, is_all: bo
     # Trace files of earlier versions have 0 if there were no controls.
     control_effect = check.mean_control_effect if check.n_controls else None
     if control_effect is not None:
-        times = check.mean_effect / max(control_effect, 1e-12)
+        # The numbers as shown; with 5e-4, 0.001 is little more than 0.000.
+        times = round(check.mean_effect, 3) / max(round(control_effect, 3), 5e-4)
         how = "more" if times > 2 else "little more" if times > 1 else "no more"
         found += (
             f", a control by {control_effect:.3f} ({count(check.n_controls, 'control')}). The "

@@ -81,7 +81,7 @@ function sumsToOne(view, facts) {
 }
 
 function gridText(position, most) {
-  const where = position === null ? "mean over all generated tokens" : `at token ${position}`;
+  const where = position === null ? "mean over all rows" : `at token ${position}`;
   return `Entropy in bits, ${where}: 0 if all of the row is on one token, ${most.toFixed(1)} (strongest shade) if it is uniform. Click a head to see its row.`;
 }
 
