@@ -51,7 +51,7 @@ class SamplingConfig:
     stop: tuple[str, ...] = option((), metavar="TEXT", has_escapes=True)
     r"""Stop string (\n for a line break); repeat for several. The output does not contain it."""
     num_samples: int = option(1, "[1, 2**16]")
-    """Number of samples, generated in parallel."""
+    """Number of samples; sample i has seed SEED + i."""
     logprobs: int = option(0, "[0, inf)", group="Output")
     """Number of most probable tokens to report at each step."""
     overflow: Literal["stop", "slide"] = option("stop")

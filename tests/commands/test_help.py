@@ -51,6 +51,14 @@ def test_help_fits_80_columns_in_aligned_lines(words: list[str]) -> None:
     assert not any(line.rstrip("]").endswith(".") for line in options)
 
 
+@pytest.mark.parametrize("columns", [80, 60, 50])
+@pytest.mark.parametrize("words", CALLS, ids=" ".join)
+def test_no_line_of_help_ends_within_the_name_of_an_option(words: list[str], columns: int) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": str(columns)})
+    assert not re.search(r"\w-\n", result.stdout)
+    assert "\N{NON-BREAKING HYPHEN}" not in result.stdout
+
+
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
 def test_sampling_options_show_their_defaults(command: str) -> None:
     text = " ".join(help_of(command).split())

@@ -15,6 +15,7 @@ from minigpt.commands.layout import COMMANDS, Commands
 from minigpt.errors import ConfigError, require_choice
 
 _NARROWEST = 18  # columns of text
+_HYPHEN = "\N{NON-BREAKING HYPHEN}"  # keeps names such as --max-new-tokens on one line
 
 
 class _Page:
@@ -23,7 +24,10 @@ class _Page:
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Write the page for a terminal of any width; click assumes at least 50 columns."""
         formatter.width = max(min(shutil.get_terminal_size().columns, 80), _NARROWEST)
+        write_text = formatter.write_text
+        formatter.write_text = lambda text: write_text(text.replace("-", _HYPHEN))
         super().format_help(ctx, formatter)  # type: ignore[misc]
+        formatter.buffer[:] = [text.replace(_HYPHEN, "-") for text in formatter.buffer]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         _write_options(ctx, formatter, ctx.command.get_params(ctx))
@@ -106,7 +110,8 @@ def _write_options(ctx: Any, formatter: Any, parameters: Iterable[Any]) -> None:
         panel = getattr(parameter, "rich_help_panel", None)  # click's own --help has none
         heading = "Arguments" if is_argument else panel or "General"
         _, text = parameter.get_help_record(ctx)
-        groups.setdefault(heading, []).append((_left(parameter), text.rstrip(".")))
+        text = text.rstrip(".").replace("-", _HYPHEN)
+        groups.setdefault(heading, []).append((_left(parameter), text))
     width = max(len(left) for rows in groups.values() for left, _ in rows)
     is_narrow = formatter.width < width + _NARROWEST
     for heading, rows in groups.items():
