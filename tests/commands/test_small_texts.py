@@ -52,6 +52,7 @@ def test_training_in_a_dtype_that_the_cpu_computes_slowly_is_noted(
 ) -> None:
     monkeypatch.setattr(explanations, "has_fast_bfloat16", lambda _: False)
     words = ["train", "corpus.txt", "--max-steps", "1", "--device", "cpu", *SHAPE]
+    assert "no bfloat16 instructions" in run(*words, "--dtype", "bfloat16", "--dry-run").err
     assert "no bfloat16 instructions" in run(*words, "--dtype", "bfloat16").err
     assert "no bfloat16 instructions" not in run(*words, "--dtype", "float32").err
 

@@ -8,10 +8,12 @@ from typing import Any
 from rich.text import Text
 
 from minigpt.commands.tables import aligned, line_width, show, write_json
+from minigpt.commands.train.explanations import slow_dtype_note
 from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import joined, make_display
 from minigpt.config import RunConfig
 from minigpt.format import duration, short, with_unit
+from minigpt.model.device import resolve_device, resolve_dtype
 from minigpt.training.reports.plan import make_plan
 from minigpt.training.state import read_state
 
@@ -27,7 +29,10 @@ def plan_training(
             request = Request(name, overrides, world.size, display.preparing, nullcontext)
             with open_job(request, resume=resume) as job:
                 done = read_state(job.resume_from) if job.resume_from else None
-                for line in (*job.notes, *job.data.manifest.notes()):
+                device = resolve_device(job.config.training.device)
+                dtype = resolve_dtype(job.config.training.dtype, device)
+                notes = *job.notes, *job.data.manifest.notes(), slow_dtype_note(device, dtype)
+                for line in filter(None, notes):
                     display.note(line)
                 plan = make_plan(job.config, job.data, world, done)
         if is_json:
