@@ -79,7 +79,7 @@ class Trainer(Run):
     def _run(self) -> Iterator[Event]:
         config = self.config.training
         self.model.train()
-        if self.config.from_ and self.saved_step is None:
+        if self.config.from_ and self.saved_step is None and len(self.val_tokens):
             yield self.checkpoints.evaluate()  # the loss before fine-tuning
         while self.progress < 1 and not self.is_early_stop_due and not self._must_stop():
             is_taken = self.take_step()

@@ -40,6 +40,16 @@ def test_fine_tuning_evaluates_the_base_model_first_and_updates_it(
     assert "blocks.0.mlp.up.weight" in differing(dict(trainer.model.state_dict()), before)
 
 
+def test_fine_tuning_without_a_validation_text_is_never_evaluated(
+    data: PreparedData, tmp_path: Path
+) -> None:
+    config = replace(config_of("gpt2", max_steps=2, eval_every=1), from_="somewhere")
+    config = replace(config, data=replace(config.data, val_fraction=0.0))
+    model = small_model("gpt2", vocab_size=257, context_length=16)
+    events = list(trainer_of(config, data, tmp_path, start_from=model).run())
+    assert [type(event) for event in events] == [StepEvent, StepEvent, SaveEvent]
+
+
 def test_evaluations_checkpoints_and_samples_do_not_change_training(
     data: PreparedData, tmp_path: Path
 ) -> None:
