@@ -100,6 +100,10 @@ def test_overfitting_and_early_stopping_are_reported(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "learned", *words)
     assert "stopped early" not in result.err
     assert "the model overfitted: at the end the training loss was" in result.err
+    assert "The best checkpoint is from before that; more text would" in result.err
+    words[words.index("60")] = "30"
+    result = run("train", "corpus.txt", *words, "--eval-every", "0", "--save-every", "0")
+    assert "nats/token. More text would make it better" in result.err
 
 
 def test_a_model_of_a_repetitive_text_is_not_reported_as_overfitted(run: Run) -> None:

@@ -160,11 +160,12 @@ def meaning(
         )
     last = evaluation.val_loss if evaluation else val_loss
     if train_loss is not None and train_loss < min(_OVERFITTED * last, last - _LEAST_GAP):
+        before = "The best checkpoint is from before that; more text would make it better"
         yield (
             "note",
             f"the model overfitted: at the end the training loss was {train_loss:.2f} "
-            f"and the validation loss {last:.2f} nats/token. The best checkpoint is from before "
-            "that; more text would make it better",
+            f"and the validation loss {last:.2f} nats/token. "
+            f"{before if best.step < trainer.step else 'More text would make it better'}",
         )
 
 
