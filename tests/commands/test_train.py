@@ -188,6 +188,20 @@ def test_a_run_older_than_the_tales_resumes_with_the_python_corpus(
     assert "the corpus is not the one that the run 'python-nano' started with" in error_line(result)
 
 
+@pytest.mark.parametrize("text", [None, "x = [", "data = 5", "[training]\nspeed = 2"])
+def test_a_run_without_its_settings_names_the_remedy(
+    run: Run, trained: Path, text: str | None
+) -> None:
+    shutil.copytree(trained / "checkpoints/tiny", "checkpoints/tiny")
+    config = Path("checkpoints/tiny/config.toml")
+    config.unlink() if text is None else config.write_text(text)
+    result = run("train", "--resume", "--name", "tiny", "--max-steps", "6")
+    assert result.code == 4
+    line = error_line(result)
+    assert line.startswith("the run 'tiny' cannot be resumed: ")
+    assert line.endswith("or start a new run from its weights with --from tiny.")
+
+
 def test_a_run_on_standard_input_can_be_resumed(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     assert run("train", "-", *TINY, stdin=text).code == 0

@@ -57,10 +57,7 @@ def resumed_job(request: Request) -> Iterator[Job]:
     run = _newest_run() if name is None else RunFolder(ROOT / checked_name(name))
     _require_checkpoint(run, hashes=False)
     with request.lock(run):
-        settings = read_toml(run.path / CONFIG_FILE)
-        if "val" not in settings.get("data", {}):  # saved before other splits existed
-            settings = merge(settings, {"data": {"val_split": "tail"}})
-        saved = build(RunConfig, settings)
+        saved = _saved_config(run)
         _require_same(saved, request.overrides)  # checked before settings that depend on each other
         is_tuned, overrides = saved.from_ is not None, request.overrides
         if is_tuned:
@@ -74,6 +71,24 @@ def resumed_job(request: Request) -> Iterator[Job]:
         carried = ring("checkpoint.carried").read_carried(latest.folder) if is_tuned else None
         notes += _lifted_limit(saved, config, data)
         yield Job(config, data, run, resume_from=latest.folder, carried=carried, notes=notes)
+
+
+def _saved_config(run: RunFolder) -> RunConfig:
+    """Read the settings of a run.
+
+    Raises: CheckpointError if they are missing, damaged, or of another version of minigpt.
+    """
+    try:
+        settings = read_toml(run.path / CONFIG_FILE)
+        if given(settings, "data", "val") is None:  # saved before other splits existed
+            settings = merge(settings, {"data": {"val_split": "tail"}})
+        return build(RunConfig, settings)
+    except ConfigError as error:
+        name = run.path.name
+        raise CheckpointError(
+            f"the run {name!r} cannot be resumed: {error} Restore its config.toml, or start a "
+            f"new run from its weights with --from {name}."
+        ) from None
 
 
 def _prepare_again(
