@@ -20,7 +20,13 @@ _WORDS = re.compile(
 
 
 def open_streams() -> None:
-    """Open standard streams that are closed; escape characters that the others cannot encode."""
+    """Open standard streams that are closed; escape characters that the others cannot encode.
+
+    A terminal of unknown size has 80 columns: rich would print nothing with COLUMNS=0.
+    """
+    for name in ("COLUMNS", "LINES"):
+        if not os.environ.get(name, "").strip("0"):
+            os.environ.pop(name, None)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller, as with >&-
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
@@ -63,7 +69,7 @@ def _columns() -> int:
     if os.environ.get("COLUMNS", "").isdigit():
         return int(os.environ["COLUMNS"])
     with suppress(OSError, ValueError):  # a stream without a descriptor
-        return os.get_terminal_size(sys.stderr.fileno()).columns
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
     return 80
 
 

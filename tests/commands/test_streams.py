@@ -189,6 +189,22 @@ def test_the_live_line_fits_80_columns_and_is_erased(
     assert "next" in shown.split("\x1b[?25h")[1]
 
 
+def test_a_terminal_of_unknown_width_has_80_columns(
+    trained: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["attention-trace", "The king", "--max-new-tokens", "2", "--seed", "1"]
+    shown = []
+    for width in (80, 0):  # 0 in COLUMNS too, as set by some programs that run others
+        with monkeypatch.context() as patch:
+            patch.chdir(trained)
+            screen = Screen(patch, width=width)
+            result = run(*words)
+        shown.append(screen.text())
+        assert result.code == 0
+    assert "step token" in shown[0]
+    assert shown[0] == shown[1]
+
+
 def test_no_color_disables_color(
     on_terminal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
