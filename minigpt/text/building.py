@@ -10,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice, takewhile
@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from minigpt.config import DataConfig
-from minigpt.errors import DataError
-from minigpt.files import make_folder, resource_errors
+from minigpt.errors import DataError, LockedError, ResourceError
+from minigpt.files import locked, make_folder, remove, resource_errors
 from minigpt.places import OTHER_CACHE, cache_folder
 from minigpt.rings import ring
 from minigpt.text.corpus import (
@@ -55,6 +55,7 @@ from minigpt.text.tokenizer import END_OF_TEXT, Tokenizer, make_tokenizer
 BPE_VERSION = 2
 """Increased when ``text.bpe`` learns other merges from the same text, to invalidate caches."""
 CHUNK_CHARS = 2**20
+_STREAMS, _LOCK, _ABANDONED_S = "streams-", ".lock", 60
 MAX_WORKERS = 16
 """Maximum default number of threads: each needs some megabytes, and only one thread reads."""
 
@@ -108,7 +109,11 @@ def opened_corpus(
     cache = cache_dir or cache_folder()
     with resource_errors(cache, OTHER_CACHE):
         make_folder(cache / "prepared")
-        with tempfile.TemporaryDirectory(prefix="streams-", dir=cache) as spool:
+        _remove_abandoned(cache)
+        with (
+            tempfile.TemporaryDirectory(prefix=_STREAMS, dir=cache) as spool,
+            locked(Path(spool) / _LOCK),
+        ):
             find = partial(
                 find_files,
                 cache=cache,
@@ -123,6 +128,16 @@ def opened_corpus(
             corpus = Corpus(files, val_files, data, used, cache, Path(spool), report, template)
             corpus = split(corpus)
             yield replace(corpus, identity=_identity(corpus), versions=found_as)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Delete the copies of streams that killed processes left in the cache."""
+    for folder in cache.glob(f"{_STREAMS}*"):
+        with suppress(OSError, LockedError, ResourceError):
+            # A new one may not be locked yet.
+            if time.time() - folder.stat().st_mtime > _ABANDONED_S:
+                with locked(folder / _LOCK, "in use"):
+                    remove(folder)
 
 
 def _identity(corpus: Corpus) -> str:

@@ -19,6 +19,7 @@ import pytest
 from minigpt.checkpoint.tokenizer_json import tokenizer_from_json, tokenizer_to_json
 from minigpt.config import DataConfig
 from minigpt.errors import ConfigError, DataError, ResourceError
+from minigpt.files import locked
 from minigpt.text import building, corpus, prepared_folders, shard_files
 from minigpt.text.batches import window_starts
 from minigpt.text.building import Work
@@ -337,6 +338,20 @@ def test_standard_input_is_prepared_and_its_temporary_copy_deleted(
         assert bytes(tokens_of(data)[1:]) == b"piped text"
     assert [name for name in files(tmp_path) if name.startswith("stream")] == []
     assert len(list((tmp_path / "prepared").glob("*/manifest.json"))) == 1
+
+
+def test_copies_of_streams_that_killed_processes_left_are_deleted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    left, used, new = (tmp_path / f"streams-{name}" for name in ("left", "used", "new"))
+    for folder in (left, used, new):
+        folder.mkdir()
+        (folder / "stream-0").write_text("a copy")
+    for folder in (left, used):
+        os.utime(folder, (0, 0))
+    with locked(used / ".lock"):
+        os.utime(used, (0, 0))
+        prepare(DataConfig(paths=(str(tmp_path / "a.txt"),)), tmp_path)
+    assert {path.name for path in tmp_path.glob("streams-*")} == {used.name, new.name}
 
 
 def test_progress_ends_with_all_bytes_in_every_stage(prepared: Prepare) -> None:
