@@ -234,7 +234,7 @@ def test_a_traced_token_needs_at_most_one_copy_to_the_device(
 def test_rollout_copies_nothing_to_the_device() -> None:
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)
-        recorder = MeasureRecorder(model, watchers=[Rollout(select_heads(2, 4), 32)])
+        recorder = MeasureRecorder(model, accumulators=[Rollout(select_heads(2, 4), 32)])
         decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
         config = SamplingConfig(max_new_tokens=9, temperature=0.0)
         _, _, copies, _ = decode(decoder, config, seen)
@@ -245,7 +245,7 @@ def test_rollout_copies_nothing_to_the_device() -> None:
 def test_recording_attention_adds_no_wait(name: str) -> None:
     with PretendCuda() as seen:
         model = make(name).to("cuda").eval().requires_grad_(False)
-        recorder = MeasureRecorder(model, measures=("weight", "norm"), watchers=[SinkFinder(3)])
+        recorder = MeasureRecorder(model, measures=("weight", "norm"), accumulators=[SinkFinder(3)])
         decoder = Decoder(model, [5, 6, 7], recorder, max_new_tokens=9)
         config = SamplingConfig(max_new_tokens=9, temperature=0.0)
         _, syncs, copies, _ = decode(decoder, config, seen)

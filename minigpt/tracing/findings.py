@@ -183,9 +183,9 @@ class HeadRows:
     """Weights of those positions (L, H, K)."""
 
     @classmethod
-    def of(cls, facts: Mapping[str, NDArray[Any]], n_layer: int) -> "HeadRows":
-        """Build the summaries from ``RowReader.facts``, skipping the first row."""
-        rows = {f.name: facts[f.name][1:] for f in fields(cls)}
+    def of(cls, summaries: Mapping[str, NDArray[Any]], n_layer: int) -> "HeadRows":
+        """Build the summaries from ``RowSummarizer.summaries``, skipping the first row."""
+        rows = {f.name: summaries[f.name][1:] for f in fields(cls)}
         shape = n_layer, len(rows["sink"]) // n_layer
         return cls(**{name: x.reshape(*shape, *x.shape[1:]) for name, x in rows.items()})
 

@@ -18,8 +18,8 @@ from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing.config import TraceConfig, has_prompt_rows
 from minigpt.tracing.events import Row, Token, TraceHeader
 from minigpt.tracing.recorder import RowRecorder
-from minigpt.tracing.rows import RowReader
-from minigpt.tracing.signals import signals_later
+from minigpt.tracing.rows import RowSummarizer
+from minigpt.tracing.signals import delay_signals
 from minigpt.tracing.tracer import AttentionObserver
 
 Pending = tuple[TextStep, Sequence[AttentionPass]]
@@ -110,16 +110,16 @@ class BurstObserver(AttentionObserver):
         self._product_error: Tensor | None = None
         self.watcher: PassQueue = PassQueue(self.recorder)
         self._dense = dense
-        self.reader: RowReader
+        self.summarizer: RowSummarizer
 
-    def header(self, **facts: Any) -> TraceHeader:
+    def header(self, **fields: Any) -> TraceHeader:
         """Return the header; call it after the prefill."""
         for attention in self.watcher.take():
             self.recorder.record(attention)
-        self.reader = RowReader(
+        self.summarizer = RowSummarizer(
             sink=self.sink, n_prompt=self.n_prompt, n_sources=self.config.n_kept
         )
-        return super().header(**facts)
+        return super().header(**fields)
 
     def observed(
         self, items: Iterator[TextStep], tokens: list[Token], decoder: Decoder
@@ -152,7 +152,7 @@ class BurstObserver(AttentionObserver):
     ) -> Iterator[tuple[TextStep, dict[str, Any]]]:
         found: list[dict[str, Any]] = []
         try:
-            with signals_later():
+            with delay_signals():
                 found = self.observe(burst, tokens)
         finally:
             for (item, _), fields in zip(burst, found, strict=False):
@@ -178,7 +178,7 @@ class BurstObserver(AttentionObserver):
         for _, passes in burst:
             self.record(passes)
             rows_N1S.append(self.recorder.weights_LHS.flatten(0, 1).mean(dim=0, keepdim=True))
-        rows = self.reader.rows(rows_N1S, tokens)
+        rows = self.summarizer.rows(rows_N1S, tokens)
         self.check_sums(rows)
         return [{"rows": (row,)} for row in rows]
 

@@ -20,7 +20,7 @@ _N_SUMS = 10
 _NUMBERS = ("total", "prompt", "sink", "own", "entropy", "distance")
 
 
-class RowReader:
+class RowSummarizer:
     """Summarizes rows with a single copy from the device."""
 
     def __init__(self, *, sink: int, n_prompt: int, n_sources: int) -> None:
@@ -41,19 +41,19 @@ class RowReader:
     ) -> list[Row]:
         """Summarize the first row of each step.
 
-        Args: rows_NRS, as for ``facts``, where rows after the first are those of all heads, for
+        Args: rows_NRS, as for ``summaries``, where rows after the first are those of all heads, for
             ``Row.heads``; tokens, at least those in view.
         """
-        facts = self.facts(rows_NRS, is_signed=is_signed)
+        summaries = self.summaries(rows_NRS, is_signed=is_signed)
         has_heads = len(rows_NRS[0]) > 1
-        numbers = zip(*(facts[name][:, 0].tolist() for name in _NUMBERS), strict=True)
+        numbers = zip(*(summaries[name][:, 0].tolist() for name in _NUMBERS), strict=True)
         rows = []
         for i, (total, prompt, *others) in enumerate(numbers):
-            positions, weights = facts["positions"][i][0], facts["weights"][i][0]
+            positions, weights = summaries["positions"][i][0], summaries["weights"][i][0]
             sources = zip(positions.tolist(), weights.tolist(), strict=True)
             heads = None
             if has_heads:
-                of_step = {name: values[i] for name, values in facts.items()}
+                of_step = {name: values[i] for name, values in summaries.items()}
                 heads = HeadRows.of(of_step, n_layer)
             row = Row(
                 measure=measure,
@@ -62,14 +62,14 @@ class RowReader:
                 prompt=prompt,
                 generated=total - prompt if is_signed else max(0.0, total - prompt),
                 sources=tuple(Source(tokens[position], weight) for position, weight in sources),
-                weights_S=facts["first"][i],
+                weights_S=summaries["first"][i],
                 heads=heads,
                 **dict(zip(_NUMBERS[2:], others, strict=True)),
             )
             rows.append(row)
         return rows
 
-    def facts(self, rows_NRS: Sequence[Tensor], *, is_signed: bool = False) -> dict[str, Any]:
+    def summaries(self, rows_NRS: Sequence[Tensor], *, is_signed: bool = False) -> dict[str, Any]:
         """Return the total and the fields of ``HeadRows`` for each row, and the ``first`` row.
 
         Each value is an array (N, R), or a list of N arrays if its length varies between steps.

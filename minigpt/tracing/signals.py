@@ -8,7 +8,7 @@ from types import FrameType
 
 
 @contextmanager
-def signals_later() -> Iterator[None]:
+def delay_signals() -> Iterator[None]:
     """Delay Ctrl-C and SIGTERM until the end of a block; a second signal is not delayed.
 
     Only the main thread receives signals.

@@ -145,10 +145,10 @@ class AttentionObserver:
         self.model, self.config = model, config
         self.n_prompt, self.sampling, self.tokenizer = n_prompt, sampling, tokenizer
 
-    def header(self, **facts: Any) -> TraceHeader:
+    def header(self, **fields: Any) -> TraceHeader:
         """Return the header; call it after the prefill.
 
-        Args: facts, the header fields that cannot be read from the model.
+        Args: fields, those of the header that cannot be read from the model.
         """
         shape = self.model.config
         header: TraceHeader = RECORDS.TraceHeader(
@@ -159,7 +159,7 @@ class AttentionObserver:
             d_head=shape.d_head,
             dtype=str(self.model.dtype).removeprefix("torch."),
             score=self.model.attentions[0].score.name,
-            **facts,
+            **fields,
         )
         return header
 

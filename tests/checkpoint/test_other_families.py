@@ -135,7 +135,7 @@ def test_recording_changes_no_logits_and_rollout_is_the_product_of_rows(
 ) -> None:
     n_layer, n_head = model.config.n_layer, model.config.n_head
     rollout = Rollout(select_heads(n_layer=n_layer, n_head=n_head), 20)
-    recorder = MeasureRecorder(model, measures=("weight", "norm"), watchers=[rollout])
+    recorder = MeasureRecorder(model, measures=("weight", "norm"), accumulators=[rollout])
     keeper = Keeper()
     cache = KVCache(model.config)
     parts = [model(TOKENS[:1, :15], cache, recorder)]

@@ -46,7 +46,7 @@ from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.generation.decoder import Decoder
 from minigpt.tracing import observers
 from minigpt.tracing.analysis import knockout
-from minigpt.tracing.rows import RowReader
+from minigpt.tracing.rows import RowSummarizer
 
 observers._BURST_S = math.inf  # all tokens after the first are observed together
 owner, name, turn = PLACE
@@ -64,7 +64,7 @@ main()
 VERIFIED: list[list[str]] = [[], ["--n-verified", "2", "--measure", "logit"]]
 CTRL_C_PLACES = {
     "while a row is shown": ("DescribedOutput, 'show_lines', 5", 6),
-    "while rows are computed": ("RowReader, 'facts', 2", 6),
+    "while rows are computed": ("RowSummarizer, 'summaries', 2", 6),
     "while rows are verified": ("knockout.Knockouts, 'changes', 2", 6),
     "while a token is decoded": ("Decoder, '_feed', 4", 4),
 }

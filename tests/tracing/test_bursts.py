@@ -23,7 +23,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import EndTrace, TraceEvent, TraceFooter, TraceStep
 from minigpt.tracing.file import to_json_line
-from minigpt.tracing.rows import RowReader
+from minigpt.tracing.rows import RowSummarizer
 
 PROMPT = list(b"to be or not")
 SAMPLING = SamplingConfig(max_new_tokens=10, temperature=0.8)
@@ -67,10 +67,10 @@ def test_rows_summarized_together_have_the_same_bits_as_alone(is_signed: bool) -
     rows = [torch.randn(4, n, generator=generator) for n in (1, 2, 7, 8, 40, 41, 200)]
     if not is_signed:
         rows = [x.softmax(dim=1) for x in rows]
-    reader = RowReader(sink=0, n_prompt=3, n_sources=6)
-    together = reader.facts(rows, is_signed=is_signed)
+    summarizer = RowSummarizer(sink=0, n_prompt=3, n_sources=6)
+    together = summarizer.summaries(rows, is_signed=is_signed)
     for i, x in enumerate(rows):
-        for name, alone in reader.facts([x], is_signed=is_signed).items():
+        for name, alone in summarizer.summaries([x], is_signed=is_signed).items():
             assert together[name][i].tolist() == alone[0].tolist(), name
 
 
@@ -204,7 +204,9 @@ def test_a_trace_ended_while_decoding_shows_tokens_waiting_for_verification(
     assert [step.index for step in shown[1:] if step.effects] == [0, 1, 2, 3, 4]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("where", [(RowReader, "facts"), (knockout.Knockouts, "changes")], ids=str)
+@pytest.mark.parametrize(
+    "where", [(RowSummarizer, "summaries"), (knockout.Knockouts, "changes")], ids=str
+)
 def test_ctrl_c_while_a_burst_is_computed_loses_no_observed_token(
     monkeypatch: pytest.MonkeyPatch, where: tuple[type, str]
 ) -> None:
@@ -225,7 +227,7 @@ def test_ctrl_c_while_a_burst_is_computed_loses_no_observed_token(
 
 
 def test_a_second_ctrl_c_aborts_the_computation_of_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, bursts = RowReader.facts, []
+    real, bursts = RowSummarizer.summaries, []
 
     def interrupted(*words: Any, **more: Any) -> Any:
         bursts.append(1)
@@ -234,7 +236,7 @@ def test_a_second_ctrl_c_aborts_the_computation_of_a_burst(monkeypatch: pytest.M
             signal.raise_signal(signal.SIGINT)
         return real(*words, **more)
 
-    monkeypatch.setattr(RowReader, "facts", interrupted)
+    monkeypatch.setattr(RowSummarizer, "summaries", interrupted)
     _, *steps, footer = events_of(monkeypatch, math.inf, "gpt2")
     assert (len(steps), len(bursts)) == (1, 2)
     assert isinstance(footer, TraceFooter)

@@ -34,7 +34,7 @@ def test_an_incremental_rollout_equals_the_product_of_full_matrices(heads: str |
     selection = select_heads(3, 4, heads=heads)
     tokens = random_tokens(1, 20)
     rollout = Rollout(selection, 24)
-    recorder = MeasureRecorder(model, watchers=[rollout])
+    recorder = MeasureRecorder(model, accumulators=[rollout])
     cache = KVCache(model.config)
     for part in tokens.split([9, 1, 1, 6, 1, 2], dim=1):
         model(part, cache, recorder)

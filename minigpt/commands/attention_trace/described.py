@@ -23,7 +23,7 @@ from minigpt.tracing.config import N_SOURCES, TraceConfig, has_prompt_rows
 from minigpt.tracing.events import EndTrace
 from minigpt.tracing.findings import TraceFooter, TraceHeader, TraceStep
 from minigpt.tracing.lines import TraceLayout, make_layout
-from minigpt.tracing.signals import signals_later
+from minigpt.tracing.signals import delay_signals
 from minigpt.tracing.summary import footer_lines, header_lines, legend
 
 
@@ -55,7 +55,7 @@ class DescribedOutput(TraceOutput):
         while footer is None:
             try:
                 event, proceed = proceed(), partial(next, events)
-                with signals_later():  # a row is shown completely and only once
+                with delay_signals():  # a row is shown completely and only once
                     match event:
                         case TraceHeader():
                             header = event

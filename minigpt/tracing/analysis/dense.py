@@ -24,7 +24,7 @@ from minigpt.tracing.analysis.tally import CauseTally
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.findings import Effect, Row, Trace
 from minigpt.tracing.head_lists import reduce_rows, select_heads
-from minigpt.tracing.rows import RowReader
+from minigpt.tracing.rows import RowSummarizer
 
 _HEADER_BYTES = 4096
 _LARGEST_WEIGHT = 1.01
@@ -90,13 +90,13 @@ def with_rows_of(trace: Trace, path: Path, config: AnalysisConfig, *, n_kept: in
     selection = select_heads(*shape, layers=config.layers, heads=config.heads)
     offsets = [0, *accumulate(len(step.row.weights_S) for step in trace.steps)]
     rows_NLH = _read_rows(path, (offsets[-1], *shape), offsets)
-    reader = RowReader(sink=header.sink, n_prompt=len(header.prompt), n_sources=n_kept)
+    summarizer = RowSummarizer(sink=header.sink, n_prompt=len(header.prompt), n_sources=n_kept)
     steps, tally = [], CauseTally()
     for step, (start, end) in zip(trace.steps, pairwise(offsets), strict=True):
         rows_LHS = torch.from_numpy(np.ascontiguousarray(rows_NLH[start:end].transpose(1, 2, 0)))
         reduced_S = reduce_rows(rows_LHS, selection, is_max=config.reduce == "max")
         rows_RS = torch.cat((reduced_S[None], rows_LHS.flatten(0, 1)))
-        [row] = reader.rows([rows_RS], trace.tokens, header.n_layer)
+        [row] = summarizer.rows([rows_RS], trace.tokens, header.n_layer)
         # The knockouts stay the same, but are compared with the weights of the new rows.
         effects = tuple(_with_weight(effect, row) for effect in step.effects)
         steps.append(replace(step, rows=(row,), effects=effects))

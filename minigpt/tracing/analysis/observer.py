@@ -118,11 +118,11 @@ class AnalysisObserver(BurstObserver):
             self._rollout = Rollout(self.selection, n_positions)
         if config.sink == "auto":
             self._sink_finder = SinkFinder(n_prompt)
-        watchers = [one for one in (self._rollout, self._sink_finder) if one is not None]
+        accumulators = [one for one in (self._rollout, self._sink_finder) if one is not None]
         self.recorder = MeasureRecorder(
             model,
             measures=config.measures,
-            watchers=watchers,
+            accumulators=accumulators,
             config=config,
             needs_residual=config.lens,
         )
@@ -131,7 +131,7 @@ class AnalysisObserver(BurstObserver):
         if config.explain is not None:
             self._explained = explained_heads(model, config.explain)
 
-    def header(self, **facts: Any) -> events.TraceHeader:
+    def header(self, **fields: Any) -> events.TraceHeader:
         """Return the header; call it after the prefill."""
         rule = "given" if self.config.sink else "first"
         if self._sink_finder is not None:
@@ -149,7 +149,7 @@ class AnalysisObserver(BurstObserver):
             against=self._against,
             verified_heads=self._verifier and self._verifier.selection,
             roles=head_roles(self.model) if self.config.roles else None,
-            **facts,
+            **fields,
         )
 
     def steps(
@@ -230,7 +230,7 @@ class AnalysisObserver(BurstObserver):
     def _rows(
         self, measure: Measure, drafts: Sequence[_Draft], tokens: Sequence[Token]
     ) -> list[Row]:
-        rows = self.reader.rows(
+        rows = self.summarizer.rows(
             [rows_RS for rows_RS, _ in drafts],
             tokens,
             self.selection.n_layer,

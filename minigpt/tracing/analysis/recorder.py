@@ -43,28 +43,28 @@ def require_measures(config: AnalysisConfig) -> None:
             )
 
 
-class Watcher(Protocol):
-    """Receives the weights of all queries, including the prompt's, as a rollout needs them."""
+class Accumulator(Protocol):
+    """Sums up the weights of all queries, including the prompt's: a rollout or a sink finder."""
 
     def add(self, layer: int, weights_HTS: Tensor) -> None:
         """Add the weights of the newest queries of a layer; queries come in order."""
 
 
 class MeasureRecorder(CheckedRecorder):
-    """Keeps the last query's rows by any measure, and sends all queries' weights to watchers."""
+    """Keeps the last query's rows by any measure, and passes all queries' weights on."""
 
     def __init__(
         self,
         model: LanguageModel,
         *,
         measures: Sequence[Measure] = ("weight",),
-        watchers: Sequence[Watcher] = (),
+        accumulators: Sequence[Accumulator] = (),
         config: AnalysisConfig = DEFAULTS,
         needs_residual: bool = False,
     ) -> None:
         """Prepare to record forward passes of a model.
 
-        Args: measures, available from ``measured``; watchers, which receive the weights of all
+        Args: measures, available from ``measured``; accumulators, which receive the weights of all
             queries, not only of the last one; config, with the settings of the measures;
             needs_residual, whether to keep the residual stream even if no measure needs it.
         Raises: ConfigError if the model has no attention, or if a measure is not installed or does
@@ -72,8 +72,8 @@ class MeasureRecorder(CheckedRecorder):
         """
         super().__init__(model)
         self._scores = [attention.score for attention in model.attentions]
-        self._watchers = watchers
-        self.needs_queries = bool(watchers)
+        self._accumulators = accumulators
+        self.needs_queries = bool(accumulators)
         facts = {name: facts_of(name) for name in measures if name != "weight"}
         self.needs_residual = needs_residual or any(f.needs_residual for f in facts.values())
         self._measures: dict[Measure, Any] = {
@@ -90,11 +90,11 @@ class MeasureRecorder(CheckedRecorder):
             for name, rows_LHS in self._measures.items()
             if not facts_of(name).needs_token
         }
-        if self._watchers:
+        if self._accumulators:
             for layer in range(len(self._scores)):
                 for weights_HTS in self._new_rows(attention, layer):
-                    for watcher in self._watchers:
-                        watcher.add(layer, weights_HTS)
+                    for accumulator in self._accumulators:
+                        accumulator.add(layer, weights_HTS)
 
     def _new_rows(self, attention: AttentionPass, layer: int) -> Iterator[Tensor]:
         """Yield the weights (H, T, S) of the new queries, a few at a time to save memory."""

@@ -19,7 +19,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import Effect, Kept, TraceStep
 from minigpt.tracing.head_lists import HeadSelection, select_heads
-from minigpt.tracing.signals import signals_later
+from minigpt.tracing.signals import delay_signals
 
 _WAIT_S = 0.25
 """Longest time for which a token waits to be verified in a batch with the next ones."""
@@ -79,7 +79,7 @@ class Verifier:
     ) -> Iterator[TraceStep]:
         verified: list[TraceStep] = []
         try:
-            with signals_later():
+            with delay_signals():
                 plans = [_plan(abs(step.row.weights_S), self._n_verified, sink) for step in steps]
                 places = [step.token.position - 1 for step in steps]
                 queries = [
