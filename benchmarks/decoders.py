@@ -30,7 +30,7 @@ def minigpt(contender: Contender, job: Job) -> Decode:
     is_int8 = contender.precision == "int8"
     dtype = {"fp32": "float32", "bf16": "bfloat16"}.get(contender.precision, "auto")
     options: Any = {"quantize": "int8" if is_int8 else None, "compile": contender.is_compiled}
-    loaded = load(Path(job.folder), device=job.device, dtype=dtype, decodes=True, **options)
+    loaded = load(Path(job.folder), device=job.device, dtype=dtype, for_decoding=True, **options)
     model = loaded.model
 
     def decode(job: Job, first: Callable[[], None]) -> list[int]:
@@ -40,7 +40,7 @@ def minigpt(contender: Contender, job: Job) -> Decode:
             job.prompt,
             max_new_tokens=job.n_new,
             n_rows=contender.n_rows,
-            compiles=contender.is_compiled,
+            compile=contender.is_compiled,
         )
         steps = decoder.batch(sampling, seeds=range(contender.n_rows))
         return drain((step.token for row, step in steps if row == 0), first)
@@ -66,7 +66,7 @@ def _traced(model: Any, contender: Contender) -> Decode:
             job.prompt,
             sampling,
             seed=0,
-            compiles=contender.is_compiled,
+            compile=contender.is_compiled,
         )
         return drain((e.token.id for e in events if isinstance(e, TraceStep)), first)
 

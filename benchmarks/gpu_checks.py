@@ -144,7 +144,7 @@ def waiting(setup: Setup) -> Facts:
         setup.facts["training step"] = method
     for name, compiles in {"eager": False, "compiled": True}.items():
         with setup.attempt(f"decoding and sampling, {name}"):
-            decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, compiles=compiles)
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=9, compile=compiles)
             sampler = Sampler(sampling, seeds=[0], device=setup.device, prompt=[5, 6, 7])
             # The first draw also samples the uniforms for the next tokens.
             tokens = sampler.draw(decoder.prompt_logits[None])

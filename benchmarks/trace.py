@@ -75,7 +75,7 @@ def decoding(
     sampling = SamplingConfig(temperature=0, max_new_tokens=n_new, ignore_eos=True)
     config = (WAYS | SLOW_WAYS).get(way, AnalysisConfig())
     if way == OFF:
-        decoder = Decoder(model, prompt, max_new_tokens=n_new, compiles=compiles)
+        decoder = Decoder(model, prompt, max_new_tokens=n_new, compile=compiles)
         for _ in stream_text(decoder.generate(sampling, seed=0), BYTES):
             yield
         return
@@ -86,7 +86,7 @@ def decoding(
         sampling,
         config,
         seed=0,
-        compiles=compiles,
+        compile=compiles,
     )
     layout = make_layout(
         WIDTH,
@@ -217,7 +217,7 @@ def run_in(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     prompt = [random.Random(0).randrange(32, 127) for _ in range(arguments.n_prompt)]
     write_random(folder, shape_of(arguments.shape, arguments.n_prompt + n_new))
     options = {"dtype": arguments.dtype, "compile": arguments.compile}
-    model = load(folder, device="cpu", decodes=True, **options).model
+    model = load(folder, device="cpu", for_decoding=True, **options).model
 
     def ours(way: str) -> Callable[[], Iterator[None]]:
         return lambda: decoding(model, prompt, n_new, way, folder, compiles=arguments.compile)

@@ -54,7 +54,7 @@ def test_tokens_of_the_compiled_graph_equal_those_of_the_cpu(name: str, way: str
         models = [in_int8(model) for model in models]
     expected = tokens_of(models[0], {"temperature": 0.0})
     assert tokens_of(models[1], {"temperature": 0.0}) == expected
-    assert tokens_of(models[1], {"temperature": 0.0}, compiles=True) == expected
+    assert tokens_of(models[1], {"temperature": 0.0}, compile=True) == expected
 
 
 def test_bfloat16_logits_are_close_to_float32() -> None:

@@ -138,7 +138,7 @@ def test_a_compiled_step_is_captured_once_per_cache_length_bucket(
         steps = Decoder(alone, [5, 6, 7], max_new_tokens=9).generate(config, seed=0)
         wanted = [step.token for step in steps]
         model = make(name).to("cuda").eval().requires_grad_(False)
-        decoder = Decoder(model, [5, 6, 7], RowRecorder(model), max_new_tokens=9, compiles=True)
+        decoder = Decoder(model, [5, 6, 7], RowRecorder(model), max_new_tokens=9, compile=True)
         tokens, syncs, copies, _ = decode(decoder, config, seen)
         assert tokens == wanted
         assert sum(syncs.values()) == 1
@@ -289,11 +289,11 @@ def test_a_failed_default_compilation_falls_back_to_the_eager_step(
     with PretendCuda():
         model = make("llama").to("cuda").eval().requires_grad_(False)
         with pytest.warns(MinigptWarning, match="without a compiled graph: .* CUDA_HOME"):
-            decoder = Decoder(model, [5, 6, 7], max_new_tokens=5, compiles=None)
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=5, compile=None)
         assert not decoder.forward.is_compiled
         assert len(list(decoder.generate(config, seed=0))) == 5
         with pytest.raises(ConfigError, match="CUDA_HOME"):
-            Decoder(model, [5, 6, 7], compiles=True)
+            Decoder(model, [5, 6, 7], compile=True)
 
 
 def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPa
     for device in ("cpu", "cuda"):
         with PretendCuda() as seen:
             model = make("llama").to(device).eval().requires_grad_(False)
-            decoder = Decoder(model, [5, 6, 7], max_new_tokens=12, n_rows=8, compiles=True)
+            decoder = Decoder(model, [5, 6, 7], max_new_tokens=12, n_rows=8, compile=True)
             rows: dict[int, list[int]] = {row: [] for row in range(8)}
             stopped: set[int] = set()
             for row, step in decoder.batch(config, seeds=range(8), stopped=stopped):

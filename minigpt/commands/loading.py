@@ -74,7 +74,7 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
     templates = ring("text.chat") if form.chat else None
     if templates:  # before the model is loaded, which takes longer
         template = templates.read_chat_template(resolve_model(source.model), form.chat_template)
-    loaded = load_model(source, decodes=True, n_rows=n_rows)
+    loaded = load_model(source, for_decoding=True, n_rows=n_rows)
     folder = loaded.folder
     tokenizer = models.tokenizer_of(loaded)
     if templates:
@@ -98,7 +98,7 @@ def note_special(tokenizer: Tokenizer, text: str) -> bool:
     return bool(found)
 
 
-def load_model(source: ModelSource, *, decodes: bool = False, n_rows: int = 1) -> LoadedModel:
+def load_model(source: ModelSource, *, for_decoding: bool = False, n_rows: int = 1) -> LoadedModel:
     """Find and load a model. Args: as for ``models.load``."""
     use_threads(source.threads)
     return models.load(
@@ -106,7 +106,7 @@ def load_model(source: ModelSource, *, decodes: bool = False, n_rows: int = 1) -
         device=source.device,
         dtype=source.dtype,
         quantize=source.quantize,
-        decodes=decodes,
+        for_decoding=for_decoding,
         compile=source.compile,
         n_rows=n_rows,
     )

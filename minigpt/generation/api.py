@@ -59,10 +59,12 @@ def load(
     ``book.model`` is an ``nn.Module`` in evaluation mode, whose parameters do not require
     gradients; ``book.folder`` is its folder.
 
-    Args: model, as for ``--model``; None for the newest run. device, dtype and quantize (int8), as
-        for the command. for_decoding, whether to lay out the weights for decoding instead of
-        keeping ``nn.Linear`` modules: calls need no second copy of them, but changes to
-        ``layer.weight`` have no effect.
+    Args:
+        model: as for ``--model``. None for the newest run.
+        device, dtype, quantize: as for the command.
+        for_decoding: whether to lay out the weights for decoding instead of keeping ``nn.Linear``
+            modules: calls need no second copy of them, but changes to ``layer.weight`` have no
+            effect.
     Raises: CheckpointError for a model that is missing or damaged; ConfigError for a device or
         quantization that is unknown or not available.
     """
@@ -71,7 +73,7 @@ def load(
         device=device,
         dtype=dtype,
         quantize=quantize,
-        decodes=for_decoding,
+        for_decoding=for_decoding,
     )
     return replace(loaded, tokenizer=tokenizer_of(loaded))
 
@@ -98,20 +100,23 @@ def generate(
 
     The same settings give the same text as ``minigpt generate``.
 
-    Args: model, as for ``--model``; or the result of ``minigpt.load``; or a LanguageModel in
-        evaluation mode, with its tokenizer.
-        prompt, text or token ids; empty text starts a new document; or the messages of a chat, as
-        in ``[{"role": "user", "content": "Hi"}]``, unless model is a LanguageModel; or a list of
-        texts or of lists of token ids, which are continued one after another: sample j of prompt i
-        has index i * num_samples + j, which is added to the seed. special, whether to parse
-        special tokens in text. chat_template, as for the command. device, dtype and quantize
-        (int8), as for the command, only for a model not loaded before. compile, whether to decode
-        with a compiled graph; None: on CUDA, and on a CPU if one is in the cache. sampling, fields
-        of SamplingConfig: temperature, top_k, stop=("text",), seed and so on; and of
-        InterventionConfig, whose patch_from may be text, token ids or messages. Heads are
-        "1.3,0.*" as for the command, or [(1, 3), "0.*"], and layers "0,2" or [0, 2].
-    Returns: the steps; those of several samples (``step.sample``) alternate.
-        ``step.step.finish`` of a sample's last step says why it ended.
+    Args:
+        model: as for ``--model``, or the result of ``minigpt.load``, or a LanguageModel in
+            evaluation mode.
+        prompt: text, token ids, the messages of a chat (``[{"role": "user", "content": "Hi"}]``),
+            or a list of texts or of lists of token ids. Empty text starts a new document. Sample j
+            of prompt i has index i * num_samples + j, which is added to the seed.
+        tokenizer: needed only for a LanguageModel, which takes no messages.
+        special: whether to parse special tokens in text.
+        chat_template, device, dtype, quantize: as for the command; the last three only for a model
+            that is not loaded yet.
+        compile: whether to decode with a compiled graph. None: on CUDA, and on a CPU if one is in
+            the cache.
+        sampling: fields of SamplingConfig (temperature, top_k, stop=("text",), seed...) and of
+            InterventionConfig, whose patch_from may be text, token ids or messages. Heads are
+            "1.3,0.*" or [(1, 3), "0.*"], layers "0,2" or [0, 2].
+    Returns: the steps; those of several samples (``step.sample``) alternate. ``step.step.finish``
+        of a sample's last step says why it ended.
     Raises: when called, ConfigError for an invalid setting, CheckpointError for a model that is
         missing or damaged, DataError for a prompt that is empty or too long; during iteration,
         CheckpointError for NaN or inf in the logits.
@@ -302,7 +307,7 @@ def model_and_tokenizer(
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
         folder = resolve_model(model_name(model))
-        model = loading.load(folder, decodes=True, compile=compile, n_rows=n_rows, **given)
+        model = loading.load(folder, for_decoding=True, compile=compile, n_rows=n_rows, **given)
     return model.model, tokenizer or tokenizer_of(model), str(model.folder)
 
 

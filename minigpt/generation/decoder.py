@@ -61,15 +61,15 @@ class Decoder:
         *,
         max_new_tokens: int | None = None,
         n_rows: int = 1,
-        compiles: bool | None = False,
+        compile: bool | None = False,
         overflow: str | None = None,
     ) -> None:
         """Prefill.
 
-        Args: max_new_tokens, the most that ``generate`` may be asked for, None for the full
-            context; n_rows, the most seeds that ``batch`` may get; compiles, as for
-            ``fast.is_compiled``; overflow, as in SamplingConfig: here it only changes the advice
-            for a prompt that is longer than the context.
+        Args: max_new_tokens, the maximum for ``generate``, None for the full context; n_rows, the
+            maximum number of seeds for ``batch``; compile, as for ``fast.is_compiled``; overflow,
+            as in SamplingConfig: here it only changes the remedy in the error for a prompt that is
+            longer than the context.
         Raises: ConfigError if compiling is requested but not possible; DataError if the prompt is
             empty, longer than the context, or has unknown token ids.
         """
@@ -95,7 +95,7 @@ class Decoder:
             capacity=min(self.context_length, wanted),
             n_rows=n_rows,
             recorder=recorder,
-            compiles=compiles,
+            compile=compile,
         )
         self.prefill()
 
@@ -229,7 +229,7 @@ _Result = tuple[int, float, tuple[tuple[int, float], ...]]
 
 
 def require_finite(result: _Result, position: int) -> None:
-    # One NaN or inf among the logits makes every log-probability NaN.
+    """Raise CheckpointError for NaN or inf in the logits: it makes every log-probability NaN."""
     if not math.isfinite(result[1]):
         raise CheckpointError(
             f"the model's logits are NaN or inf at position {position}, so its weights are "

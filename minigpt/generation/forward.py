@@ -55,15 +55,15 @@ def make_forward(
     capacity: int,
     n_rows: int = 1,
     recorder: Recorder | None = None,
-    compiles: bool | None = False,
+    compile: bool | None = False,
 ) -> PlainForward:
     """Return the fastest forward pass for decoding: the fast ring's if it supports the model.
 
     Args: capacity, the number of positions that the cache has room for; n_rows, the largest number
-        of rows; compiles, as for ``fast.is_compiled``.
+        of rows; compile, as for ``fast.is_compiled``.
     Raises: ConfigError if compiling is requested but not possible.
     """
-    fast = ring(FAST) if compiles else find_ring(FAST)
+    fast = ring(FAST) if compile else find_ring(FAST)
     sizes = {"capacity": capacity, "n_rows": n_rows, "recorder": recorder}
-    forward = fast.make_forward(model, **sizes, compiles=compiles) if fast else None
+    forward = fast.make_forward(model, **sizes, compile=compile) if fast else None
     return forward or PlainForward(model, capacity=capacity, recorder=recorder)

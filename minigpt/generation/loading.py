@@ -24,14 +24,14 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     quantize: str | None = None,
-    decodes: bool = False,
+    for_decoding: bool = False,
     compile: bool | None = None,
     n_rows: int = 1,
 ) -> LoadedModel:
     """Load a model for inference.
 
-    Args: decodes, whether to lay out the weights for fast decoding while they are read; compile
-        and n_rows, as for ``fast.is_compiled``.
+    Args: for_decoding, whether to lay out the weights for fast decoding while they are read;
+        compile and n_rows, as for ``fast.is_compiled``.
     Raises: CheckpointError if it is damaged; ConfigError for an unknown or unavailable device or
         quantization.
     """
@@ -51,8 +51,8 @@ def load(
             dtype=resolved,
             activations=torch.float32 if is_slow and not quantize else resolved,
             quantizes=bool(quantize),
-            decodes=decodes,
-            compiles=compile,
+            for_decoding=for_decoding,
+            compile=compile,
             n_rows=n_rows,
         )
     loaded = read_model(folder, device=place, dtype=resolved, make_reader=make_reader)
@@ -110,6 +110,6 @@ def make_decoder(
         prompt,
         max_new_tokens=sampling.max_new_tokens,
         n_rows=n_rows,
-        compiles=compile,
+        compile=compile,
         overflow=sampling.overflow,
     )

@@ -50,14 +50,15 @@ def trace(
 
     A notebook displays a trace as the page that ``--html`` writes.
 
-    Args: model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as for
-        ``minigpt.generate``.
-        dense, whether to keep the weights of every head: 4 x layers x heads x positions bytes for
-        each token.
-        options, fields of AnalysisConfig (heads="4.2,5.*" or [(4, 2), "5.*"], layers=[0, 2],
-        measure="both", n_verified=3, roles=True and so on; has_heads is True by default) and of
-        SamplingConfig (temperature, max_new_tokens, 40 by default, seed...), and interventions as
-        for ``minigpt.generate``.
+    Args:
+        model, prompt, tokenizer, special, chat_template, device, dtype, quantize, compile: as for
+            ``minigpt.generate``.
+        dense: whether to keep the weights of every head: 4 x layers x heads x positions bytes for
+            each token.
+        options: fields of AnalysisConfig (heads="4.2,5.*" or [(4, 2), "5.*"], layers=[0, 2],
+            measure="both", n_verified=3, roles=True...; has_heads is True by default) and of
+            SamplingConfig (temperature, seed...; max_new_tokens is 40 by default), and
+            interventions as for ``minigpt.generate``.
     Raises: those of ``minigpt.generate``, and ConfigError for heads that the model does not have.
     """
     config_type = config_class()
@@ -96,7 +97,7 @@ def trace(
             config,
             seed=seed + number,
             model_name=name and shown_name(Path(name)),
-            compiles=compile,
+            compile=compile,
             forced=forced,
             intervention=intervention,
             special=special,

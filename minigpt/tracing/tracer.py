@@ -37,7 +37,7 @@ def trace(
     *,
     seed: int,
     model_name: str = "",
-    compiles: bool | None = False,
+    compile: bool | None = False,
     forced: Sequence[int] = (),
     intervention: "InterventionConfig | None" = None,
     special: bool = False,
@@ -80,7 +80,7 @@ def trace(
         prompt,
         observer.watcher,
         max_new_tokens=sampling.max_new_tokens,
-        compiles=compiles,
+        compile=compile,
     )
     yield observer.header(
         model=model_name,

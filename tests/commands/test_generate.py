@@ -322,7 +322,7 @@ def test_long_decoding_starts_a_reported_background_compilation(
 def test_a_compiled_graph_in_the_cache_is_used_by_default_and_reported(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    def uncompiled(step: GraphStep, **_: object) -> compiled.Run:
+    def uncompiled(step: GraphStep, **_: object) -> compiled.CompiledStep:
         n = step.model.config.n_layer
         return lambda tensors: list(step(*tensors[:3], tensors[3:-n], tensors[-n:]))
 

@@ -33,7 +33,7 @@ from minigpt.tracing.analysis.recorder import MeasureRecorder
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.3}
 
 
-def uncompiled(step: GraphStep, **_: Any) -> compiled.Run:
+def uncompiled(step: GraphStep, **_: Any) -> compiled.CompiledStep:
     n_layer = step.model.config.n_layer
     return lambda tensors: list(step(*tensors[:3], tensors[3:-n_layer], tensors[-n_layer:]))
 
@@ -313,7 +313,7 @@ def test_greedy_tokens_equal_gpt_forward_and_the_graph_is_compiled_once(
     greedy = SamplingConfig(temperature=0, max_new_tokens=19)
 
     def tokens() -> list[int]:
-        decoder = Decoder(model, prompt, compiles=True)
+        decoder = Decoder(model, prompt, compile=True)
         return [step.token for step in decoder.generate(greedy, seed=0)]
 
     context = list(prompt)
@@ -371,7 +371,7 @@ def test_a_loaded_package_is_reused_with_the_weights_of_the_next_model(
     monkeypatch.setattr(compiled, "_package", lambda *step, **kind: tmp_path)
     models = [small_model(seed=seed) for seed in range(3)]
 
-    def load(model: GPT) -> compiled.Run:
+    def load(model: GPT) -> compiled.CompiledStep:
         return compiled.load_step(GraphStep(model), is_batch=False)
 
     first, second = load(models[0]), load(models[1])

@@ -238,7 +238,7 @@ def test_only_gpt_itself_is_supported() -> None:
     assert not supports(other, compiles=True)
     assert type(make_forward(other, capacity=8)) is PlainForward
     with pytest.raises(ConfigError, match="--no-compile"):
-        make_forward(other, capacity=8, compiles=True)
+        make_forward(other, capacity=8, compile=True)
 
 
 class HalfLinear(nn.Linear):

@@ -38,7 +38,7 @@ def options(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def outputs_of(model: Any, tokens: torch.Tensor) -> list[torch.Tensor]:
-    decoder = Decoder(model, tokens[0, :6].tolist(), compiles=False)
+    decoder = Decoder(model, tokens[0, :6].tolist(), compile=False)
     return [decoder.prompt_logits, *(decoder.logits([int(t)]).clone() for t in tokens[0, 6:])]
 
 
@@ -48,7 +48,7 @@ def test_weights_laid_out_while_they_are_read_give_the_same_bits(
 ) -> None:
     write_model(tmp_path, small_model(layout), None)
     plain = load(tmp_path, device="cpu", **options).model
-    read = load(tmp_path, device="cpu", decodes=True, **options).model
+    read = load(tmp_path, device="cpu", for_decoding=True, **options).model
     assert read.dtype == plain.dtype
     tokens = random_tokens(1, 9)
     expected = outputs_of(plain, tokens)
@@ -61,9 +61,9 @@ def test_weights_laid_out_while_they_are_read_give_the_same_bits(
 def test_a_model_loaded_for_a_compiled_step_keeps_each_weight_contiguous(tmp_path: Path) -> None:
     write_model(tmp_path, small_model("gpt2"), None)
     for options in ({"compile": True}, {"compile": True, "quantize": "int8"}):
-        model = load(tmp_path, device="cpu", decodes=True, **options).model  # type: ignore[arg-type]
+        model = load(tmp_path, device="cpu", for_decoding=True, **options).model  # type: ignore[arg-type]
         assert all(tensor.is_contiguous() for tensor in model.state_dict().values())
-    eager = load(tmp_path, device="cpu", decodes=True).model
+    eager = load(tmp_path, device="cpu", for_decoding=True).model
     kept = [module for module in eager.modules() if isinstance(module, WeightOnlyLinear)]
     assert kept or not all(parameter.is_contiguous() for parameter in eager.parameters())
 
@@ -87,7 +87,7 @@ def status(name):
 def decoded(folder):
     options = {"dtype": "bfloat16"} if sys.argv[1] == "bfloat16" else {}
     options |= {"quantize": "int8"} if sys.argv[1] == "int8" else {}
-    model = load(Path(folder), device="cpu", decodes=True, compile=False, **options).model
+    model = load(Path(folder), device="cpu", for_decoding=True, compile=False, **options).model
     Decoder(model, [1, 2, 3], max_new_tokens=4).logits([4])
 
 
@@ -133,7 +133,7 @@ from minigpt.generation.loading import load
 
 for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8"}):
     for folder in sys.argv[1:]:
-        model = load(Path(folder), device="cpu", decodes=True, **options).model
+        model = load(Path(folder), device="cpu", for_decoding=True, **options).model
         Decoder(model, [1, 2, 3], max_new_tokens=4).logits([4])
         found = {"sympy", "torch._dynamo"} & set(sys.modules)
         assert not found, (folder, options, found)
@@ -158,7 +158,7 @@ import torch
 
 from minigpt.generation.loading import load
 
-load(Path(sys.argv[1]), device="cpu", quantize="int8", decodes=True)
+load(Path(sys.argv[1]), device="cpu", quantize="int8", for_decoding=True)
 torch.ones(2**21)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):

@@ -60,7 +60,7 @@ def traced(
         SamplingConfig(max_new_tokens=5),
         AnalysisConfig(has_heads=True, **config),
         seed=2,
-        compiles=compiles,
+        compile=compiles,
         forced=[65],
     )
     assert isinstance(header, TraceHeader)

@@ -37,7 +37,7 @@ def steps_of(
         SamplingConfig(max_new_tokens=n_tokens),
         AnalysisConfig(**config),
         seed=2,
-        compiles=compiles,
+        compile=compiles,
     )
     assert isinstance(footer, TraceFooter)
     return [step for step in steps if isinstance(step, TraceStep)], footer

@@ -41,7 +41,7 @@ def streams(model: GPT, tokens: Tensor) -> Tensor:
     return torch.stack(states)
 
 
-def uncompiled(step: GraphStep, **_: Any) -> compiled.Run:
+def uncompiled(step: GraphStep, **_: Any) -> compiled.CompiledStep:
     n_layer = step.model.config.n_layer
     return lambda tensors: list(step(*tensors[:3], tensors[3:-n_layer], tensors[-n_layer:]))
 

@@ -167,7 +167,7 @@ def test_published_layouts_reject_other_scores() -> None:
 def test_compiled_decoding_of_other_architectures_is_refused_in_one_line(name: str) -> None:
     model = other_model(name)
     with pytest.raises(ConfigError, match=r"--compile needs .*: this model is .* Use --no-compile"):
-        make_forward(model, capacity=8, compiles=True)
+        make_forward(model, capacity=8, compile=True)
 
 
 def test_muon_updates_the_matrices_of_an_lstm_and_adamw_the_rest() -> None:

@@ -105,7 +105,7 @@ def attention_trace(
                 config,
                 seed=seed,
                 model_name=shown_name(ready.folder),
-                compiles=source.compile,
+                compile=source.compile,
                 forced=ready.forced,
                 intervention=ready.intervention,
                 special=form.special,

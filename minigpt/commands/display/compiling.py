@@ -17,9 +17,7 @@ from minigpt.rings import find_ring, ring
 _EVERY_S = 10
 
 
-def showing(
-    model: LanguageModel, compiles: bool | None, n_rows: int
-) -> AbstractContextManager[Any]:
+def showing(model: LanguageModel, compile: bool | None, n_rows: int) -> AbstractContextManager[Any]:
     """Return a context in which to create a decoder; it shows when the model is being compiled.
 
     On a terminal, a model that was decoded uncompiled for long enough is compiled in the background
@@ -30,12 +28,12 @@ def showing(
     fast = find_ring(FAST)
     if fast is None:
         return nullcontext()
-    if not fast.is_compiled(model, compiles, n_rows):
-        if compiles is None and n_rows == 1:
+    if not fast.is_compiled(model, compile, n_rows):
+        if compile is None and n_rows == 1:
             atexit.unregister(_compile_later)  # registered for an earlier decoder
             atexit.register(_compile_later, model, time.monotonic())
         return nullcontext()
-    if compiles is None and model.device.type == "cpu":
+    if compile is None and model.device.type == "cpu":
         note("decoding with the compiled graph in the cache; --no-compile turns this off")
         return nullcontext()
     if not sys.stderr.isatty():
@@ -44,10 +42,10 @@ def showing(
 
 
 def showing_start(
-    events: Iterator[Any], model: LanguageModel, compiles: bool | None
+    events: Iterator[Any], model: LanguageModel, compile: bool | None
 ) -> Iterator[Any]:
     """Yield the events of a trace; the progress of compiling is shown until the first one."""
-    with showing(model, compiles, 1):
+    with showing(model, compile, 1):
         first = next(events)
     yield first
     yield from events

@@ -136,7 +136,7 @@ def _continued(
     if decoder is None:
         overflow = None if chat else sampling.overflow  # a message is not cut
         with compiling(ready.model, source.compile):
-            return Conversation(ready.model, ids, compiles=source.compile, overflow=overflow)
+            return Conversation(ready.model, ids, compile=source.compile, overflow=overflow)
     if chat is not None:
         decoder.replace(ids)
     else:

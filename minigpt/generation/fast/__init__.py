@@ -62,16 +62,16 @@ def _has_own_modules(model: GPT) -> bool:
     return layers == list(range(model.config.n_layer))
 
 
-def is_compiled(model: LanguageModel, compiles: bool | None, n_rows: int = 1) -> bool:
+def is_compiled(model: LanguageModel, compile: bool | None, n_rows: int = 1) -> bool:
     """Return whether to decode with a compiled graph.
 
-    Args: compiles, whether the user requests it. None for the default: on CUDA, if the model is
+    Args: compile, whether the user requests it. None for the default: on CUDA, if the model is
         supported; on a CPU, for one row, if its graph is in the cache, computes the same as the
         eager step up to float32 rounding, and was not slower when it was compiled. If compiling
         then fails, ``make_forward`` warns and decodes without it.
     """
-    if compiles is not None:
-        return compiles
+    if compile is not None:
+        return compile
     if model.device.type == "cuda":
         return supports(model, compiles=True)
     return n_rows == 1 and compiled_matches_eager(model) and is_default(model)
@@ -102,26 +102,26 @@ def make_forward(
     capacity: int,
     n_rows: int = 1,
     recorder: Recorder | None = None,
-    compiles: bool | None = False,
+    compile: bool | None = False,
 ) -> PlainForward | None:
     """Return the decode step of a model; None if the model is not supported.
 
     Args: as for ``forward.make_forward``.
     Raises: ConfigError if compiling is requested but not possible.
     """
-    if compiles and not supports(model, compiles=True):
+    if compile and not supports(model, compiles=True):
         raise ConfigError(
             "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda, "
             "without hooks or replaced modules: this model is of class "
             f"{type(model).__name__}, with {model.config.attention} on {model.device.type}. Use "
             "--no-compile."
         )
-    if is_compiled(model, compiles, n_rows):
+    if is_compiled(model, compile, n_rows):
         assert isinstance(model, GPT)
         try:
             return CompiledForward(model, capacity=capacity, n_rows=n_rows, recorder=recorder)
         except (ConfigError, ResourceError) as error:
-            if compiles:
+            if compile:
                 raise
             note = f"decoding without a compiled graph: {error}"
             warnings.warn(note, MinigptWarning, stacklevel=2)

@@ -35,7 +35,7 @@ from minigpt.model import layers
 from minigpt.model.attention import Recorder
 from minigpt.model.gpt import GPT
 
-Run = Callable[[list[Tensor]], list[Tensor]]
+CompiledStep = Callable[[list[Tensor]], list[Tensor]]
 """Takes the tensors of GraphStep.forward as one list and returns its results as another."""
 
 _CPU_VIEW = 16  # positions in view are rounded up to full vectors
@@ -152,7 +152,9 @@ def _kind(shown: Shown = "residual", *, is_batch: bool = False) -> tuple[Any, ..
     return "graph", shown, is_batch, torch.get_num_threads()
 
 
-def _make_step(model: GPT, shown: Shown, *, is_batch: bool) -> tuple[Run, PromptStep | None]:
+def _make_step(
+    model: GPT, shown: Shown, *, is_batch: bool
+) -> tuple[CompiledStep, PromptStep | None]:
     run = load_step(GraphStep(model, shown), is_batch=is_batch)
     if model.device.type != "cpu":
         return run, None
@@ -194,7 +196,7 @@ def _tensors(step: GraphStep) -> dict[str, Tensor]:
     return tensors | dict(step.named_parameters(remove_duplicate=False))
 
 
-def load_step(step: GraphStep, *, is_batch: bool) -> Run:
+def load_step(step: GraphStep, *, is_batch: bool) -> CompiledStep:
     """Return the compiled step, for one row or for two or more; it is cached on disk.
 
     Raises: ConfigError if there is no working C++ compiler; ResourceError if the cache folder

@@ -182,10 +182,10 @@ class EagerKernels:
             normed_BC: Tensor,
             position: int,
             rotary: tuple[Tensor, Tensor] | None,
-            cache: "tuple[Tensor, Tensor, Tensor, Tensor] | Prompt",
+            cache: "tuple[Tensor, Tensor, Tensor, Tensor] | PromptCache",
         ) -> tuple[Tensor, Tensor]:
             project(normed_BC, rotary)
-            if isinstance(cache, Prompt):
+            if isinstance(cache, PromptCache):
                 return self._attend_in_prompt(module, cache), self._zero
             new_k_BGD, new_v_BGD, k_NDS, v_NSD = cache
             new_k_BGD.copy_(self._k_BGD)
@@ -205,7 +205,7 @@ class EagerKernels:
 
         return attend_step
 
-    def _attend_in_prompt(self, module: Attention, prompt: "Prompt") -> Tensor:
+    def _attend_in_prompt(self, module: Attention, prompt: "PromptCache") -> Tensor:
         """Return the context (T, X) of the tokens; in the last layer, only the last token's."""
         q_BHTD = self._q_BHTD[:, :, 0].transpose(0, 1)[None]
         new_k_BGTD, new_v_BGTD = (x.transpose(0, 1)[None] for x in (self._k_BGD, self._v_BGD))
@@ -268,7 +268,7 @@ class EagerKernels:
 
 
 @dataclass(frozen=True, eq=False)
-class Prompt:
+class PromptCache:
     """The cache that the tokens of a prompt attend to and are added to."""
 
     cache: KVCache
@@ -299,7 +299,7 @@ class PromptStep:
 
         self.kernels.bind(len(tokens_T))
         try:
-            prompt = [Prompt(cache, collector)] * self._n_layer
+            prompt = [PromptCache(cache, collector)] * self._n_layer
             (logits,) = self.step(tokens_T, slice(start, end), prompt, keep)
         finally:
             self.kernels.bind(1)

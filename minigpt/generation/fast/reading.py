@@ -47,10 +47,10 @@ class WeightReader:
         activations: torch.dtype,
         quantizes: bool = False,
         joins: bool = False,
-        compiles: bool = False,
+        is_compiled: bool = False,
     ) -> None:
         """Args: dtype, of the weights; quantizes, whether to quantize them to int8; joins, whether
-        to lay them out for the eager decode step of a GPT on a CPU; compiles, whether the model
+        to lay them out for the eager decode step of a GPT on a CPU; is_compiled, whether it
         will be decoded through a compiled graph.
 
         Raises: ConfigError if int8 is not available.
@@ -59,14 +59,15 @@ class WeightReader:
             require_int8(config, device)
         model = model_class(config).without_weights(config)
         self._device, self._dtype, self._activations = device, dtype, activations
-        self._quantizes, self._compiles = quantizes, compiles
-        self._is_apart = quantizes or dtype != activations or (joins and max_table_rows(dtype) > 0)
-        self._joins = joins and (has_matvec_kernels(device) or not self._is_apart)
+        self._quantizes, self._is_compiled = quantizes, is_compiled
+        # Whether linear layers are replaced by WeightOnlyLinear.
+        self._wraps = quantizes or dtype != activations or (joins and max_table_rows(dtype) > 0)
+        self._joins = joins and (has_matvec_kernels(device) or not self._wraps)
         self._groups: dict[str, list[str]] = {}
-        if self._is_apart or self._joins:
+        if self._wraps or self._joins:
             for group in _groups(model, joins=self._joins):
                 self._groups |= dict.fromkeys(group, group)
-        if self._is_apart and not config.tie_embeddings:
+        if self._wraps and not config.tie_embeddings:
             self._groups["embedding"] = []  # only looked up
         self._weights: dict[str, Tensor | WeightOnlyLinear] = {}
         self._last = ""  # layer whose weight was read last
@@ -83,8 +84,8 @@ class WeightReader:
         else:
             place = Tensor.to if self._joins else placed  # joining copies it anyway
             weight = place(tensor, self._device, self._dtype)
-            is_apart, kept = self._is_apart, self._weights
-            kept[layer] = WeightOnlyLinear(weight, dtype=self._activations) if is_apart else weight
+            wrapped = WeightOnlyLinear(weight, dtype=self._activations) if self._wraps else weight
+            self._weights[layer] = wrapped
         self._last = layer
         placeholder = torch.empty(1, device=self._device, dtype=self._activations)
         return placeholder.expand(tensor.shape)
@@ -100,7 +101,7 @@ class WeightReader:
         """Put the weights into the model."""
         self._join()
         _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
-        if self._compiles:
+        if self._is_compiled:
             use_prompt_linears(model)
         for name, weight in self._weights.items():
             layer = model.get_submodule(name)
@@ -112,7 +113,7 @@ class WeightReader:
                 weight.bias = getattr(layer, "bias", None)
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, weight)
-        if self._joins or self._compiles:
+        if self._joins or self._is_compiled:
             allow_idle_steps(model)
 
 
@@ -131,57 +132,59 @@ def make_reader(
     config: ModelConfig,
     *,
     device: torch.device,
-    decodes: bool,
-    compiles: bool | None,
+    for_decoding: bool,
+    compile: bool | None,
     n_rows: int,
-    **kinds: Any,
+    **options: Any,
 ) -> WeightReader:
     """Return the reader of a model.
 
-    Args: decodes, whether to lay out the weights for the eager decode step, unless the model will
-        be decoded with a compiled graph; compiles and n_rows, as for ``fast.is_compiled``;
-        kinds, dtype, activations and quantizes, as for ``WeightReader``.
+    Args: for_decoding, whether to lay out the weights for the eager decode step, unless the model
+        will be decoded with a compiled graph; compile and n_rows, as for ``fast.is_compiled``;
+        options, dtype, activations and quantizes, as for ``WeightReader``.
     """
-    decodes = decodes and device.type == "cpu" and model_class(config) is GPT
+    for_decoding = for_decoding and device.type == "cpu" and model_class(config) is GPT
     compiled = False
-    if decodes:
-        meta_model = model_of_zeros(config, device=torch.device("meta"), **kinds)
-        compiled = is_compiled(meta_model, compiles, n_rows)
-    joins = decodes and not compiled
-    return WeightReader(config, device=device, joins=joins, compiles=compiled, **kinds)
+    if for_decoding:
+        meta_model = model_of_zeros(config, device=torch.device("meta"), **options)
+        compiled = is_compiled(meta_model, compile, n_rows)
+    joins = for_decoding and not compiled
+    return WeightReader(config, device=device, joins=joins, is_compiled=compiled, **options)
 
 
-def model_of_zeros(config: ModelConfig, *, device: torch.device, **kinds: Any) -> LanguageModel:
+def model_of_zeros(config: ModelConfig, *, device: torch.device, **options: Any) -> LanguageModel:
     """Return a model with zero weights; the arguments are those of ``build_model``.
 
     On the meta device, it uses no memory.
     """
     shapes = model_class(config).without_weights(config).state_dict()
     zeros = {name: torch.zeros(shape.shape, device=device) for name, shape in shapes.items()}
-    return build_model(config, zeros, device=device, **kinds)
+    return build_model(config, zeros, device=device, **options)
 
 
-def build_model(config: ModelConfig, tensors: Mapping[str, Tensor], **kinds: Any) -> LanguageModel:
+def build_model(
+    config: ModelConfig, tensors: Mapping[str, Tensor], **options: Any
+) -> LanguageModel:
     """Return a model for inference with these weights, laid out as when they are read from files.
 
-    Args: kinds, as for ``WeightReader``.
+    Args: options, as for ``WeightReader``.
     """
-    reader = WeightReader(config, **kinds)
+    reader = WeightReader(config, **options)
     read = {name: reader(name, tensor) for name, tensor in tensors.items()}
     model = model_class(config).from_tensors(config, read).eval().requires_grad_(False)
     reader.finish(model)
     return model
 
 
-def prepare_for_decoding(model: Model, *, joins: bool = True, **kinds: Any) -> Model:
+def prepare_for_decoding(model: Model, *, joins: bool = True, **options: Any) -> Model:
     """Return a copy of a model for inference, laid out as the eager decode step reads it.
 
     A step of a model that was not prepared copies its weights into this layout.
 
-    Args: joins and kinds, as for ``WeightReader``; device and dtypes are the model's by default.
+    Args: joins and options, as for ``WeightReader``; device and dtypes are the model's by default.
     """
-    kinds = {"device": model.device, "dtype": model.dtype, "activations": model.dtype} | kinds
-    prepared = build_model(model.config, model.state_dict(), joins=joins, **kinds)
+    options = {"device": model.device, "dtype": model.dtype, "activations": model.dtype} | options
+    prepared = build_model(model.config, model.state_dict(), joins=joins, **options)
     assert type(prepared) is type(model)
     return prepared
 
