@@ -38,11 +38,13 @@ def train(
 
     Nothing is printed. The first Ctrl-C saves a checkpoint and ends the training.
 
-    Args: data, one path or several, like DATA of the command; empty for its default text. name, of
-        the folder in checkpoints/; None derives one. resume, whether to continue that run, or the
-        newest one. on_event, called with each event of training/events.py. settings, fields of
-        ModelConfig, TrainingConfig and DataConfig by name, preset, and from_ (a model to
-        fine-tune).
+    Args:
+        data: one path or several, like DATA of the command. Empty for its default text.
+        name: name of the folder in checkpoints/. None derives one.
+        resume: whether to continue that run, or the newest one.
+        on_event: called with each event of training/events.py.
+        settings: fields of ModelConfig, TrainingConfig and DataConfig, preset, and from_ (a model
+            to fine-tune).
     Returns: checkpoints/NAME, which ``minigpt.generate``, ``trace`` and ``evaluate`` accept.
     Raises: ConfigError for an invalid setting, or if the run exists; DataError, CheckpointError,
         DivergedError, ResourceError and LockedError like the command; KeyboardInterrupt after
@@ -69,10 +71,11 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
 
         minigpt.evaluate("book", "other.txt", stride=32)["bits_per_byte"]
 
-    Args: model, as for ``--model``; None for the newest run. data, one path or several, like DATA
-        of the command; empty for the run's validation text. options, those of the command by name:
-        val_fraction, eval_tokens, context_length, stride, batch_size, dtype, device, quantize,
-        threads.
+    Args:
+        model: as for ``--model``. None for the newest run.
+        data: one path or several, like DATA of the command. Empty for the run's validation text.
+        options: those of the command by name: val_fraction, eval_tokens, context_length, stride,
+            batch_size, dtype, device, quantize, threads...
     Returns: the dict that ``--json`` prints: nats_per_token, bits_per_byte, perplexity and so on.
     Raises: ConfigError, CheckpointError and DataError like the command.
     """
