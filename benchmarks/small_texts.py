@@ -36,7 +36,7 @@ from minigpt.evaluation import evaluate
 from minigpt.text.batches import validation_windows
 from minigpt.text.tokens import prepare
 from minigpt.training.events import EvalEvent, StepEvent
-from minigpt.training.overfitting import EarlyStopEvent, suited_to_text
+from minigpt.training.overfitting import EarlyStopEvent, with_text_settings
 from minigpt.training.trainer import Trainer
 
 HEAD = ["text", "budget", "steps", "epochs", "dropout", "left", "any step", "worse", "budget +"]
@@ -62,7 +62,7 @@ def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
     settings = settings_of(overrides)
     data = prepare(with_vocabulary(settings, 1).data)
     config = with_vocabulary(settings, data.tokenizer.vocab_size)
-    config = suited_to_text(config, overrides, data)
+    config = with_text_settings(config, overrides, data)
     any_step, evaluation, eval_s, stopped = math.inf, None, 0.0, ""
     with tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))

@@ -97,7 +97,7 @@ class RunFolder:
         # If the folder was moved since it was locked, do not create it again.
         exists = os.path.exists(self.path)
         if self._locked and not (exists and os.path.samestat(self._locked, os.stat(self.path))):
-            raise moved(self.path)
+            raise moved_error(self.path)
         with writing_folder(self.step_folder(step), facts) as folder:
             yield folder
 
@@ -150,7 +150,7 @@ class RunFolder:
         return best if is_known else self.latest()
 
 
-def moved(run: Path) -> ResourceError:
+def moved_error(run: Path) -> ResourceError:
     """Return the error for a run folder that was moved while a run was writing to it."""
     return ResourceError(
         f"{str(run)!r} was moved or deleted while the run was training. Its checkpoints are where "

@@ -40,7 +40,7 @@ class Checkpoints:
                 "assistant answer. Give more text, or a larger eval_tokens."
             )
         if not math.isfinite(result.nats):
-            raise self._metrics.diverged(f"validation loss {result.nats_per_token:.4g}")
+            raise self._metrics.divergence_error_now(f"validation loss {result.nats_per_token:.4g}")
         self._evaluation = EvalEvent(
             step=run.step,
             val_loss=result.nats_per_token,

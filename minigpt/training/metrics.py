@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from minigpt.checkpoint.folder import METRICS_FILE, moved
+from minigpt.checkpoint.folder import METRICS_FILE, moved_error
 from minigpt.errors import ConfigError, install_extra
 from minigpt.files import read_bytes, resource_errors, write_atomically
 from minigpt.training.events import Event
@@ -41,9 +41,9 @@ class MetricsLog:
         """Append one event, unless it is a sample. NaN and inf become null."""
         if not event.kind:
             return
-        facts = {key: _in_json(fact) for key, fact in asdict(event).items() if key != "folder"}
+        values = {key: _in_json(value) for key, value in asdict(event).items() if key != "folder"}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event.kind, **facts}) + "\n")
+            file.write(json.dumps({"event": event.kind, **values}) + "\n")
 
 
 def _step_of(line: bytes) -> float:
@@ -55,8 +55,8 @@ def _step_of(line: bytes) -> float:
     return step if isinstance(step, int) else math.inf
 
 
-def _in_json(fact: object) -> object:
-    return None if isinstance(fact, float) and not math.isfinite(fact) else fact
+def _in_json(value: object) -> object:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def summary_writer() -> Any:
@@ -117,6 +117,6 @@ def logging_to(
                     for write_to in writes:
                         write_to(event)
             except FileNotFoundError:
-                raise moved(run) from None
+                raise moved_error(run) from None
 
         yield write

@@ -42,13 +42,13 @@ MIN_PATIENCE = 100
 """Minimum number of steps without a lower validation loss before a run stops early."""
 
 
-def suited_to_text(
+def with_text_settings(
     config: RunConfig, overrides: Mapping[str, Any], data: PreparedData
 ) -> RunConfig:
     """Set the settings that depend on text size, such as dropout, unless the user set them."""
     n_train_tokens = len(data.tokens.split(config.data.val_fraction)[0])
     n_parameters = parameter_count(config.model)
-    suited = for_text(max(n_train_tokens, 1), n_parameters, config.step_tokens)
+    suited = text_settings(max(n_train_tokens, 1), n_parameters, config.step_tokens)
     if given(overrides, "model", "dropout") is not None:
         suited["training"].pop("dropout_start", None)  # the user's dropout begins at once
     own = {
@@ -58,7 +58,7 @@ def suited_to_text(
     return build(RunConfig, merge(to_dict(config), own))
 
 
-def for_text(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:
+def text_settings(n_train_tokens: int, n_parameters: int, step_tokens: int) -> dict[str, Any]:
     """Return the settings against overfitting, which depend on the size of the text.
 
     They depend on the text and the model, never on the budget, so that a larger budget gives the

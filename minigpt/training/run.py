@@ -21,8 +21,10 @@ from minigpt.training.schedule import lr_scale, progress, with_max_steps
 from minigpt.training.world import ALONE, World
 
 
-def with_text(config: RunConfig, data: PreparedData) -> tuple[RunConfig, TokenSpan, TokenSpan]:
-    """Return a config with settings that depend on the text, and training and validation tokens.
+def resolve_for_text(
+    config: RunConfig, data: PreparedData
+) -> tuple[RunConfig, TokenSpan, TokenSpan]:
+    """Return the config with its text-dependent settings, and training and validation tokens.
 
     Raises: DataError if the text is too short.
     """
@@ -85,7 +87,7 @@ class Run:
         self.data, self.folder, self.carried = data, folder, carried
         self.world = world.on(device, shard=config.training.shard)
         self.device, self.dtype = self.world.device, dtype
-        self.config, self.train_tokens, self.val_tokens = with_text(config, data)
+        self.config, self.train_tokens, self.val_tokens = resolve_for_text(config, data)
         training = config.training
         self.micro_batch_size = world.micro_batch_size(training)
         """Sequences per forward pass of a rank."""

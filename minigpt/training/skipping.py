@@ -45,8 +45,8 @@ class Skipping:
         self._n_in_a_row = self._n_in_a_row + 1 if self._step == run.step - 1 else 1
         self._step = run.step
         if self._n_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            facts = f"{metrics}, and {self._n_in_a_row} steps in a row were skipped"
-            raise self._metrics.divergence(facts)
+            what = f"{metrics}, and {self._n_in_a_row} steps in a row were skipped"
+            raise self._metrics.divergence_error(what)
         run.n_skipped += 1
         return SkipEvent(
             step=run.step,

@@ -35,8 +35,8 @@ class StepMetrics(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def __str__(self) -> str:
-        facts = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}, lr {self.lr:.3g}"
-        return f"at step {self.step}: {facts}"
+        numbers = f"loss {self.loss:.4g}, gradient norm {self.grad_norm:.4g}, lr {self.lr:.3g}"
+        return f"at step {self.step}: {numbers}"
 
 
 class Metrics:
@@ -78,9 +78,9 @@ class Metrics:
             self._last = metrics = StepMetrics(*values)
             if not metrics.is_finite and config.training.on_nan == "stop":
                 remedy = "Try a lower --lr, or --on-nan skip to skip these steps."
-                raise self.divergence(str(metrics), remedy)
+                raise self.divergence_error(str(metrics), remedy)
             if metrics.is_finite and metrics.loss > threshold:
-                raise self.divergence(str(metrics))
+                raise self.divergence_error(str(metrics))
 
     def step_event(self) -> StepEvent:
         """Return the event of the last step, with the throughput since the previous event."""
@@ -107,16 +107,16 @@ class Metrics:
             remaining_s=all_seconds / used * (1 - run.progress) if used else 0.0,
         )
 
-    def diverged(self, fact: str) -> DivergedError:
+    def divergence_error_now(self, what: str) -> DivergedError:
         """Return the error for a divergence found at the current step, such as NaN in a sample."""
         run, last = self._run, self._last
         norm = f"gradient norm {last.grad_norm:.4g}, " if last else ""
         lr = run.config.training.lr * run.lr_scale
-        return self.divergence(f"at step {run.step}: {fact}, {norm}lr {lr:.3g}")
+        return self.divergence_error(f"at step {run.step}: {what}, {norm}lr {lr:.3g}")
 
-    def divergence(self, facts: str, remedy: str = "Try a lower --lr.") -> DivergedError:
-        """Return the error for a divergence. Args: facts, with the step."""
+    def divergence_error(self, what: str, remedy: str = "Try a lower --lr.") -> DivergedError:
+        """Return the error for a divergence. Args: what, with its step."""
         self.before_divergence()
         saved = self._run.folder.steps()
         kept = f"The checkpoint of step {saved[-1]} is kept." if saved else "Nothing was saved yet."
-        return DivergedError(f"training diverged {facts}. {kept} {remedy}")
+        return DivergedError(f"training diverged {what}. {kept} {remedy}")

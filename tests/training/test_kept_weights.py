@@ -23,7 +23,7 @@ from minigpt.training.overfitting import (
     EVAL_SHARE,
     MIN_EVAL_TOKENS,
     EarlyStopEvent,
-    for_text,
+    text_settings,
     with_evaluations,
 )
 from minigpt.training.trainer import Trainer
@@ -255,7 +255,7 @@ def test_explicit_evaluation_settings_are_not_overridden() -> None:
 
 def test_smaller_texts_get_more_dropout_and_fewer_steps() -> None:
     sizes = [7_000, 60_000, 380_000, 8_000_000]
-    suited = [for_text(size, 1_000_000, 1024) for size in sizes]
+    suited = [text_settings(size, 1_000_000, 1024) for size in sizes]
     dropouts = [settings.get("model", {}).get("dropout", 0.0) for settings in suited]
     assert dropouts == sorted(dropouts, reverse=True)
     assert dropouts[0] > 0 == dropouts[-1]

@@ -40,7 +40,7 @@ from minigpt.studies.compare import (
 from minigpt.text.tokens import PreparedData, prepare
 from minigpt.training.reports.curves import LossCurves, read_curves
 from minigpt.training.reports.memory import require_memory
-from minigpt.training.run import with_text
+from minigpt.training.run import resolve_for_text
 from minigpt.training.schedule import progress, with_max_steps
 from minigpt.training.state import read_state
 
@@ -105,7 +105,7 @@ def _planned(
         data = prepare(data_config, on_progress=display.preparing)
     base = with_vocabulary(settings, data.tokenizer.vocab_size)
     if overfitting := find_ring("training.overfitting"):
-        base = overfitting.suited_to_text(base, overrides, data)
+        base = overfitting.with_text_settings(base, overrides, data)
     base = replace(base, data=data.manifest.with_split(base.data))
     base = replace(base, training=replace(base.training, patience=0.0))
     if not base.data.val_fraction:
@@ -116,7 +116,7 @@ def _planned(
     if given(overrides, "training", "eval_every") is None:
         runs = [replace(run, config=_evaluated_often(run.config)) for run in runs]
     # As the trainer saves them, so that the same command finds the same settings again.
-    runs = [replace(run, config=with_text(run.config, data)[0]) for run in runs]
+    runs = [replace(run, config=resolve_for_text(run.config, data)[0]) for run in runs]
     for run in runs:
         checked_name(run.folder.path.name)
         require_memory(run.config, resolve_device(run.config.training.device))

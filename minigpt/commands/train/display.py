@@ -49,7 +49,7 @@ class TrainingDisplay(ProgressLine, Display):
         if trainer.step and self.panel:
             self.panel.resume(trainer.folder.path)
         self.line.label, self.line.share = "train", trainer.progress
-        self.line.facts = [self._place(trainer.step), "Ctrl-C saves and stops"]
+        self.line.details = [self._place(trainer.step), "Ctrl-C saves and stops"]
 
     @property
     def _run(self) -> Trainer:
@@ -106,7 +106,7 @@ class TrainingDisplay(ProgressLine, Display):
         self._train_loss = event.train_loss
         place, left = self._place(event.step), f"{_clock(event.remaining_s)} left"
         val = self._evaluations[-1].val_loss if self._evaluations else None
-        facts = [
+        details = [
             place,
             f"loss {event.train_loss:.3f}",
             f"val {val:.3f}" if val is not None else "",
@@ -119,7 +119,7 @@ class TrainingDisplay(ProgressLine, Display):
             self.panel.show_step(event, [place, left])
         is_last = event.progress >= 1
         label = "saving" if is_last else self.line.label
-        self.show_task(label, event.progress, [fact for fact in facts if fact], is_due=is_last)
+        self.show_task(label, event.progress, [text for text in details if text], is_due=is_last)
 
     def finish(self) -> None:
         """Print the best checkpoint."""
@@ -134,8 +134,8 @@ class TrainingDisplay(ProgressLine, Display):
         loss = f": val loss {', '.join(losses)}" if losses else ""
         self.print_fact("best", f"{best.folder}{loss}")
         if "val_loss" in best.facts:
-            facts = explanations.meaning(self._run, best, self._evaluations, self._train_loss)
-            for name, fact in facts:
+            notes = explanations.meaning(self._run, best, self._evaluations, self._train_loss)
+            for name, fact in notes:
                 self.print_fact(name, fact)
 
     def propose(self, resume: str | None) -> None:
@@ -169,6 +169,6 @@ def draw_sample(model: LanguageModel, trainer: Trainer, config: SamplingConfig =
     try:
         text = "".join(item.text for item in stream_text(steps, tokenizer))
     except CheckpointError:  # NaN or inf in the logits
-        raise trainer.metrics.diverged("a sample's logits are NaN or inf") from None
+        raise trainer.metrics.divergence_error_now("a sample's logits are NaN or inf") from None
     model.train()
     return text

@@ -21,7 +21,7 @@ from minigpt.presets import preset as preset_settings
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build, given, merge
 from minigpt.text.tokens import PreparedData, prepare, prepared_settings
-from minigpt.training.run import with_text
+from minigpt.training.run import resolve_for_text
 from minigpt.training.trainer import Trainer
 from minigpt.training.world import World
 
@@ -112,7 +112,7 @@ def _new_job(request: Request) -> Iterator[Job]:
     else:
         start = _start_from_preset(request)
     config = replace(start.config, data=start.data.manifest.with_split(start.config.data))
-    with_text(config, start.data)  # refuses too little text before the run has a folder
+    resolve_for_text(config, start.data)  # refuses too little text before the run has a folder
     names = fresh_names(config.data, start.name)
     with ExitStack() as held:
         while True:
@@ -143,7 +143,7 @@ def _start_from_preset(request: Request) -> Start:
     data = prepare(config.data, on_progress=request.on_progress)
     config = with_vocabulary(settings, data.tokenizer.vocab_size)
     if overfitting := find_ring("training.overfitting"):
-        config = overfitting.suited_to_text(config, request.overrides, data)
+        config = overfitting.with_text_settings(config, request.overrides, data)
     require_memory(config, request)
     return Start(config, data, config.preset)
 

@@ -23,7 +23,7 @@ from minigpt.rings import find_ring
 from minigpt.text.tokens import PreparedData
 from minigpt.training.optim import make_optimizers
 from minigpt.training.reports.memory import estimate_memory, machine_bytes, optimizer_values
-from minigpt.training.run import with_text
+from minigpt.training.run import resolve_for_text
 from minigpt.training.state import TrainingState
 from minigpt.training.trainer import TrainingLoss
 from minigpt.training.world import ALONE, World
@@ -57,7 +57,7 @@ def make_plan(
     done = done or TrainingState()
     device = resolve_device(config.training.device)
     dtype = resolve_dtype(config.training.dtype, device)
-    config, train_tokens, val_tokens = with_text(config, data)
+    config, train_tokens, val_tokens = resolve_for_text(config, data)
     training = config.training
     micro_batch_size = world.micro_batch_size(training)
     memory = estimate_memory(config, len(val_tokens), dtype, world.size, device.type)
