@@ -75,13 +75,13 @@ def heads(
             for layer, roles_H in enumerate(roles)
             for head, role in enumerate(roles_H)
         ]
-        facts = {
+        record = {
             "model": str(loaded.folder),
             "seed": seed,
             "n_repeated": n_repeated,
             "heads": records,
         }
-        tables.write_json(facts)
+        tables.write_json(record)
         return
     console = make_console(is_stderr=False)
     views = ring("tracing.views.heads")

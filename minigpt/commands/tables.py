@@ -56,10 +56,10 @@ def show(lines: Iterable[Text]) -> None:
         console.print(line)
 
 
-def write_json(facts: dict[str, Any]) -> None:
+def write_json(record: dict[str, Any]) -> None:
     """Write an object to stdout as one line of JSON."""
 
     def plain(value: object) -> str:
         return value.isoformat() if isinstance(value, datetime) else str(value)
 
-    write_result(json.dumps(facts, default=plain) + "\n")
+    write_result(json.dumps(record, default=plain) + "\n")

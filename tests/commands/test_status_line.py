@@ -26,7 +26,7 @@ FACTS = [
 
 def line_of(facts: list[str], share: float = 0.5) -> StatusLine:
     line = StatusLine()
-    line.label, line.share, line.facts = "train", share, facts
+    line.label, line.share, line.details = "train", share, facts
     return line
 
 

@@ -40,7 +40,7 @@ def step_event(step: int, loss: float) -> StepEvent:
 
 def panel() -> TrainingPanel:
     line = StatusLine()
-    line.label, line.share, line.facts = "train", 0.5, ["500/1000", "loss 10.234", "9:59 left"]
+    line.label, line.share, line.details = "train", 0.5, ["500/1000", "loss 10.234", "9:59 left"]
     shown = TrainingPanel(line)
     for step in range(1, 51):
         shown.train.add(step, 1 + 9 / step)

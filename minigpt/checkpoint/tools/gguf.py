@@ -22,7 +22,7 @@ from minigpt.checkpoint.model_folder import read_config, read_vocabulary
 from minigpt.checkpoint.stored_tensors import LazyTensors, StoredTensor, stored_tensors
 from minigpt.checkpoint.tools.gguf_architectures import (
     Architecture,
-    add_facts,
+    add_metadata,
     architecture_of,
     extra_tensors,
     to_gguf,
@@ -78,7 +78,7 @@ def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     all_of = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
     writer.add_file_type(gguf.LlamaFileType[all_of[type_]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    notes = add_facts(writer, config, architecture)
+    notes = add_metadata(writer, config, architecture)
     tokenizer = read_vocabulary(folder, config.vocab_size)
     notes += _add_vocabulary(writer, folder, config, tokenizer)
     template = chat_template(folder)

@@ -216,11 +216,11 @@ def _context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, l
 
     If llama.cpp has no windows, the context is as long as the window, which then hides nothing.
     """
-    facts, notes = hf_fields(config), []
-    window = facts.get("sliding_window") or config.context_length
-    original = facts.get("rope_scaling", {}).get(ORIGINAL_CONTEXT, config.context_length)
+    hf, notes = hf_fields(config), []
+    window = hf.get("sliding_window") or config.context_length
+    original = hf.get("rope_scaling", {}).get(ORIGINAL_CONTEXT, config.context_length)
     length = min(original, config.context_length)
-    types = facts.get("layer_types") or [SLIDING]
+    types = hf.get("layer_types") or [SLIDING]
     if not architecture.has_windows and SLIDING in types and window < length:
         length = window
         notes.append(
@@ -237,7 +237,7 @@ def _context_of(config: ModelConfig, architecture: Architecture) -> tuple[int, l
     return length, notes
 
 
-def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> list[str]:
+def add_metadata(writer: Any, config: ModelConfig, architecture: Architecture) -> list[str]:
     """Write a model's metadata; return notes on how llama.cpp's results differ."""
     context_length, notes = _context_of(config, architecture)
     writer.add_vocab_size(config.vocab_size)
@@ -257,35 +257,35 @@ def add_facts(writer: Any, config: ModelConfig, architecture: Architecture) -> l
 
 
 def _add_rope_and_scores(writer: Any, config: ModelConfig, architecture: Architecture) -> None:
-    facts = hf_fields(config)
+    hf = hf_fields(config)
     writer.add_key_length(config.d_head)
     writer.add_value_length(config.d_head)
-    share = facts.get("rotary_pct", facts.get("partial_rotary_factor", 1.0))
+    share = hf.get("rotary_pct", hf.get("partial_rotary_factor", 1.0))
     writer.add_rope_dimension_count(int(config.d_head * share))
     writer.add_rope_freq_base(config.rope_theta)
     _add_rope_scaling(writer, config)
     if config.model_type == "gpt_neox":
-        writer.add_parallel_residual(facts.get("use_parallel_residual", True))
-    if "attn_logit_softcapping" in facts:
-        writer.add_attn_logit_softcapping(facts["attn_logit_softcapping"])
-    if facts.get("final_logit_softcapping"):
-        writer.add_final_logit_softcapping(facts["final_logit_softcapping"])
-    types = facts.get("layer_types") or [SLIDING] * config.n_layer
-    if architecture.has_windows and facts.get("sliding_window") and SLIDING in types:
-        writer.add_sliding_window(facts["sliding_window"])
+        writer.add_parallel_residual(hf.get("use_parallel_residual", True))
+    if "attn_logit_softcapping" in hf:
+        writer.add_attn_logit_softcapping(hf["attn_logit_softcapping"])
+    if hf.get("final_logit_softcapping"):
+        writer.add_final_logit_softcapping(hf["final_logit_softcapping"])
+    types = hf.get("layer_types") or [SLIDING] * config.n_layer
+    if architecture.has_windows and hf.get("sliding_window") and SLIDING in types:
+        writer.add_sliding_window(hf["sliding_window"])
         writer.add_sliding_window_pattern([kind == SLIDING for kind in types])
-    if "rope_local_base_freq" in facts:
-        writer.add_rope_freq_base_swa(facts["rope_local_base_freq"])
+    if "rope_local_base_freq" in hf:
+        writer.add_rope_freq_base_swa(hf["rope_local_base_freq"])
 
 
 def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
     from gguf import RopeScalingType
 
-    facts, factor = hf_fields(config), config.rope_scaling_factor
-    if "rope_scaling" in facts:
+    hf, factor = hf_fields(config), config.rope_scaling_factor
+    if "rope_scaling" in hf:
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
-        writer.add_rope_scaling_attn_factors(facts["rope_scaling"]["attention_factor"])
-        writer.add_rope_scaling_orig_ctx_len(facts["rope_scaling"][ORIGINAL_CONTEXT])
+        writer.add_rope_scaling_attn_factors(hf["rope_scaling"]["attention_factor"])
+        writer.add_rope_scaling_orig_ctx_len(hf["rope_scaling"][ORIGINAL_CONTEXT])
     elif config.rope_scaling == "linear" and factor != 1:
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(factor)

@@ -22,6 +22,6 @@ def prune(run: RunFolder, keep: int) -> None:
     with resource_errors(run.path):
         for step in prunable(run, keep):
             folder = run.step_folder(step)
-            doomed = folder.with_name(f"{WRITING}{folder.name}")
-            os.rename(folder, doomed)  # a partly deleted step must not look like a step
-            remove(doomed)
+            aside = folder.with_name(f"{WRITING}{folder.name}")
+            os.rename(folder, aside)  # a partly deleted step must not look like a step
+            remove(aside)

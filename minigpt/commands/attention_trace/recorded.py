@@ -70,7 +70,7 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     diffs = list(diff_traces(one, other))
     if as_json:
         for diff in diffs:
-            write_result(json.dumps(_facts(diff)) + "\n")
+            write_result(json.dumps(_record(diff)) + "\n")
         return
     console = make_console(is_stderr=False)
     lines: list[Line] = []
@@ -131,7 +131,7 @@ def _summary(diffs: list[StepDiff], is_weight: bool) -> str:
     )
 
 
-def _facts(diff: StepDiff) -> dict[str, object]:
+def _record(diff: StepDiff) -> dict[str, object]:
     return {
         "position": diff.token.position,
         "token": diff.token.id,

@@ -14,10 +14,10 @@ from minigpt.checkpoint.tools.inventory import Entry, entry_of, inventory_of, ta
 from minigpt.commands import tables
 from minigpt.commands.checkpoints.converting import export, import_
 from minigpt.commands.checkpoints.views import (
+    check_line,
     inventory_lines,
     model_lines,
     model_record,
-    verdict_line,
 )
 from minigpt.commands.checkpoints.writing import average, prune
 from minigpt.commands.layout import COMMANDS, add, show_help
@@ -91,13 +91,13 @@ def verify(
     Prints one line each; the exit code is 4 if any is damaged or cannot be found.
     """
     n_checked = n_bad = 0
-    for verdict in _verdicts(models):
+    for result in _checked(models):
         n_checked += 1
-        n_bad += verdict.problem is not None
+        n_bad += result.problem is not None
         if as_json:
-            tables.write_json(asdict(verdict))
+            tables.write_json(asdict(result))
         else:
-            tables.show([verdict_line(verdict)])
+            tables.show([check_line(result)])
     if n_bad:
         raise CheckpointError(
             f"bad checkpoints: {n_bad} of {n_checked}. Use another one, or write or download it "
@@ -105,7 +105,7 @@ def verify(
         )
 
 
-def _verdicts(models: Sequence[str] | None) -> Iterator["Check"]:
+def _checked(models: Sequence[str] | None) -> Iterator["Check"]:
     """Check all checkpoints of these models, or all in the root; a name that is no model fails."""
     from minigpt.checkpoint.tools.inspection import Check, check  # imports torch; list does not
 
@@ -120,10 +120,10 @@ def _verdicts(models: Sequence[str] | None) -> Iterator["Check"]:
             yield item
             continue
         for checkpoint in item.checkpoints:
-            verdict = check(checkpoint.folder, is_step=checkpoint.step is not None)
-            is_pruned = verdict.problem and not checkpoint.folder.exists()  # by its run meanwhile
+            result = check(checkpoint.folder, is_step=checkpoint.step is not None)
+            is_pruned = result.problem and not checkpoint.folder.exists()  # by its run meanwhile
             if not is_pruned:
-                yield verdict
+                yield result
 
 
 _pages = find_ring("commands.help.pages")

@@ -48,8 +48,8 @@ def export(
     # Without a vocabulary, llama.cpp's programs have no way to enter a prompt.
     run = f"{words} -m {shlex.quote(str(gguf))}" if exported.has_vocabulary else None
     if as_json:
-        facts = {"file": gguf, "type": type_, "n_bytes": exported.n_bytes, "run": run}
-        tables.write_json(facts | {"notes": exported.notes})
+        record = {"file": gguf, "type": type_, "n_bytes": exported.n_bytes, "run": run}
+        tables.write_json(record | {"notes": exported.notes})
         return
     size = with_unit(exported.n_bytes, "B")
     line = f"{console.one_line(str(gguf))}: {size}, {type_}"
@@ -105,8 +105,8 @@ def import_(
             f"evaluation and chat are not possible. {remedy}"
         )
     if as_json:
-        facts = {"folder": folder, "source": imported.source}
-        tables.write_json(facts | {"n_parameters": imported.n_parameters})
+        record = {"folder": folder, "source": imported.source}
+        tables.write_json(record | {"n_parameters": imported.n_parameters})
         return
     prompt = "" if imported.has_tokenizer else " '0 1 2'"
     run = console.one_line(f"minigpt generate --model {shlex.quote(folder)}{prompt}")

@@ -50,19 +50,19 @@ def _row(checkpoint: "Checkpoint") -> list[Text]:
     ]
 
 
-def verdict_line(verdict: "Check") -> Text:
+def check_line(check: "Check") -> Text:
     """Return the line that reports a check."""
-    word, style = ("bad", "red") if verdict.problem else ("ok ", "green")
+    word, style = ("bad", "red") if check.problem else ("ok ", "green")
     good = {True: "as written, by SHA-256", False: "no manifest; names and shapes fit config.json"}
-    facts = verdict.problem or good[verdict.has_manifest]
+    text = check.problem or good[check.has_manifest]
     return Text.assemble(
-        (word, style), _INDENT, one_line(str(verdict.folder)), _INDENT, one_line(facts)
+        (word, style), _INDENT, one_line(str(check.folder)), _INDENT, one_line(text)
     )
 
 
-def removal_lines(word: str, doomed: Iterable["Checkpoint"]) -> Iterator[Text]:
+def removal_lines(word: str, checkpoints: Iterable["Checkpoint"]) -> Iterator[Text]:
     """Yield a line for each removed checkpoint."""
-    for checkpoint in doomed:
+    for checkpoint in checkpoints:
         size = with_unit(checkpoint.n_bytes, "B")
         yield Text(f"{word} {one_line(str(checkpoint.folder))}, {size}")
 

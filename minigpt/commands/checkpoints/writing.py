@@ -47,36 +47,36 @@ def prune(
             "to remove, or --dry-run to list."
         )
     folder = RunFolder(run_named(run).folder)
-    doomed = _doomed(folder, keep) if dry_run else _prune(folder, keep, is_asked=not yes)
-    kept = _kept_steps(folder, doomed)
+    chosen = _to_remove(folder, keep) if dry_run else _prune(folder, keep, is_asked=not yes)
+    kept = _kept_steps(folder, chosen)
     if as_json:
-        facts = ("step", "folder", "n_bytes")
-        removed = [{name: getattr(item, name) for name in facts} for item in doomed]
+        names = ("step", "folder", "n_bytes")
+        removed = [{name: getattr(item, name) for name in names} for item in chosen]
         tables.write_json(
             {"run": folder.path, "is_dry_run": dry_run, "removed": removed, "kept_steps": kept}
         )
         return
     word = "would remove" if dry_run else "removed"
-    tables.show(removal_lines(word, doomed))
-    console.note(f"{word} {total(doomed)}; {_stays(kept)}" if doomed else "nothing to remove")
+    tables.show(removal_lines(word, chosen))
+    console.note(f"{word} {total(chosen)}; {_stays(kept)}" if chosen else "nothing to remove")
 
 
 def _prune(run: RunFolder, keep: int, *, is_asked: bool) -> list[Checkpoint]:
     """Remove steps under the lock of the run, after asking; return the removed checkpoints."""
     try:
         with run.lock():
-            doomed = _doomed(run, keep)
-            if doomed and is_asked:
-                _ask(run, doomed)
+            chosen = _to_remove(run, keep)
+            if chosen and is_asked:
+                _ask(run, chosen)
             delete_old(run, keep)
-            return doomed
+            return chosen
     except LockedError:
         raise LockedError(
             f"the run {run.path.name!r} is training. Prune it when training has ended."
         ) from None
 
 
-def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
+def _to_remove(run: RunFolder, keep: int) -> list[Checkpoint]:
     """Return the checkpoints to remove, after verifying every byte of best and latest."""
     steps = prunable(run, keep)
     checkpoints = entry_of(run.path).checkpoints
@@ -91,20 +91,20 @@ def _doomed(run: RunFolder, keep: int) -> list[Checkpoint]:
     return [checkpoint for checkpoint in checkpoints if checkpoint.step in steps]
 
 
-def _ask(run: RunFolder, doomed: Sequence[Checkpoint]) -> None:
+def _ask(run: RunFolder, chosen: Sequence[Checkpoint]) -> None:
     """List what would be removed, and end the program if the answer is no."""
-    for line in removal_lines("to remove:", doomed):
+    for line in removal_lines("to remove:", chosen):
         console.note(line.plain)
-    console.note(_stays(_kept_steps(run, doomed)))
+    console.note(_stays(_kept_steps(run, chosen)))
     with redirect_stdout(sys.stderr):  # err=True would still put a space on stdout
-        is_confirmed = typer.confirm(f"Remove {total(doomed)}?")
+        is_confirmed = typer.confirm(f"Remove {total(chosen)}?")
     if not is_confirmed:
         console.note("nothing was removed")
         raise typer.Exit(1)
 
 
-def _kept_steps(run: RunFolder, doomed: Sequence[Checkpoint]) -> list[int]:
-    return sorted(set(run.steps()) - {checkpoint.step for checkpoint in doomed})
+def _kept_steps(run: RunFolder, chosen: Sequence[Checkpoint]) -> list[int]:
+    return sorted(set(run.steps()) - {checkpoint.step for checkpoint in chosen})
 
 
 def _stays(steps: Sequence[int]) -> str:

@@ -56,7 +56,7 @@ def claims(
         with ProgressLine(claim) as line:
             for event in study.measure(claim):
                 if isinstance(event, Progress):
-                    line.show_task(event.label, event.share, event.facts)
+                    line.show_task(event.label, event.share, event.details)
                 else:
                     findings.append(event)
         show_finding(findings[-1], as_json=as_json)

@@ -37,13 +37,13 @@ _STAGES = {
 
 @dataclass
 class StatusLine:
-    """A line that rich can redraw: the current task, a bar and facts."""
+    """A line that rich can redraw: the current task, a bar and details."""
 
     label: str = ""
     """Current task. If empty, the line is not shown."""
     share: float = 0.0
     """Completed share of the task, 0 to 1."""
-    facts: Sequence[str] = ()
+    details: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw the line for the current width."""
@@ -51,16 +51,16 @@ class StatusLine:
             yield self.draw(options.max_width - FREE_CELLS, is_ascii=options.ascii_only)
 
     def draw(
-        self, width: int, *, is_ascii: bool = False, facts: Sequence[str] | None = None
+        self, width: int, *, is_ascii: bool = False, details: Sequence[str] | None = None
     ) -> Text:
-        """Return the line in at most ``width`` cells; bar and label shrink before the facts.
+        """Return the line in at most ``width`` cells; bar and label shrink before the details.
 
-        Args: facts, shown instead of the line's own.
+        Args: details, shown instead of the line's own.
         """
         # From wide to narrow; the first layout that fits is used.
         layouts = ((self.label, "  ", _SHORTEST_BAR), (self.label, " ", _SHORTEST_BAR))
         for label, gap, shortest in (*layouts, (self.label, " ", 0), ("", " ", 0)):
-            shown = gap.join(self.facts if facts is None else facts)
+            shown = gap.join(self.details if details is None else details)
             room = width - len(f"{label} {gap}{shown}")
             if room >= shortest:
                 break
@@ -85,7 +85,7 @@ class LiveLines(Live):
 
     def __init__(self, lines: RenderableType, console: Console) -> None:
         """Args: lines, none wider than the console."""
-        self._drawn = _Measured(lines)
+        self._drawn = _MeasuredLines(lines)
         super().__init__(
             self._drawn,
             console=console,
@@ -102,7 +102,7 @@ class LiveLines(Live):
         return [Control(*up), *super().process_renderables(renderables)]
 
 
-class _Measured:
+class _MeasuredLines:
     """Lines, and their widths when they were last drawn."""
 
     def __init__(self, lines: RenderableType) -> None:
@@ -152,17 +152,17 @@ class ProgressLine:
             name = ""
 
     def show_task(
-        self, label: str, share: float, facts: Sequence[str], *, is_due: bool = False
+        self, label: str, share: float, details: Sequence[str], *, is_due: bool = False
     ) -> None:
-        """Show the current task, the share of it that is done (0 to 1), and facts about it.
+        """Show the current task, the share of it that is done (0 to 1), and details.
 
         Without a terminal, a line is printed every few seconds, or if is_due.
         """
-        self.line.label, self.line.share, self.line.facts = label, share, facts
+        self.line.label, self.line.share, self.line.details = label, share, details
         is_due = is_due or time.monotonic() - self._last_line_at >= PLAIN_EVERY_S
         if is_due and not self.live:
             self._last_line_at = time.monotonic()
-            self.console.print(printable("  ".join([label, *facts])))
+            self.console.print(printable("  ".join([label, *details])))
 
     def preparing(self, progress: "PrepareProgress") -> None:
         """Show the progress of preparing a text, and its speed since the stage began."""
@@ -172,8 +172,8 @@ class ProgressLine:
         if self._stage is None or self._stage.stage != progress.stage:
             self._stage, self._stage_began_at = progress, time.monotonic()
         seconds = time.monotonic() - self._stage_began_at
-        facts = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
+        details = [f"{progress.done / 1e6:.1f} of {progress.total / 1e6:.1f} MB"]
         if progress.done > self._stage.done:
-            facts.append(f"{(progress.done - self._stage.done) / 1e6 / seconds:.3g} MB/s")
+            details.append(f"{(progress.done - self._stage.done) / 1e6 / seconds:.3g} MB/s")
         share = progress.done / progress.total if progress.total else 0.0
-        self.show_task(_STAGES.get(progress.stage, progress.stage), share, facts)
+        self.show_task(_STAGES.get(progress.stage, progress.stage), share, details)

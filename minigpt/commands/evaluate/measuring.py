@@ -233,8 +233,8 @@ def _shown(
     started = time.perf_counter()
     for inputs, targets in batches:
         speed = n_done / (time.perf_counter() - started)
-        facts = [f"{short(n_done)} of {short(n_tokens)} tokens", f"{short(speed)} tok/s"]
-        progress.show_task("evaluating", n_done / n_tokens, facts)
+        details = [f"{short(n_done)} of {short(n_tokens)} tokens", f"{short(speed)} tok/s"]
+        progress.show_task("evaluating", n_done / n_tokens, details)
         yield inputs, targets
         n_done += targets.numel()
 

@@ -1,4 +1,4 @@
-"""Samples on stdout as they are generated, with their facts on stderr or as JSON."""
+"""Samples on stdout as they are generated, with their summaries on stderr or as JSON."""
 
 import json
 import math
@@ -80,10 +80,10 @@ class Sample:
         """Log-probability of each forced token."""
         return [item.step.log_probability for item in self.steps if item.step.is_forced]
 
-    def facts(self, tokenizer: Tokenizer) -> dict[str, Any]:
+    def record(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return the sample's fields of the JSON."""
         last = self.last
-        facts: dict[str, Any] = {
+        record: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish or "interrupted",
             "n_tokens": len(self.steps),
@@ -93,11 +93,11 @@ class Sample:
             "seed": self.seed,
         }
         if forced := self.forced:
-            facts["n_forced"] = len(forced)
-            facts["forced_log_probability"] = round(sum(forced), 6)
+            record["n_forced"] = len(forced)
+            record["forced_log_probability"] = round(sum(forced), 6)
         if last and last.best:
-            facts["steps"] = [_logprobs(item.step, tokenizer) for item in self.steps]
-        return facts
+            record["steps"] = [_logprobs(item.step, tokenizer) for item in self.steps]
+        return record
 
     def summary(self) -> str:
         """Return a line with its length, speed, seed and end."""
@@ -126,11 +126,13 @@ class Sample:
 
 
 def _logprobs(step: Step, tokenizer: Tokenizer) -> dict[str, Any]:
-    def fact(token: int, log_probability: float) -> dict[str, Any]:
+    def choice(token: int, log_probability: float) -> dict[str, Any]:
         text = tokenizer.token_bytes(token).decode("utf-8", "replace")
         return {"token": token, "text": text, "log_probability": round(log_probability, 6)}
 
-    return fact(step.token, step.log_probability) | {"best": [fact(*pair) for pair in step.best]}
+    return choice(step.token, step.log_probability) | {
+        "best": [choice(*pair) for pair in step.best]
+    }
 
 
 class WrappedText:
@@ -278,9 +280,9 @@ class SampleDisplay:
     def _end(self, sample: Sample, about: dict[str, Any]) -> None:
         tokenizer = self._ready.tokenizer
         if self._as_json:
-            facts = sample.facts(tokenizer) | about
-            facts |= {"sampling": asdict(self._sampling), "model": str(self._ready.folder)}
-            write_result(json.dumps(facts) + "\n")
+            record = sample.record(tokenizer) | about
+            record |= {"sampling": asdict(self._sampling), "model": str(self._ready.folder)}
+            write_result(json.dumps(record) + "\n")
         else:
             self._write("" if self._streams else sample.text, is_end=True)
             write_result("\n")

@@ -63,7 +63,7 @@ class TrainingPanel:
         self.val = ThinnedCurve()
         self._validation = {VAL_LOSS: "-", "bits/byte": "-"}
         self._numbers: dict[str, str] = {}
-        self._bar_facts: Sequence[str] = ()
+        self._bar_details: Sequence[str] = ()
         self._chart: tuple[object, list[Text]] | None = None
 
     def resume(self, run: Path) -> None:
@@ -73,10 +73,10 @@ class TrainingPanel:
             for point in points:
                 thinned.add(point.steps, point.loss)
 
-    def show_step(self, event: StepEvent, bar_facts: Sequence[str]) -> None:
-        """Add a step. Args: bar_facts, texts next to the progress bar."""
+    def show_step(self, event: StepEvent, bar_details: Sequence[str]) -> None:
+        """Add a step. Args: bar_details, texts next to the progress bar."""
         self.train.add(event.step, event.train_loss)
-        self._bar_facts = bar_facts
+        self._bar_details = bar_details
         self._numbers = {
             TRAIN_LOSS: f"{event.train_loss:.3f}",
             **self._validation,
@@ -103,7 +103,7 @@ class TrainingPanel:
             return
         yield from self._curves(width, is_ascii=is_ascii)
         yield from self._table(width, is_ascii=is_ascii)
-        yield self.line.draw(width, is_ascii=is_ascii, facts=self._bar_facts)
+        yield self.line.draw(width, is_ascii=is_ascii, details=self._bar_details)
 
     def _curves(self, width: int, *, is_ascii: bool) -> list[Text]:
         train, val = self.train.points, self.val.points

@@ -40,8 +40,8 @@ class Display:
 
     def show(self, event: Event) -> None:
         """Handle an event."""
-        facts = {name: value for name, value in vars(event).items() if name != "model"}
-        note("  ".join(f"{name} {value}" for name, value in facts.items()))
+        values = {name: value for name, value in vars(event).items() if name != "model"}
+        note("  ".join(f"{name} {value}" for name, value in values.items()))
 
     def stopping(self) -> None:
         """Handle a request to stop; safe in a signal handler."""

@@ -35,7 +35,7 @@ class Progress:
     """Name of the part, such as "lstm learns recall"."""
     share: float
     """Share of the part that is done, 0 to 1."""
-    facts: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
     """Current numbers, such as the loss."""
 
 
