@@ -8,7 +8,7 @@ import sys
 from rich.console import Console
 
 from minigpt.rings import find_ring
-from minigpt.text.escape import printable
+from minigpt.text.escape import one_line, printable
 
 _PIPE_WIDTH = 100
 _streams, _styles = find_ring("streams"), find_ring("styles")
@@ -36,11 +36,6 @@ def write_result(text: str) -> None:
     """Write model text to stdout and flush: verbatim to a pipe or file, escaped on a terminal."""
     sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
-
-
-def one_line(text: str) -> str:
-    """Escape control characters and line breaks."""
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def note(text: str) -> None:

@@ -100,8 +100,8 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
 
 def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
     from minigpt.commands.tables import fact_lines
-    from minigpt.console import one_line
     from minigpt.format import count, with_unit
+    from minigpt.text.escape import one_line
 
     speed = "all tokens existed already"
     if work.seconds:

@@ -35,6 +35,11 @@ def printable(text: str) -> str:
     return "".join(c if c in _HARMLESS or not _is_unsafe(c) else _escape(c) for c in text)
 
 
+def one_line(text: str) -> str:
+    """Escape control characters and line breaks."""
+    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
 def visible(data: bytes) -> str:
     """Return a token's bytes as one visible line of text: ``b" a\\n"`` is ``␣a\\n``.
 

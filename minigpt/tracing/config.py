@@ -8,6 +8,9 @@ from minigpt.rings import find_ring
 
 N_SOURCES = 8
 """Default number of sources kept per token."""
+DIGITS = 6
+"""Decimal places of numbers in a trace file. Views round to them first, so that a replay shows the
+same text."""
 GROUP = "Attention"
 """Heading of the options in --help."""
 

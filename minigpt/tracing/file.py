@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.findings import (
     CONVENTION,
@@ -38,7 +39,6 @@ from minigpt.tracing.head_lists import HeadSelection
 SCHEMA = "minigpt-trace/1"
 INTERRUPTED = "interrupted"
 """The finish_reason of a trace that was interrupted."""
-_DIGITS = 6
 _EXACT = {"scale", "worst_row_sum_error", "worst_product_error"}
 """Fields that are not rounded."""
 WORKING_ARRAYS = {"queries": "queries_TD", "keys": "keys_TD", "values": "values_TD"}
@@ -59,8 +59,8 @@ HEAD_ARRAYS = _named(*(f.name for f in fields(HeadRows)))
 def _rest(row: Row) -> float | None:
     # Computed from rounded numbers, so that reading a trace and writing it again gives the same
     # bytes.
-    sources = sum(round(source.weight, _DIGITS) for source in row.sources)
-    rest = round(round(row.total, _DIGITS) - round(row.sink, _DIGITS) - sources, _DIGITS)
+    sources = sum(round(source.weight, DIGITS) for source in row.sources)
+    rest = round(round(row.total, DIGITS) - round(row.sink, DIGITS) - sources, DIGITS)
     if row.is_signed:
         return rest
     return max(0.0, rest) if row.sums_to_one else None
@@ -110,7 +110,7 @@ TABLES: Mapping[type, Mapping[str, str | Callable[[Any], Any]]] = {
         "given": "is_given",
         **_CHANCE,
         **_named("rows", "effects", "candidates"),
-        "changes": _rounded("changes_S", _DIGITS),
+        "changes": _rounded("changes_S", DIGITS),
         **_named("kept", "lens"),
         "certain_text": "text",
         "finish_reason": "finish",
@@ -175,7 +175,7 @@ def _plain(value: Any) -> Any:
     """Convert a value to JSON types, with floats rounded."""
     kind = type(value)
     if kind is float:
-        return round(value, _DIGITS)
+        return round(value, DIGITS)
     if kind in (int, str, bool, NoneType):
         return value
     if kind is tuple:

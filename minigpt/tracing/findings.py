@@ -18,6 +18,7 @@ from minigpt.rings import ring
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing import events
 from minigpt.tracing.analysis_config import Knockout, Measure, Reduce
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import Source, Token
 from minigpt.tracing.head_lists import HeadSelection, select_heads
 
@@ -29,7 +30,7 @@ CONVENTION = (
 
 def shown_probability(log_probability: float) -> float:
     """Return a probability rounded as in a trace file, so that a replay shows the same."""
-    return round(math.exp(round(log_probability, 6)), 6)
+    return round(math.exp(round(log_probability, DIGITS)), DIGITS)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from minigpt.rings import ring
 from minigpt.text.escape import token_name
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import Row, Source, Token
 from minigpt.tracing.findings import TraceStep, shown_probability
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
@@ -159,7 +160,7 @@ class TraceLayout:
         if self.rest_width and rows[0].rest is not None:
             spans = [(f" {self._rest(rows, sources)}", "dim")]
         if self.form.has_entropy:
-            spans.append((f"{round(rows[0].entropy, 6):{_ENTROPY_WIDTH}.1f}", "dim"))
+            spans.append((f"{round(rows[0].entropy, DIGITS):{_ENTROPY_WIDTH}.1f}", "dim"))
         return spans
 
     def _rest(self, rows: Sequence[Row], sources: Sequence[Source]) -> str:

@@ -1,11 +1,10 @@
-"""Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells.
-
-Numbers are first rounded to six digits, as in a trace file, so that a replay shows the same text.
-"""
+"""Lines of styled text for a terminal: bars, colours, and text fitted to a width in cells."""
 
 import unicodedata
 from bisect import bisect
 from functools import lru_cache
+
+from minigpt.tracing.config import DIGITS
 
 Span = tuple[str, str]
 """Text and its style: a style name of the console's theme, or colours (``#ff8800 on #000000``)."""
@@ -25,12 +24,12 @@ def bar(share: float, width: int = BAR_WIDTH) -> str:
 
 def eighths(share: float, width: int = 1) -> int:
     """Return the number of eighths of a cell that a share of ``width`` cells fills."""
-    return round(min(max(round(share, 6), 0.0), 1.0) * width * 8)
+    return round(min(max(round(share, DIGITS), 0.0), 1.0) * width * 8)
 
 
 def heat(share: float) -> str:
     """Return the style name of an attention weight."""
-    return f"heat{bisect(_HEAT_BOUNDS, round(share, 6))}"
+    return f"heat{bisect(_HEAT_BOUNDS, round(share, DIGITS))}"
 
 
 @lru_cache(maxsize=4096)
@@ -56,7 +55,7 @@ def fit(text: str, width: int) -> str:
 
 def percent(share: float) -> str:
     """Format a share as a whole percentage, three cells wide: `` 7%``, ``<1%``, ``100``."""
-    whole = round(round(share, 6) * 100)
+    whole = round(round(share, DIGITS) * 100)
     if whole >= 100:
         return "100"
     if whole == 0 and share > 0:

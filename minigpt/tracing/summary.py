@@ -12,7 +12,7 @@ from minigpt.tracing.findings import TraceFooter, TraceHeader
 from minigpt.tracing.head_lists import HeadSelection
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import Line, cell_len, fit
-from minigpt.tracing.wrapping import fit_end, fit_start, one_line, wrapped
+from minigpt.tracing.wrapping import fit_end, fit_start, one_line_label, wrapped
 
 _LABEL_WIDTH = 9
 _PROMPT_LINES = 6
@@ -37,11 +37,11 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
     """Return the lines above a trace: model, measure, options and the prompt's tokens."""
     room = width - _LABEL_WIDTH
     lines: list[Line] = [
-        [("model    ", "dim"), (fit_start(one_line(header.model), room), "plain")],
+        [("model    ", "dim"), (fit_start(one_line_label(header.model), room), "plain")],
         [("measure  ", "dim"), (fit_end(measured(header), room), "plain")],
     ]
     if header.intervention is not None:
-        lines += wrapped(one_line(str(header.intervention)), width, label="changed  ")
+        lines += wrapped(one_line_label(str(header.intervention)), width, label="changed  ")
     if header.sink_rule != "first":
         lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
     if header.roles is not None or header.n_verified or header.against is not None:

@@ -2,7 +2,8 @@
 
 import textwrap
 
-from minigpt.text.escape import printable
+from minigpt.text.escape import one_line
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.spans import Line, cell_len, eighths, fit
 
 _UPRIGHT_EIGHTHS = " ▁▂▃▄▅▆▇█"
@@ -17,7 +18,7 @@ def upright_bar(share: float) -> str:
 
 def signed(number: float) -> str:
     """Format a number with its sign in five cells."""
-    number = round(number, 6)  # as in a trace file
+    number = round(number, DIGITS)
     digits = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     rounded = round(min(max(number, -9999), 9999), digits) + 0.0  # no negative zero
     return f"{rounded:+{SIGNED_WIDTH}.{digits}f}"
@@ -46,7 +47,6 @@ def wrapped(text: str, width: int, style: str = "dim", *, label: str = "") -> li
     return [[*(start if i == 0 else indent), (piece, style)] for i, piece in enumerate(pieces)]
 
 
-def one_line(text: str) -> str:
-    """Escape control, line-breaking and joining characters so that a name stays on one line."""
-    escaped = printable(text).replace("\n", "\\n").replace("\t", "\\t")
-    return escaped.replace("\u200c", "\\u200c").replace("\u200d", "\\u200d")
+def one_line_label(text: str) -> str:
+    """Escape control, line-breaking and joining characters of a label."""
+    return one_line(text).replace("\u200c", "\\u200c").replace("\u200d", "\\u200d")

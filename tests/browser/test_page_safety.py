@@ -12,7 +12,7 @@ from watched_pages import OpenPage, assert_inert
 from minigpt.text.escape import visible
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.views.page import to_html
-from minigpt.tracing.wrapping import one_line
+from minigpt.tracing.wrapping import one_line_label
 
 pytestmark = pytest.mark.browser
 Opened = Callable[..., OpenPage]
@@ -60,9 +60,9 @@ def test_hostile_names_are_shown_and_never_run(text: str, opened: Opened) -> Non
     page.page.locator("#about summary").click()
     page.page.locator("#grid [role=gridcell]").first.click()
     page.drawn()
-    assert page.page.locator("#model").text_content() == one_line(text)
-    assert one_line(text) in page.page.locator("#facts").text_content()
-    assert page.page.locator("#grid .tag").first.text_content() == one_line(text)
+    assert page.page.locator("#model").text_content() == one_line_label(text)
+    assert one_line_label(text) in page.page.locator("#facts").text_content()
+    assert page.page.locator("#grid .tag").first.text_content() == one_line_label(text)
     assert_nothing_ran(page)
 
 

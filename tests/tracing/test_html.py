@@ -20,7 +20,7 @@ from minigpt.tracing.analysis.lines import cause_in_words
 from minigpt.tracing.findings import Trace, TraceFooter
 from minigpt.tracing.views.page import embedded_json, to_html
 from minigpt.tracing.views.page.facts import facts_about
-from minigpt.tracing.wrapping import one_line
+from minigpt.tracing.wrapping import one_line_label
 
 
 class Page(HTMLParser):
@@ -241,9 +241,9 @@ def test_no_text_of_a_trace_becomes_an_html_element(text: str) -> None:
     assert page.elements == plain.elements
     assert page.comments == []
     assert page.texts["script"] == plain.texts["script"]
-    assert page.texts["title"] == f"Attention trace of {one_line(text)}"
+    assert page.texts["title"] == f"Attention trace of {one_line_label(text)}"
     assert page.data["names"] == [visible(text.encode())] * 6
-    assert page.data["model"] == one_line(text)
+    assert page.data["model"] == one_line_label(text)
 
 
 def test_embedded_json_cannot_end_its_script_element() -> None:

@@ -10,7 +10,7 @@ from minigpt.checkpoint.tools.hub import is_hub_name
 from minigpt.config import ModelConfig, RunConfig
 from minigpt.model.cost import parameter_count
 from minigpt.model_config import OWN_TYPE
-from minigpt.text.escape import printable
+from minigpt.text.escape import one_line
 
 _MOST_NAMES = 20
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -108,7 +108,7 @@ def model_card(
 - Steps: {step:,}, with {config.training.optimizer}
 - Tokens seen: {n_seen:,} ({n_seen / n_train_tokens:.3g} times the training text)
 {loss}""",
-        *([f"The command was:\n\n    {_one_line(config.command)}"] if config.command else []),
+        *([f"The command was:\n\n    {one_line(config.command)}"] if config.command else []),
         _USE.format(elsewhere=others),
         _LIMITS,
     ]
@@ -204,17 +204,13 @@ def _base_repository(config: RunConfig) -> str | None:
     return repository if is_hub_name(repository) and _COMMIT.fullmatch(commit) else None
 
 
-def _one_line(text: str) -> str:
-    return printable(text).replace("\n", "\\n").replace("\t", "\\t")
-
-
 def _quoted(text: str) -> str:
     """Return a text as a YAML string: a JSON string without characters YAML folds or rejects."""
-    return json.dumps(_one_line(text), ensure_ascii=False)
+    return json.dumps(one_line(text), ensure_ascii=False)
 
 
 def _code(text: str) -> str:
     """Return a text as a Markdown code span, in which nothing is markup."""
-    text = _one_line(text)
+    text = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text or not text.strip() else f"{fence}{text}{fence}"

@@ -17,12 +17,12 @@ from minigpt.tracing.analysis.dense import with_rows_of
 from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.analysis_config import AnalysisConfig
-from minigpt.tracing.config import N_SOURCES
+from minigpt.tracing.config import DIGITS, N_SOURCES
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import make_layout
 from minigpt.tracing.spans import Line, bar, fit, heat, percent
 from minigpt.tracing.summary import measured
-from minigpt.tracing.wrapping import fit_start, one_line, wrapped
+from minigpt.tracing.wrapping import fit_start, one_line_label, wrapped
 
 _TOKEN_WIDTH = 9
 _MOST_ON_PAGE = 4_000_000
@@ -75,9 +75,9 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     console = make_console(is_stderr=False)
     lines: list[Line] = []
     for label, trace in (("first    ", one), ("second   ", other)):
-        name = f"{one_line(trace.header.model)}: {measured(trace.header)}"
+        name = f"{one_line_label(trace.header.model)}: {measured(trace.header)}"
         if trace.header.intervention is not None:
-            name += f"; {one_line(str(trace.header.intervention))}"
+            name += f"; {one_line_label(str(trace.header.intervention))}"
         lines.append([(label, "dim"), (fit_start(name, console.width - len(label)), "plain")])
     source = "top of first".ljust(5 + _TOKEN_WIDTH)
     is_weight = {one.header.measures[0], other.header.measures[0]} == {"weight"}
@@ -135,9 +135,9 @@ def _record(diff: StepDiff) -> dict[str, object]:
     return {
         "position": diff.token.position,
         "token": diff.token.id,
-        "moved": round(diff.moved, 6),
-        "divergence_bits": round(diff.divergence, 6),
-        "log_probability_change": round(diff.change, 6),
+        "moved": round(diff.moved, DIGITS),
+        "divergence_bits": round(diff.divergence, DIGITS),
+        "log_probability_change": round(diff.change, DIGITS),
         "first_position": diff.first_token.position,
         "second_position": diff.second_token.position,
     }

@@ -14,6 +14,7 @@ from minigpt.commands.options import Json, Option, argument, command
 from minigpt.errors import ConfigError
 from minigpt.format import short, with_unit
 from minigpt.rings import ring
+from minigpt.text.escape import one_line
 
 _TYPES = ("f32", "f16", "bf16", "q8_0")
 
@@ -52,8 +53,8 @@ def export(
         tables.write_json(record | {"notes": exported.notes})
         return
     size = with_unit(exported.n_bytes, "B")
-    line = f"{console.one_line(str(gguf))}: {size}, {type_}"
-    tables.show([Text(f"{line}. Run it: {console.one_line(run)}" if run else line)])
+    line = f"{one_line(str(gguf))}: {size}, {type_}"
+    tables.show([Text(f"{line}. Run it: {one_line(run)}" if run else line)])
 
 
 @command
@@ -109,6 +110,6 @@ def import_(
         tables.write_json(record | {"n_parameters": imported.n_parameters})
         return
     prompt = "" if imported.has_tokenizer else " '0 1 2'"
-    run = console.one_line(f"minigpt generate --model {shlex.quote(folder)}{prompt}")
+    run = one_line(f"minigpt generate --model {shlex.quote(folder)}{prompt}")
     what = f"{short(imported.n_parameters)} parameters from {imported.source}"
-    tables.show([Text(f"{console.one_line(folder)}: {what}. Run it: {run}")])
+    tables.show([Text(f"{one_line(folder)}: {what}. Run it: {run}")])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from minigpt.commands import tables
-from minigpt.console import one_line
 from minigpt.format import count, with_unit
+from minigpt.text.escape import one_line
 
 if TYPE_CHECKING:  # these import torch, which a list does not need
     from minigpt.checkpoint.stored_tensors import StoredTensor

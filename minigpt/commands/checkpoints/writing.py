@@ -23,6 +23,7 @@ from minigpt.errors import CheckpointError, ConfigError, LockedError
 from minigpt.format import count
 from minigpt.rings import ring
 from minigpt.run_config import SaveDtype
+from minigpt.text.escape import one_line
 
 
 @command
@@ -162,7 +163,7 @@ def average(
     else:
         what = f"the mean of {len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}"
         what += "" if saved == "float32" else f", in {saved}"
-        tables.show([Text(f"{what}, is in {console.one_line(str(out))}")])
+        tables.show([Text(f"{what}, is in {one_line(str(out))}")])
 
 
 def _last_steps(run: Entry, n: int, until: int | None) -> list[int]:

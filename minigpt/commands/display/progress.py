@@ -12,10 +12,10 @@ from rich.live import Live
 from rich.segment import ControlType, Segment
 from rich.text import Text
 
-from minigpt.console import make_console, one_line
+from minigpt.console import make_console
 from minigpt.streams import wrapped
 from minigpt.styles import spans_to_text
-from minigpt.text.escape import printable
+from minigpt.text.escape import one_line, printable
 
 if TYPE_CHECKING:  # progress works without the ring of corpora too
     from minigpt.text.corpus import PrepareProgress

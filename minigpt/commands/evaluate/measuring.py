@@ -21,7 +21,6 @@ from minigpt.commands.options import ModelSource
 from minigpt.commands.tables import fact_lines
 from minigpt.commands.train.explanations import slow_dtype_note
 from minigpt.config import DataConfig, ModelConfig, RunConfig
-from minigpt.console import one_line
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import evaluate, windows_at_once
 from minigpt.format import duration, short
@@ -30,6 +29,7 @@ from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build, read_toml
 from minigpt.text.batches import validation_windows
+from minigpt.text.escape import one_line
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.text.tokens import PreparedData, TokenSpan, prepare
 

@@ -10,9 +10,10 @@ from rich.text import Text
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
 from minigpt.commands.tables import aligned, show
-from minigpt.console import make_console, one_line
+from minigpt.console import make_console
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.figures import write_figure
+from minigpt.text.escape import one_line
 from minigpt.training.reports.curves import LossCurves, LossPoint
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minigpt.tracing.analysis_config import Measure, facts_of
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import ROUNDING, Row, Source
 from minigpt.tracing.lines import Form, TraceLayout, name_of
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
@@ -110,8 +111,8 @@ class SignedLayout(TraceLayout):
 
 def _relative_size(number: float, row: Row) -> float:
     """Return the magnitude of a number relative to the largest in its row, in [0, 1]."""
-    number, largest = round(number, 6), abs(row.sink)
+    number, largest = round(number, DIGITS), abs(row.sink)
     if row.sources:  # in descending order, without the sink
         largest = max(largest, abs(row.sources[0].weight))
-    largest = round(largest, 6)
+    largest = round(largest, DIGITS)
     return min(abs(number) / largest, 1.0) if largest else 0.0

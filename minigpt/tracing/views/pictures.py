@@ -29,7 +29,7 @@ from minigpt.tracing.spans import cell_len, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.views.matrix import as_matrix, scale_end
-from minigpt.tracing.wrapping import fit_end, fit_start, one_line, signed
+from minigpt.tracing.wrapping import fit_end, fit_start, one_line_label, signed
 
 _DPI = 200
 _FONT = "DejaVu Sans Mono"
@@ -235,7 +235,7 @@ def _add_title(figure: Figure, trace: Trace, row: Row) -> None:
     room = int((width - 2 * _MARGIN) * 72 / (_LARGE * _EM))
     seed = f"; seed {trace.header.seed}"
     lines = (
-        _escaped(fit_start(one_line(trace.header.model), room), missing),
+        _escaped(fit_start(one_line_label(trace.header.model), room), missing),
         # Never truncate the seed: it would read as a different one.
         fit_end(measured(trace.header, (row.measure,)), max(room - len(seed), 1)) + seed,
     )
@@ -273,7 +273,7 @@ def missing_characters(trace: Trace) -> str:
 
 
 def _fonts(trace: Trace) -> tuple[list[str], str]:
-    characters = {*one_line(trace.header.model), *"".join(trace.joined.texts)}
+    characters = {*one_line_label(trace.header.model), *"".join(trace.joined.texts)}
     families, missing = fonts_for("".join(sorted(characters)))
     return [*families, "monospace"], missing
 

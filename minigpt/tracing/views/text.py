@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from minigpt.text.escape import token_name, visible
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Row, Trace, TraceStep, shown_probability
 from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, percent
@@ -149,7 +150,7 @@ def _pieces(text: str, width: int) -> list[str]:
 
 
 def _legend(row: Row, scale: float, sink: int, *, has_colour: bool) -> str:
-    of_sink, prompt, generated = (round(x, 6) for x in (row.sink, row.prompt, row.generated))
+    of_sink, prompt, generated = (round(x, DIGITS) for x in (row.sink, row.prompt, row.generated))
     if row.is_signed:
         unit = facts_of(row.measure).unit
         beyond = " or more" if abs(of_sink) > scale else ""
@@ -160,9 +161,10 @@ def _legend(row: Row, scale: float, sink: int, *, has_colour: bool) -> str:
             f"{generated:+z.2f}."
         )
     more = " or more" if of_sink > scale else ""
+    entropy = round(row.entropy, DIGITS)
     return (
         f"█ is {scale:.1%}{more}, {_MARK} the token itself; sink (position {sink}) {of_sink:.1%}; "
-        f"prompt {prompt:.0%}, generated {generated:.0%}; entropy {round(row.entropy, 6):.1f} bits."
+        f"prompt {prompt:.0%}, generated {generated:.0%}; entropy {entropy:.1f} bits."
     )
 
 

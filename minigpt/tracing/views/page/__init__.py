@@ -16,7 +16,7 @@ from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.page.data import page_data
-from minigpt.tracing.wrapping import one_line
+from minigpt.tracing.wrapping import one_line_label
 
 # Concatenated in this order into one script.
 _SCRIPTS = (
@@ -50,7 +50,7 @@ def to_html(trace: Trace) -> str:
     )
     return Template(_part("page.html")).substitute(
         policy="; ".join(policy),
-        title=html.escape(f"Attention trace of {one_line(trace.header.model)}"),
+        title=html.escape(f"Attention trace of {one_line_label(trace.header.model)}"),
         style=style,
         script=script,
         caveat=html.escape(facts_of(trace.header.measures[0]).caveat),

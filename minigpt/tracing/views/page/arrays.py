@@ -12,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.file import WORKING_ARRAYS
 from minigpt.tracing.findings import Row, Trace
 
-DIGITS = 6
-"""Decimal places of numbers, as in a trace file."""
 EFFECTS = "knockout"
 """The exact effects of all positions, shown as another measure."""
 Scales = Mapping[str, float | None]

@@ -11,6 +11,7 @@ from typing import Any
 from minigpt.text.escape import printable, token_name
 from minigpt.text.joined import JoinedTokens
 from minigpt.tracing.analysis_config import facts_of
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.file import ROW_NUMBERS
 from minigpt.tracing.findings import (
     Candidate,
@@ -23,9 +24,9 @@ from minigpt.tracing.findings import (
     shown_probability,
 )
 from minigpt.tracing.summary import footer_lines, measured
-from minigpt.tracing.views.page.arrays import DIGITS, EFFECTS, count_sources, find_scales, pack
+from minigpt.tracing.views.page.arrays import EFFECTS, count_sources, find_scales, pack
 from minigpt.tracing.views.page.facts import facts_about, knocked_out
-from minigpt.tracing.wrapping import one_line
+from minigpt.tracing.wrapping import one_line_label
 
 _PLAIN = re.compile(rb"[ -~]*")  # bytes that are not also shown in hexadecimal
 _ROLES = {
@@ -44,9 +45,9 @@ def page_data(trace: Trace) -> dict[str, Any]:
     effects = [EFFECTS] if EFFECTS in scales else []
     roles = header.roles
     return {
-        "model": one_line(header.model),
-        "facts": [(name, one_line(text)) for name, text in facts_about(trace)],
-        "changed": "" if header.intervention is None else one_line(str(header.intervention)),
+        "model": one_line_label(header.model),
+        "facts": [(name, one_line_label(text)) for name, text in facts_about(trace)],
+        "changed": "" if header.intervention is None else one_line_label(str(header.intervention)),
         "closing": _closing(trace),
         "nLayer": header.n_layer,
         "nHead": header.n_head,
@@ -121,7 +122,7 @@ def _role(role: Roles) -> dict[str, Any]:
     scores = asdict(role)
     tag = scores.pop("tag")
     return {
-        "tag": one_line(tag),
+        "tag": one_line_label(tag),
         "kind": next((name for name in _ROLES if tag and name.startswith(tag)), None),
         "scores": {name: round(value, 3) for name, value in scores.items()},
     }
