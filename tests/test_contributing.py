@@ -113,7 +113,12 @@ def test_a_view_can_be_added_in_one_file(copy: Path) -> None:
 
 @pytest.mark.integration
 def test_a_measure_of_a_row_can_be_added_in_one_file(copy: Path) -> None:
-    (copy / "minigpt/tracing/analysis/measures/length.py").write_text(example("A measure of a row"))
+    folder = copy / "minigpt/tracing/analysis/measures"
+    (folder / "length.py").write_text(example("A measure of a row"))
+    slope = (folder / "gradient.py").read_text().replace("def gradient(", "def slope(")
+    (folder / "slope.py").write_text(slope)
     train = ["train", "corpus.txt", "--name", "a", *TINY]
-    out = run(copy, train, [*TRACE, "--measure", "length", "--json"])
+    signed = [*TRACE, "--measure", "slope", "--against", "a", "--json"]
+    out = run(copy, train, [*TRACE, "--measure", "length", "--json"], signed)
     assert '"measure": "length"' in out
+    assert '"measure": "slope"' in out

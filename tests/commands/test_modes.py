@@ -99,8 +99,11 @@ def test_replay_and_diff_refuse_every_option_that_needs_a_model(
         ("--view heads --heads 0.0", "--heads has no effect without --view other than heads"),
         ("--view heads --layers 0", "--layers has no effect without"),
         ("--view heads --reduce max", "--reduce has no effect without"),
-        ("--against x", "--against has no effect without --measure logit, --measure gradient or"),
-        ("--against x --measure both", "--against has no effect without --measure logit"),
+        (
+            "--against x",
+            "--against compares the logits of two tokens, and --measure weight does not",
+        ),
+        ("--against x --measure both", "--against compares the logits of two tokens"),
         ("--steps 5", "--n-steps has no effect without --measure integrated"),
         ("--measure gradient --steps 5", "--n-steps has no effect without --measure integrated"),
         ("--measure logit --against=", "--against needs a token"),

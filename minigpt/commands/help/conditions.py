@@ -38,7 +38,7 @@ class Mode:
 
 
 _PICTURE_NEEDS = {"--picture": ("--svg", "--png"), "--position": ("--view text", "--picture strip")}
-_EXPLAINING = ("logit", "gradient", "integrated")  # measures of the generated token, in logits
+_SUMMED = ("logit", "gradient", "integrated")  # measures that sum over heads or have none
 _SAMPLING = tuple(  # options of sampled tokens
     f"--{f.name.replace('_', '-')}"
     for f in fields(SamplingConfig)
@@ -55,7 +55,6 @@ _LIVE = Mode(
         "--explain": ("--html", "--out", "--json"),
         "--candidates": ("--view lines", "--view text", *_DRAWN),
         "--lens": ("--view lines", "--view lens", *_DRAWN),
-        "--against": tuple(f"--measure {measure}" for measure in _EXPLAINING),
         "--n-steps": ("--measure integrated",),
         "--roles": ("--view lines", "--view heads", *_DRAWN),
         **dict.fromkeys(
@@ -66,7 +65,7 @@ _LIVE = Mode(
     },
     refuses={
         "--json": ("--view",),
-        **dict.fromkeys((f"--measure {m}" for m in _EXPLAINING), ("--reduce",)),
+        **dict.fromkeys((f"--measure {m}" for m in _SUMMED), ("--reduce",)),
         "--max-new-tokens 0": _SAMPLING,
         **_PROMPT_REFUSES,
         **_NOT_COMPILED,
