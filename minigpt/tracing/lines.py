@@ -21,10 +21,10 @@ _ENTROPY_WIDTH = 5
 
 
 @dataclass(frozen=True)
-class Form:
-    """Column widths of a line."""
+class ColumnWidths:
+    """Widths of the columns of a line."""
 
-    word: int
+    token: int
     """Width of a token, in cells."""
     bar: int
     """Width of a bar, in cells. 0 for no bars."""
@@ -33,8 +33,8 @@ class Form:
     """Whether the column for the rest is omitted."""
 
 
-_ROOMY = (Form(9, 3, has_entropy=True), Form(9, 3), Form(7, 3))
-_ALL = (*_ROOMY, Form(5, 2), Form(4, 0), Form(4, 0, is_bare=True))
+_WIDE = (ColumnWidths(9, 3, has_entropy=True), ColumnWidths(9, 3), ColumnWidths(7, 3))
+_ALL = (*_WIDE, ColumnWidths(5, 2), ColumnWidths(4, 0), ColumnWidths(4, 0, is_bare=True))
 
 
 def make_layout(width: int, *, measures: tuple[str, ...], **sizes: Any) -> "TraceLayout":
@@ -70,26 +70,26 @@ class TraceLayout:
         self.width, self.measures = width, measures
         self.position_width = max(3, len(str(n_positions - 1)))
         is_bytes = vocab_size <= 300
-        # The roomiest form that fits two sources, else the roomiest that fits one.
-        forms = [(2, form) for form in _ROOMY] + [(1, form) for form in _ALL]
-        for wanted, form in forms:
-            self._set_widths(form, is_bytes)
+        # The widest columns that fit two sources, else the widest that fit one.
+        choices = [(2, widths) for widths in _WIDE] + [(1, widths) for widths in _ALL]
+        for n_needed, widths in choices:
+            self._set_widths(widths, is_bytes)
             n_fitting = (width - self.left_width - self.right_width) // self.source_width
-            if n_fitting >= wanted:
+            if n_fitting >= n_needed:
                 break
         n_fitting = max(1, n_fitting)
         self.n_sources = n_fitting if n_sources is None else n_sources
         self.per_line = max(1, min(n_fitting, self.n_sources))
 
-    def _set_widths(self, form: Form, is_bytes: bool) -> None:
-        self.form = form
-        self.source_token_width = min(form.word, _BYTE_WIDTH) if is_bytes else form.word
+    def _set_widths(self, widths: ColumnWidths, is_bytes: bool) -> None:
+        self.widths = widths
+        self.source_token_width = min(widths.token, _BYTE_WIDTH) if is_bytes else widths.token
         self.token_width = max(len("token"), self.source_token_width)
         self.sink_width = self.share_width
         self.left_width = _STEP_WIDTH + self.token_width + SHARE_WIDTH + self.sink_width + 5
-        self.rest_width = 0 if form.is_bare else 1 + self.share_width
-        self.right_width = self.rest_width + (_ENTROPY_WIDTH if form.has_entropy else 0)
-        bar_width = 1 + form.bar if form.bar else 0
+        self.rest_width = 0 if widths.is_bare else 1 + self.share_width
+        self.right_width = self.rest_width + (_ENTROPY_WIDTH if widths.has_entropy else 0)
+        bar_width = 1 + widths.bar if widths.bar else 0
         self.source_width = (
             self.position_width + self.source_token_width + self.share_width + bar_width + 3
         )
@@ -113,7 +113,7 @@ class TraceLayout:
     def _right_heading(self) -> str:
         # "rest" is one cell wider than its column, so it also fills the space before it.
         rest = "rest".ljust(self.rest_width) if self.rest_width else ""
-        return rest + ("bits".rjust(_ENTROPY_WIDTH) if self.form.has_entropy else "")
+        return rest + ("bits".rjust(_ENTROPY_WIDTH) if self.widths.has_entropy else "")
 
     def step(self, step: TraceStep, names: Sequence[str] = ()) -> list[Line]:
         """Return the lines of a step: one, or more if its sources wrap or an analysis adds some.
@@ -148,7 +148,7 @@ class TraceLayout:
 
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
         token = fit(name_of(source.token, names), self.source_token_width)
-        drawn = f" {bar(source.weight, self.form.bar)}" if self.form.bar else ""
+        drawn = f" {bar(source.weight, self.widths.bar)}" if self.widths.bar else ""
         return [
             (f" {source.token.position:>{self.position_width}} ", "dim"),
             (f"{token} {percent(source.weight)}{drawn}", heat(source.weight)),
@@ -159,7 +159,7 @@ class TraceLayout:
         spans: Line = [(" " * self.rest_width, "plain")]
         if self.rest_width and rows[0].rest is not None:
             spans = [(f" {self._rest(rows, sources)}", "dim")]
-        if self.form.has_entropy:
+        if self.widths.has_entropy:
             spans.append((f"{round(rows[0].entropy, DIGITS):{_ENTROPY_WIDTH}.1f}", "dim"))
         return spans
 

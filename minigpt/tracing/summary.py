@@ -69,11 +69,11 @@ def legend(layout: TraceLayout, header: TraceHeader) -> list[Line]:
     if layout.rest_width:
         parts.append("rest: all positions not shown")
     if facts.is_signed:
-        if facts.sums_to and not layout.form.is_bare:
+        if facts.sums_to and not layout.widths.is_bare:
             logit = "logit" if header.against is None else "difference of logits"
             heads = ", other heads" if facts.has_heads and not header.selection.is_all else ""
             parts.append(f"other: {facts.other_parts}{heads}; sum: the {logit}")
-    elif layout.form.has_entropy:
+    elif layout.widths.has_entropy:
         parts.append("bits: entropy of the row (3: as if spread evenly over 8)")
     return wrapped("; ".join(parts), layout.width, label="columns  ")
 

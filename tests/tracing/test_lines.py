@@ -220,5 +220,5 @@ def test_signed_bars_are_relative_to_the_largest_source_of_the_row() -> None:
         text = text_of(layout.step(step)[0])
         largest = float(np.abs(step.row.weights_S).max())
         for source in step.row.sources:
-            drawn = bar(abs(source.weight) / largest, layout.form.bar)
+            drawn = bar(abs(source.weight) / largest, layout.widths.bar)
             assert f"{signed(source.weight)} {drawn}" in text

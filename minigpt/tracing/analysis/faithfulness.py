@@ -47,7 +47,7 @@ METRICS = ("rank_correlation", *(f"top_{k}" for k in TOPS), "deletion")
 """Names of a token's metrics, in the order of ``Faithfulness.metrics``."""
 _N_RESAMPLES = 2000
 
-Progress = Callable[[float, str], None]
+ProgressCallback = Callable[[float, str], None]
 """Called with the share of the work done, and a description of the current step."""
 
 
@@ -126,7 +126,7 @@ def compare_measures(
     *,
     measures: Sequence[str] | None = None,
     seed: int,
-    progress: Progress = lambda share, what: None,
+    progress: ProgressCallback = lambda share, what: None,
 ) -> Comparison:
     """Continue a prompt, and compare measures on all generated tokens.
 
@@ -203,7 +203,7 @@ def _trace_by(
     config: AnalysisConfig,
     *,
     seed: int,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> tuple[Trace, dict[str, list[NDArray[np.float32]]]]:
     """Continue a prompt, and return its trace and the row of each step by each measure."""
     plain = tuple(name for name in measures if name != ROLLOUT)

@@ -13,7 +13,7 @@ from typing import Any
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import ROUNDING, Row, Source
-from minigpt.tracing.lines import Form, TraceLayout, name_of
+from minigpt.tracing.lines import ColumnWidths, TraceLayout, name_of
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar
 
@@ -26,14 +26,14 @@ def layout_class(measures: Sequence[Measure]) -> type[TraceLayout]:
 class SharesLayout(TraceLayout):
     """Column layout of a trace for one or more measures in shares."""
 
-    def _set_widths(self, form: Form, is_bytes: bool) -> None:
-        super()._set_widths(form, is_bytes)
+    def _set_widths(self, widths: ColumnWidths, is_bytes: bool) -> None:
+        super()._set_widths(widths, is_bytes)
         if len(self.measures) == 1:
             return
         added = (len(self.measures) - 1) * (SHARE_WIDTH + 1)
         # A bar of one cell after each number, instead of one wide bar.
-        self.source_width += added + (len(self.measures) - 1 - form.bar if form.bar else 0)
-        if not form.is_bare:
+        self.source_width += added + (len(self.measures) - 1 - widths.bar if widths.bar else 0)
+        if not widths.is_bare:
             self.sink_width += added
             self.left_width += added
             self.rest_width += added
@@ -46,7 +46,7 @@ class SharesLayout(TraceLayout):
         return [f"the earlier {names[0]}", *names]
 
     def _sink(self, rows: Sequence[Row]) -> str:
-        return " ".join(percent(row.sink) for row in (rows[:1] if self.form.is_bare else rows))
+        return " ".join(percent(row.sink) for row in (rows[:1] if self.widths.is_bare else rows))
 
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
         if len(rows) == 1:
@@ -55,7 +55,7 @@ class SharesLayout(TraceLayout):
         token = fit(name_of(source.token, names), self.source_token_width)
         spans = [(f" {position:>{self.position_width}} ", "dim"), (token, heat(source.weight))]
         for share in (source.weight, *(float(row.weights_S[position]) for row in rows[1:])):
-            drawn = upright_bar(share) if self.form.bar else ""
+            drawn = upright_bar(share) if self.widths.bar else ""
             spans.append((f" {percent(share)}{drawn}", heat(share)))
         return spans
 
@@ -73,9 +73,9 @@ class SignedLayout(TraceLayout):
 
     share_width = SIGNED_WIDTH
 
-    def _set_widths(self, form: Form, is_bytes: bool) -> None:
-        super()._set_widths(form, is_bytes)
-        self.has_whole = bool(facts_of(self.measures[0]).sums_to) and not form.is_bare
+    def _set_widths(self, widths: ColumnWidths, is_bytes: bool) -> None:
+        super()._set_widths(widths, is_bytes)
+        self.has_whole = bool(facts_of(self.measures[0]).sums_to) and not widths.is_bare
         self.right_width = self.rest_width * (3 if self.has_whole else 1)
 
     def _titles(self) -> list[str]:
@@ -94,7 +94,7 @@ class SignedLayout(TraceLayout):
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
         position, size = source.token.position, _relative_size(source.weight, rows[0])
         token = fit(name_of(source.token, names), self.source_token_width)
-        drawn = f" {bar(size, self.form.bar)}" if self.form.bar else ""
+        drawn = f" {bar(size, self.widths.bar)}" if self.widths.bar else ""
         return [
             (f" {position:>{self.position_width}} ", "dim"),
             (f"{token} {signed(source.weight)}{drawn}", heat(size)),
