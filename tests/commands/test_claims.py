@@ -33,9 +33,9 @@ def test_each_claim_shows_a_table_a_judgement_and_reasons(run: Run) -> None:
     assert result.code == 0, result.err
     lines = result.out.splitlines()
     for claim in ("long-range", "explainable", "parallel"):
-        (judgement,) = [line for line in lines if line.startswith(f"{claim}: ")]
-        assert judgement.endswith("borne out") or judgement.endswith("in part")
-        assert lines[lines.index(judgement) + 1].startswith("- ")
+        (verdict,) = [line for line in lines if line.startswith(f"{claim}: ")]
+        assert verdict.endswith("borne out") or verdict.endswith("in part")
+        assert lines[lines.index(verdict) + 1].startswith("- ")
     header = next(line for line in lines if line.startswith("recall: % right"))
     assert header.split()[-2:] == ["8", "12"]
 

@@ -122,7 +122,7 @@ def test_a_study_measures_and_judges_each_claim() -> None:
         *progress, finding = study.measure(claim)
         assert isinstance(finding, Finding)
         assert all(isinstance(one, Progress) and 0 <= one.share <= 1 for one in progress)
-        assert finding.judgement.claim == claim
+        assert finding.verdict.claim == claim
         findings[claim] = finding.measured
     assert len(findings["long-range"]) == 2 * 3 * 2
     assert len(findings["explainable"]) == 2 * 2

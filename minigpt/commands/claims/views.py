@@ -1,4 +1,4 @@
-"""Output of minigpt claims: tables, judgements, JSON and pictures."""
+"""Output of minigpt claims: tables, verdicts, JSON and pictures."""
 
 import json
 from collections.abc import Sequence
@@ -31,24 +31,24 @@ def prepare_folder(folder: Path) -> None:
 
 
 def record(finding: Finding) -> dict[str, Any]:
-    """Return a finding for JSON: the fields of the judgement, and ``measured``."""
+    """Return a finding for JSON: the fields of the verdict, and ``measured``."""
     return {
-        **asdict(finding.judgement),
+        **asdict(finding.verdict),
         "elapsed_s": finding.elapsed_s,
         "measured": [asdict(one) for one in finding.measured],
     }
 
 
 def show_finding(finding: Finding, *, as_json: bool) -> None:
-    """Write a finding to stdout: a table and the judgement, or a line of JSON."""
+    """Write a finding to stdout: a table and the verdict, or a line of JSON."""
     if as_json:
         tables.write_json(record(finding))
         return
     sides = ["left"] + ["right"] * (len(finding.table[0]) - 1)
     tables.show(tables.aligned([[Text(cell) for cell in row] for row in finding.table], sides))
-    judgement = finding.judgement
-    tables.show([Text(f"{judgement.claim}: {judgement.outcome}", style="bold")])
-    tables.show([*(Text(f"- {reason}") for reason in judgement.reasons), Text()])
+    verdict = finding.verdict
+    tables.show([Text(f"{verdict.claim}: {verdict.outcome}", style="bold")])
+    tables.show([*(Text(f"- {reason}") for reason in verdict.reasons), Text()])
 
 
 def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
@@ -57,7 +57,7 @@ def write_findings(folder: Path, findings: Sequence[Finding]) -> None:
     write_atomically(folder / "claims.json", lines.encode())
     last = findings[-1]
     if last.panels:
-        figures.write_figure(folder / f"{last.judgement.claim}.svg", lambda: _draw(last.panels))
+        figures.write_figure(folder / f"{last.verdict.claim}.svg", lambda: _draw(last.panels))
 
 
 def _draw(panels: Sequence[Panel]) -> "Figure":

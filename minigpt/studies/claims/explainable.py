@@ -18,7 +18,7 @@ from minigpt.model.cache import KVCache
 from minigpt.model.language_model import LanguageModel
 from minigpt.studies.claims.learning import Progress
 from minigpt.studies.claims.long_range import TEST_SEED
-from minigpt.studies.claims.study import LEARNED, Judgement, Panel, Study, percent
+from minigpt.studies.claims.study import LEARNED, Panel, Study, Verdict, percent
 from minigpt.studies.claims.tasks import RECALL, TaskBatch
 from minigpt.tracing.recorder import RowRecorder
 
@@ -157,7 +157,7 @@ def answer(model: LanguageModel, batch: TaskBatch) -> Answers:
     return Answers(hits_BN, log_p_B4, right_B4, torch.full((n_batch,), 1 / n_view))
 
 
-def judge(explanations: Sequence[Explanation]) -> Judgement:
+def judge(explanations: Sequence[Explanation]) -> Verdict:
     """Judge whether the most attended position is the source, and whether the source matters.
 
     Borne out if in every model the mean of all heads points to the source, and the answer needs
@@ -189,7 +189,7 @@ def judge(explanations: Sequence[Explanation]) -> Judgement:
         mattered = beyond >= MATTERED
         holds.append(mattered and one.mean_share >= POINTED)
         partly.append(mattered and one.best_head_share >= POINTED)
-    return Judgement.of("explainable", reasons, holds=all(holds), in_part=any(partly))
+    return Verdict.of("explainable", reasons, holds=all(holds), in_part=any(partly))
 
 
 def table(explanations: Sequence[Explanation]) -> list[list[str]]:

@@ -10,7 +10,7 @@ import torch
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel
 from minigpt.studies.claims.learning import Progress
-from minigpt.studies.claims.study import LEARNED, Judgement, Panel, Study, percent
+from minigpt.studies.claims.study import LEARNED, Panel, Study, Verdict, percent
 from minigpt.studies.claims.tasks import TASKS, Task
 
 LOST = 0.2
@@ -82,7 +82,7 @@ def accuracy(
     return n_right / n_answers, n_answers
 
 
-def judge(curves: Sequence[AccuracyCurve]) -> Judgement:
+def judge(curves: Sequence[AccuracyCurve]) -> Verdict:
     """Judge whether attention answers from far away, and the LSTM only from nearby.
 
     Borne out if in every task the Transformer is right at the largest distance, where the LSTM is
@@ -108,7 +108,7 @@ def judge(curves: Sequence[AccuracyCurve]) -> Judgement:
             reasons.append(
                 f"{task}: at distance {distances[-1]}, the LSTM gets better with attention on top."
             )
-    return Judgement.of("long-range", reasons, holds=all(holds), in_part=any(better))
+    return Verdict.of("long-range", reasons, holds=all(holds), in_part=any(better))
 
 
 def _ends(curves: Sequence[AccuracyCurve], task: str, end: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from minigpt.format import with_unit
 from minigpt.model.cost import parameter_count
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.studies.claims.learning import Progress, Size, equal_size_config
-from minigpt.studies.claims.study import Judgement, Panel, Study, percent
+from minigpt.studies.claims.study import Panel, Study, Verdict, percent
 
 FASTER = 2.0
 """Smallest ratio of two speeds that counts as faster."""
@@ -93,7 +93,7 @@ def _wait(device: torch.device) -> None:
         torch.get_device_module(device).synchronize()
 
 
-def judge(timings: Sequence[Timing]) -> Judgement:
+def judge(timings: Sequence[Timing]) -> Verdict:
     """Judge whether the Transformer trains long sequences faster, and keeps its speed.
 
     Borne out if on every device it is faster at the largest length, and by more than at the
@@ -122,7 +122,7 @@ def judge(timings: Sequence[Timing]) -> Judgement:
                 f"{device}: the LSTM has enough parallelism over the batch and its width here."
             )
         holds.append(ratio[long] >= FASTER and ratio[long] > ratio[short])
-    return Judgement.of("parallel", reasons, holds=all(holds), in_part=any(holds))
+    return Verdict.of("parallel", reasons, holds=all(holds), in_part=any(holds))
 
 
 def table(timings: Sequence[Timing]) -> list[list[str]]:

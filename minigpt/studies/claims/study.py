@@ -17,7 +17,7 @@ LEARNED = 0.9
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Verdict:
     """Whether a claim holds for the measured numbers."""
 
     claim: str
@@ -27,8 +27,8 @@ class Judgement:
     """Sentences about the measurements, and about where the claim goes too far."""
 
     @classmethod
-    def of(cls, claim: str, reasons: Sequence[str], *, holds: bool, in_part: bool) -> "Judgement":
-        """Return the judgement of a claim that holds, holds in part, or does not hold."""
+    def of(cls, claim: str, reasons: Sequence[str], *, holds: bool, in_part: bool) -> "Verdict":
+        """Return the verdict of a claim that holds, holds in part, or does not hold."""
         not_fully = "borne out in part" if in_part else "not borne out"
         return cls(claim, "borne out" if holds else not_fully, tuple(reasons))
 
@@ -48,9 +48,9 @@ class Panel:
 
 @dataclass(frozen=True)
 class Finding:
-    """Measurements for a claim, and their judgement."""
+    """Measurements for a claim, and their verdict."""
 
-    judgement: Judgement
+    verdict: Verdict
     measured: tuple[Any, ...]
     """Results, dataclasses of the claim's module."""
     table: list[list[str]]
@@ -77,8 +77,8 @@ class Study:
         started_at = time.monotonic()
         measured = yield from module.measure(self)
         elapsed_s = time.monotonic() - started_at
-        judgement, table = module.judge(measured), module.table(measured)
-        yield Finding(judgement, measured, table, module.panels(measured), elapsed_s)
+        verdict, table = module.judge(measured), module.table(measured)
+        yield Finding(verdict, measured, table, module.panels(measured), elapsed_s)
 
     def trained(
         self, arch: str, task: Task, seed: int

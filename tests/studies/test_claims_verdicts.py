@@ -40,17 +40,17 @@ def curves(**ends: tuple[float, float]) -> list[AccuracyCurve]:
 def test_long_range_is_borne_out_if_only_attention_answers_from_far_away(
     lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, reason: str
 ) -> None:
-    judgement = long_range.judge(curves(lstm=lstm, lstm_attention=(1.0, 1.0), gpt=gpt))
-    assert judgement.outcome == outcome
-    assert reason in " ".join(judgement.reasons)
+    verdict = long_range.judge(curves(lstm=lstm, lstm_attention=(1.0, 1.0), gpt=gpt))
+    assert verdict.outcome == outcome
+    assert reason in " ".join(verdict.reasons)
 
 
 def test_long_range_averages_over_seeds() -> None:
     first = curves(lstm=(1.0, 0.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 1.0))
     second = curves(lstm=(1.0, 1.0), lstm_attention=(1.0, 1.0), gpt=(1.0, 0.9))
-    judgement = long_range.judge(first + second)
-    assert judgement.outcome == "borne out"
-    assert "recall, lstm: 100% right at distance 8, 50% at 512" in judgement.reasons[0]
+    verdict = long_range.judge(first + second)
+    assert verdict.outcome == "borne out"
+    assert "recall, lstm: 100% right at distance 8, 50% at 512" in verdict.reasons[0]
 
 
 EXPLAINED = Explanation(
@@ -85,9 +85,9 @@ EXPLAINED = Explanation(
 def test_explainable_is_borne_out_if_the_source_is_attended_to_and_matters(
     changes: dict[str, float], outcome: str, reason: str
 ) -> None:
-    judgement = explainable.judge([replace(EXPLAINED, **changes)])
-    assert judgement.outcome == outcome
-    assert reason in " ".join(judgement.reasons)
+    verdict = explainable.judge([replace(EXPLAINED, **changes)])
+    assert verdict.outcome == outcome
+    assert reason in " ".join(verdict.reasons)
 
 
 def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) -> list[Timing]:
@@ -118,9 +118,9 @@ def timings(device: str, lstm: tuple[float, float], gpt: tuple[float, float]) ->
 def test_parallel_is_borne_out_if_the_transformer_is_faster_on_longer_sequences(
     lstm: tuple[float, float], gpt: tuple[float, float], outcome: str, reason: str
 ) -> None:
-    judgement = parallel.judge(timings("cpu", lstm, gpt))
-    assert judgement.outcome == outcome
-    assert reason in " ".join(judgement.reasons)
+    verdict = parallel.judge(timings("cpu", lstm, gpt))
+    assert verdict.outcome == outcome
+    assert reason in " ".join(verdict.reasons)
 
 
 def test_parallel_is_borne_out_in_part_if_faster_on_one_device_of_two() -> None:
