@@ -31,21 +31,21 @@ def share_cores(n_threads: int) -> None:
     is_decided = "GOMP_SPINCOUNT" in os.environ or "OMP_WAIT_POLICY" in os.environ
     if is_decided or not STAT.exists():
         return
-    watch = the_watch()
-    watch.n_threads = n_threads
-    if n_threads > 1 and watch.ident is None:
+    monitor = core_monitor()
+    monitor.n_threads = n_threads
+    if n_threads > 1 and monitor.ident is None:
         with suppress(RuntimeError):  # no more threads can be started
-            watch.start()
-            atexit.register(watch.end)
+            monitor.start()
+            atexit.register(monitor.end)
 
 
 @cache
-def the_watch() -> "Watch":
-    """Return the watch of this process."""
-    return Watch()
+def core_monitor() -> "CoreMonitor":
+    """Return the monitor of this process."""
+    return CoreMonitor()
 
 
-class Watch(threading.Thread):
+class CoreMonitor(threading.Thread):
     """Checks several times a second whether the threads should sleep or spin."""
 
     n_threads = 1

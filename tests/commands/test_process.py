@@ -58,16 +58,16 @@ def test_threads_sleep_while_other_processes_use_the_cores(
             ended.append(len(made))
 
     monkeypatch.setattr(openmp, "IdleThreads", Idle)
-    watch = openmp.Watch()
+    monitor = openmp.CoreMonitor()
     for n_threads, n_taken in [(1, 1.0), (2, 0.1), (2, 0.3), (2, 0.9), (2, 0.9), (2, 0.3)]:
-        watch.n_threads = n_threads
-        watch.adapt(n_taken)
+        monitor.n_threads = n_threads
+        monitor.adapt(n_taken)
     assert made == [2]
     assert not ended
-    watch.adapt(0.0)
-    watch.adapt(0.0)
+    monitor.adapt(0.0)
+    monitor.adapt(0.0)
     assert ended == [1]
-    watch.adapt(1.0)
+    monitor.adapt(1.0)
     assert made == [2, 2]
 
 
@@ -80,16 +80,16 @@ def test_no_watcher_thread_is_left_when_python_exits(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(openmp.atexit, "register", at_exit.append)
     for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(variable, raising=False)
-    watch = openmp.Watch()
-    monkeypatch.setattr(openmp, "the_watch", lambda: watch)
-    watch.n_threads = 2
-    watch.adapt(2.0)
-    idle = watch.idle
+    monitor = openmp.CoreMonitor()
+    monkeypatch.setattr(openmp, "core_monitor", lambda: monitor)
+    monitor.n_threads = 2
+    monitor.adapt(2.0)
+    idle = monitor.idle
     openmp.share_cores(2)
-    assert watch.is_alive()
+    assert monitor.is_alive()
     (end,) = at_exit
     end()
-    assert not watch.is_alive()
+    assert not monitor.is_alive()
     assert ended == [idle]
 
 
@@ -178,29 +178,29 @@ def test_the_watcher_stops_if_proc_stat_has_an_unknown_format(
     (tmp_path / "stat").write_text(text, encoding="latin-1")
     monkeypatch.setattr(openmp, "STAT", tmp_path / "stat")
     monkeypatch.setattr(openmp.os, "sched_getaffinity", lambda _: {0, 1})
-    watch = openmp.Watch()
-    watch.start()
-    watch.join()  # an exception in the thread would be a warning, which fails the test
+    monitor = openmp.CoreMonitor()
+    monitor.start()
+    monitor.join()  # an exception in the thread would be a warning, which fails the test
 
 
 @pytest.mark.parametrize("variable", ["GOMP_SPINCOUNT", "OMP_WAIT_POLICY"])
 def test_environment_variables_disable_the_watcher(
     variable: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = openmp.Watch()
-    monkeypatch.setattr(openmp, "the_watch", lambda: watch)
+    monitor = openmp.CoreMonitor()
+    monkeypatch.setattr(openmp, "core_monitor", lambda: monitor)
     monkeypatch.setenv(variable, "7")
     openmp.share_cores(2)
-    assert watch.ident is None
+    assert monitor.ident is None
 
 
 @linux
 def test_the_watcher_runs_only_for_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch = openmp.Watch()
+    monitor = openmp.CoreMonitor()
     started = []
-    monkeypatch.setattr(watch, "start", lambda: started.append(watch.n_threads))
+    monkeypatch.setattr(monitor, "start", lambda: started.append(monitor.n_threads))
     monkeypatch.setattr(openmp.atexit, "register", lambda end: None)
-    monkeypatch.setattr(openmp, "the_watch", lambda: watch)
+    monkeypatch.setattr(openmp, "core_monitor", lambda: monitor)
     for variable in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
         monkeypatch.delenv(variable, raising=False)
     openmp.share_cores(1)
