@@ -2,20 +2,22 @@
 
 from dataclasses import replace
 
-from minigpt.commands.loading import Ready
+from minigpt.commands.loading import PromptedModel
 from minigpt.commands.options import PromptForm
 from minigpt.generation.loading import encode_prompt
 from minigpt.intervention_config import InterventionConfig
 from minigpt.tracing.interventions import intervene
 
 
-def with_interventions(ready: Ready, interventions: InterventionConfig, form: PromptForm) -> Ready:
-    """Return ``ready`` with interventions applied to its model; see tracing/interventions.py."""
+def with_interventions(
+    prompted: PromptedModel, interventions: InterventionConfig, form: PromptForm
+) -> PromptedModel:
+    """Return the model with interventions applied; see tracing/interventions.py."""
 
     def encode(text: str) -> list[int]:
-        if ready.chat is None:
-            return encode_prompt(ready.tokenizer, text, special=form.special)
-        return ready.chat.ask(text)[0]
+        if prompted.chat is None:
+            return encode_prompt(prompted.tokenizer, text, special=form.special)
+        return prompted.chat.ask(text)[0]
 
-    model, intervention = intervene(ready.model, interventions, ready.prompt, encode)
-    return replace(ready, model=model, intervention=intervention)
+    model, intervention = intervene(prompted.model, interventions, prompted.prompt, encode)
+    return replace(prompted, model=model, intervention=intervention)

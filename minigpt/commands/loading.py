@@ -22,7 +22,7 @@ LONGEST_PROMPT_BYTES = 2**24
 
 
 @dataclass(frozen=True)
-class Ready:
+class PromptedModel:
     """A loaded model and the encoded prompt that it continues."""
 
     model: LanguageModel
@@ -49,19 +49,23 @@ def load_to_continue(
     interventions: Interventions,
     *,
     n_rows: int = 1,
-) -> Ready:
+) -> PromptedModel:
     """Load a model with interventions, and encode a prompt and the forced text after it."""
-    ready = load(source, prompt, form, n_rows=n_rows)
+    prompted = load(source, prompt, form, n_rows=n_rows)
     if interventions.is_any:
-        ready = ring("commands.interventions").with_interventions(ready, interventions, form)
+        prompted = ring("commands.interventions").with_interventions(prompted, interventions, form)
     if sampling.force is None:
-        return ready
+        return prompted
     forced = ring("generation.forcing").forced_ids
-    ids = forced(ready.tokenizer, sampling, ready.model, ready.prompt, special=form.special)
-    return replace(ready, forced=ids)
+    ids = forced(
+        prompted.tokenizer, sampling, prompted.model, prompted.prompt, special=form.special
+    )
+    return replace(prompted, forced=ids)
 
 
-def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: int = 1) -> Ready:
+def load(
+    source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: int = 1
+) -> PromptedModel:
     """Load a model and encode a prompt for it; None starts a new document.
 
     Prints a note if a special token in the prompt is treated as plain text.
@@ -81,13 +85,13 @@ def load(source: ModelSource, prompt: str | None, form: PromptForm, *, n_rows: i
         tokenizer = templates.ending_turns(tokenizer, template)
         chat = templates.Chat(template, tokenizer, form.system)
         ids = chat.ask(text)[0] if prompt is not None else []
-        return Ready(loaded.model, tokenizer, folder, text, ids, chat)
+        return PromptedModel(loaded.model, tokenizer, folder, text, ids, chat)
     ids = models.encode_prompt(tokenizer, text, special=form.special)
     if loaded.tokenizer is None:
         note(f"{folder} has no tokenizer: texts are token ids, as in '5 9 40'")
     if not form.special:
         note_special(tokenizer, text)
-    return Ready(loaded.model, tokenizer, folder, text, ids)
+    return PromptedModel(loaded.model, tokenizer, folder, text, ids)
 
 
 def note_special(tokenizer: Tokenizer, text: str) -> bool:

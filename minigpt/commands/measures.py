@@ -68,20 +68,20 @@ def measures(
     chosen = None if only is None else choose_measures(only)
     if picture is not None:
         require_matplotlib(picture, what="--picture")
-    ready = load(source, prompt, form)
+    prompted = load(source, prompt, form)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     with ProgressLine() as line:
 
         def show(share: float, what: str) -> None:
             if not line.line.label:  # before minutes of work on what may be the wrong model
-                show_model(ready.folder)
+                show_model(prompted.folder)
                 note(f"seed {seed}")
             line.show_task(what, share, [f"{share:.0%}"])
 
         comparison = compare_measures(
-            ready.model,
-            ready.tokenizer,
-            ready.prompt,
+            prompted.model,
+            prompted.tokenizer,
+            prompted.prompt,
             sampling,
             config,
             measures=chosen,
@@ -94,7 +94,7 @@ def measures(
         write_figure(picture, lambda: _figure(comparison))
         note(f"wrote {picture}")
     if as_json:
-        write_json({"model": str(ready.folder), "seed": seed, **asdict(comparison)})
+        write_json({"model": str(prompted.folder), "seed": seed, **asdict(comparison)})
     else:
         console = make_console(is_stderr=False)
         print_lines(console, _table(comparison, console.width))

@@ -87,32 +87,32 @@ def attention_trace(
 
     if not targets.are_lines:
         ring("commands.attention_trace.files").check_files(targets, sampling.num_samples, config)
-    ready = load_to_continue(source, prompt, form, sampling, interventions)
+    prompted = load_to_continue(source, prompt, form, sampling, interventions)
     if not targets.as_json and (suggested := find_ring("commands.help.suggested")):
-        suggested.note_suggested(ready.folder, sampling)
-    output = TraceOutput(model=ready.folder)
+        suggested.note_suggested(prompted.folder, sampling)
+    output = TraceOutput(model=prompted.folder)
     if described := find_ring("commands.attention_trace.described"):
-        output, config = described.output_for(ready, sampling, config, targets)
+        output, config = described.output_for(prompted, sampling, config, targets)
     first_seed = fresh_seed() if sampling.seed is None else sampling.seed
     is_complete = True
     with output:
         for seed in range(first_seed, first_seed + sampling.num_samples):
             events = trace(
-                ready.model,
-                ready.tokenizer,
-                ready.prompt,
+                prompted.model,
+                prompted.tokenizer,
+                prompted.prompt,
                 sampling,
                 config,
                 seed=seed,
-                model_name=shown_name(ready.folder),
+                model_name=shown_name(prompted.folder),
                 compile=source.compile,
-                forced=ready.forced,
-                intervention=ready.intervention,
+                forced=prompted.forced,
+                intervention=prompted.intervention,
                 special=form.special,
                 dense=output.dense,
             )
             if seed == first_seed and (shown := find_ring("commands.display.compiling")):
-                events = shown.showing_start(events, ready.model, source.compile)
+                events = shown.showing_start(events, prompted.model, source.compile)
             is_complete = output.show(events)
             note(f"seed {seed}")
             if not is_complete:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from minigpt.commands.attention_trace.output import TraceOutput
-from minigpt.commands.loading import Ready
+from minigpt.commands.loading import PromptedModel
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, note
 from minigpt.errors import cut
@@ -125,11 +125,11 @@ class DescribedOutput(TraceOutput):
 
 
 def output_for(
-    ready: Ready, sampling: SamplingConfig, config: TraceConfig, targets: Any
+    prompted: PromptedModel, sampling: SamplingConfig, config: TraceConfig, targets: Any
 ) -> tuple[DescribedOutput, TraceConfig]:
     """Return the output for the traces of a prompt, and their config with what it needs."""
-    shape = ready.model.config
-    end = len(ready.prompt) + sampling.max_new_tokens
+    shape = prompted.model.config
+    end = len(prompted.prompt) + sampling.max_new_tokens
     layout = make_layout(
         make_console(is_stderr=False).width,
         vocab_size=shape.vocab_size,
@@ -142,13 +142,13 @@ def output_for(
     if targets.has_heads:
         config = replace(config, has_heads=True)  # type: ignore[call-arg]  # the analysis's
     if targets.are_lines:
-        return DescribedOutput(layout, model=ready.folder), config
+        return DescribedOutput(layout, model=prompted.folder), config
     if targets.position is not None:  # before the first row is shown
-        first = 1 if has_prompt_rows(config, sampling) else len(ready.prompt)
+        first = 1 if has_prompt_rows(config, sampling) else len(prompted.prompt)
         last = min(shape.context_length, end - 1)
         ring("tracing.views").require_position(targets.position, first, last)
     files = ring("commands.attention_trace.files")
-    return files.FileOutput(targets, layout, model=ready.folder), config
+    return files.FileOutput(targets, layout, model=prompted.folder), config
 
 
 def _share_file(out: TextIO, err: TextIO) -> bool:

@@ -58,23 +58,25 @@ def generate(
     find = find_ring if is_plain and sampling.num_samples == 1 else ring
     samples = find("commands.generate.samples")
     n_rows = sampling.num_samples
-    ready = load_to_continue(source, prompt, form, sampling, interventions, n_rows=n_rows)
+    prompted = load_to_continue(source, prompt, form, sampling, interventions, n_rows=n_rows)
     if not as_json and (suggested := find_ring("commands.help.suggested")):
-        suggested.note_suggested(ready.folder, sampling)
+        suggested.note_suggested(prompted.folder, sampling)
     seed = fresh_seed() if sampling.seed is None else sampling.seed
-    display = samples and samples.SampleDisplay(ready, sampling, as_json=as_json, streams=stream)
+    display = samples and samples.SampleDisplay(prompted, sampling, as_json=as_json, streams=stream)
     if interactive:
         is_first = prompt is not None
         converse = ring("commands.generate.interactive").converse
-        converse(ready, sampling, display, source, seed, has_prompt=is_first, special=form.special)
+        converse(
+            prompted, sampling, display, source, seed, has_prompt=is_first, special=form.special
+        )
         return
-    with compiling(ready.model, source.compile, n_rows):
-        decoder = make_decoder(ready.model, ready.prompt, sampling, compile=source.compile)
+    with compiling(prompted.model, source.compile, n_rows):
+        decoder = make_decoder(prompted.model, prompted.prompt, sampling, compile=source.compile)
     if display:
         display.show_samples(decoder, seed)
         return
-    ends = ready.tokenizer.end_of_text_ids
-    steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=ready.forced)
-    for item in stream_text(steps, ready.tokenizer, sampling.stop):
+    ends = prompted.tokenizer.end_of_text_ids
+    steps = decoder.generate(sampling, seed=seed, end_of_text=ends, forced=prompted.forced)
+    for item in stream_text(steps, prompted.tokenizer, sampling.stop):
         write_result(item.text)
     write_result("\n")

@@ -11,7 +11,7 @@ from typing import Any
 from minigpt.commands.generate.samples import SampleDisplay
 from minigpt.commands.loading import (
     LONGEST_PROMPT_BYTES,
-    Ready,
+    PromptedModel,
     compiling,
     decode_prompt,
     note_special,
@@ -63,7 +63,7 @@ def _has_editor() -> bool:
 
 @editing_lines()
 def converse(
-    ready: Ready,
+    prompted: PromptedModel,
     sampling: SamplingConfig,
     display: SampleDisplay,
     source: ModelSource,
@@ -82,9 +82,9 @@ def converse(
         first text is the prompt of the command line. special, whether special tokens are parsed.
     """
     decoder: Conversation | None = None
-    tokenizer, chat = ready.tokenizer, ready.chat
+    tokenizer, chat = prompted.tokenizer, prompted.chat
     is_noted = special or chat is not None
-    texts = chain([ready.text] if has_prompt else [], iter(_typed, None))
+    texts = chain([prompted.text] if has_prompt else [], iter(_typed, None))
     for index, text in enumerate(texts):
         is_prompt = has_prompt and index == 0
         if chat is not None and not text:
@@ -92,7 +92,7 @@ def converse(
         if not (is_noted or is_prompt):
             is_noted = note_special(tokenizer, text)
         try:
-            decoder = _continued(decoder, text, ready, sampling, source, special=special)
+            decoder = _continued(decoder, text, prompted, sampling, source, special=special)
         except DataError as error:  # too long; the next one may fit
             note(str(error))
             continue
@@ -116,7 +116,7 @@ def converse(
 def _continued(
     decoder: Conversation | None,
     text: str,
-    ready: Ready,
+    prompted: PromptedModel,
     sampling: SamplingConfig,
     source: ModelSource,
     *,
@@ -126,17 +126,17 @@ def _continued(
 
     Raises: DataError if it does not fit into the context; the decoder is unchanged.
     """
-    tokenizer, chat = ready.tokenizer, ready.chat
+    tokenizer, chat = prompted.tokenizer, prompted.chat
     if chat is not None:
-        ids = _chat_ids(chat, text, ready.model.config.context_length, sampling)
+        ids = _chat_ids(chat, text, prompted.model.config.context_length, sampling)
     elif decoder is None:
         ids = encode_prompt(tokenizer, text, special=special)
     else:
         ids = tokenizer.encode(text, is_start=False, special=special)
     if decoder is None:
         overflow = None if chat else sampling.overflow  # a message is not cut
-        with compiling(ready.model, source.compile):
-            return Conversation(ready.model, ids, compile=source.compile, overflow=overflow)
+        with compiling(prompted.model, source.compile):
+            return Conversation(prompted.model, ids, compile=source.compile, overflow=overflow)
     if chat is not None:
         decoder.replace(ids)
     else:

@@ -13,7 +13,7 @@ from typing import Any
 import typer
 from rich.cells import cell_len
 
-from minigpt.commands.loading import Ready, show_model
+from minigpt.commands.loading import PromptedModel, show_model
 from minigpt.config import SamplingConfig
 from minigpt.console import make_console, note, write_result
 from minigpt.errors import MinigptError
@@ -183,25 +183,25 @@ class SampleDisplay:
     """Shows samples in order: the current one as it is generated, each later one in its turn."""
 
     def __init__(
-        self, ready: Ready, sampling: SamplingConfig, *, as_json: bool, streams: bool
+        self, prompted: PromptedModel, sampling: SamplingConfig, *, as_json: bool, streams: bool
     ) -> None:
-        self._ready, self._sampling = ready, sampling
+        self._prompted, self._sampling = prompted, sampling
         self._as_json, self._streams = as_json, streams and not as_json
         self._is_first = True
         self._screen = WrappedText()
 
     def show_samples(self, decoder: Decoder, seed: int) -> None:
         """Generate and show the samples; Ctrl-C ends the command with its exit code."""
-        ready, config = self._ready, self._sampling
+        prompted, config = self._prompted, self._sampling
         items = batches.stream_samples(
-            decoder, ready.tokenizer, config, seed=seed, forced=ready.forced
+            decoder, prompted.tokenizer, config, seed=seed, forced=prompted.forced
         )
         is_complete = self.show(
             items,
             seed=seed,
-            prompt=ready.text,
-            n_prompt_tokens=len(ready.prompt),
-            is_prompt_shown=ready.chat is None,
+            prompt=prompted.text,
+            n_prompt_tokens=len(prompted.prompt),
+            is_prompt_shown=prompted.chat is None,
             n_samples=config.num_samples,
         )
         if not is_complete:
@@ -219,7 +219,7 @@ class SampleDisplay:
     ) -> bool:
         """Show the steps of samples with seeds from ``seed`` on; return False on Ctrl-C."""
         if self._is_first:
-            show_model(self._ready.folder)
+            show_model(self._prompted.folder)
             self._is_first = False
         began_at = ready_at = time.perf_counter()
         about = {"prompt": prompt, "n_prompt_tokens": n_prompt_tokens}
@@ -278,10 +278,10 @@ class SampleDisplay:
             self._screen.flush(write_result)
 
     def _end(self, sample: Sample, about: dict[str, Any]) -> None:
-        tokenizer = self._ready.tokenizer
+        tokenizer = self._prompted.tokenizer
         if self._as_json:
             record = sample.record(tokenizer) | about
-            record |= {"sampling": asdict(self._sampling), "model": str(self._ready.folder)}
+            record |= {"sampling": asdict(self._sampling), "model": str(self._prompted.folder)}
             write_result(json.dumps(record) + "\n")
         else:
             self._write("" if self._streams else sample.text, is_end=True)
