@@ -170,6 +170,7 @@ def _from_next_item(text: str, at: int, stream: TextIO) -> tuple[str, bool]:
 
 
 def begins_with_json(text: str, *, is_whole: bool) -> bool:
+    """Return whether a text begins with JSON. Args: is_whole, as for ``records.sniffed``."""
     start = text.index("[") + 1 if text.startswith("[") else 0
     at = len(text) - len(text[start:].lstrip())
     if text[at] == "]":

@@ -56,7 +56,7 @@ class EagerForward(StepForward):
 
 
 class EagerKernels:
-    """Kernels that write into buffers, which the next step overwrites."""
+    """``decode_step.Kernels`` that write into buffers, which the next step overwrites."""
 
     def __init__(self, model: GPT, *, copies: bool = True) -> None:
         """Args: copies, as for ``make_product``."""

@@ -7,7 +7,7 @@ reference is the exact effect of each position on each generated token.
 Shapes: N generated tokens, S positions in view.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
@@ -157,21 +157,10 @@ def compare_measures(
             measures, model, tokenizer, prompt, sampling, config, seed=seed + sample, progress=show
         )
         first_text = first_text or traced.text
-        steps = traced.steps
-        tokens = [*prompt, *(step.token.id for step in steps)]
-        cache = Decoder(model, tokens[:-1] or tokens, max_new_tokens=1).cache
-        for number, step in enumerate(steps):
-            positions = np.delete(np.arange(step.token.position), traced.header.sink)
-            if len(positions) < MIN_POSITIONS:
-                continue
-            show(0.5 + 0.5 * number / len(steps), "knocking out")
-            strengths = {name: abs(rows[name][number][positions]) for name in measures}
-            strengths[DISTANCE] = positions.astype(np.float32)
-            strengths[RANDOM] = generator.random(len(positions), dtype=np.float32)
-            metrics = _compare_at(step, tokens, positions, strengths, knockouts, cache)
+        for n_positions, metrics in _compare_steps(model, traced, rows, knockouts, generator, show):
+            counts.append(n_positions)
             for name, numbers in metrics.items():
                 found[name].append(numbers)
-            counts.append(len(positions))
     if not counts:
         raise DataError(
             f"no generated token has {MIN_POSITIONS} positions besides the sink before it. Give a "
@@ -226,6 +215,28 @@ def _trace_by(
         for i, name in enumerate(names):
             rows[name] = [step.rows[i].weights_S for step in traced.steps]
     return traced, rows
+
+
+def _compare_steps(
+    model: LanguageModel,
+    traced: Trace,
+    rows: dict[str, list[NDArray[np.float32]]],
+    knockouts: Knockouts,
+    generator: np.random.Generator,
+    progress: ProgressCallback,
+) -> Iterator[tuple[int, dict[str, list[float]]]]:
+    """Yield the number of ranked positions and the metrics of each token with enough positions."""
+    tokens = [token.id for token in traced.tokens]
+    cache = Decoder(model, tokens[:-1] or tokens, max_new_tokens=1).cache
+    for number, step in enumerate(traced.steps):
+        positions = np.delete(np.arange(step.token.position), traced.header.sink)
+        if len(positions) < MIN_POSITIONS:
+            continue
+        progress(0.5 + 0.5 * number / len(traced.steps), "knocking out")
+        strengths = {name: abs(of_steps[number][positions]) for name, of_steps in rows.items()}
+        strengths[DISTANCE] = positions.astype(np.float32)
+        strengths[RANDOM] = generator.random(len(positions), dtype=np.float32)
+        yield len(positions), _compare_at(step, tokens, positions, strengths, knockouts, cache)
 
 
 def _compare_at(
