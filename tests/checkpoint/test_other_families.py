@@ -42,7 +42,7 @@ def test_other_families_decode_with_their_own_forward(
     model: LanguageModel,
 ) -> None:
     assert not supports(model)
-    assert not supports(model, compiles=True)
+    assert not supports(model, compile=True)
     assert type(Decoder(model, TOKENS[0].tolist()).forward).__name__ == "PlainForward"
 
 

@@ -231,11 +231,11 @@ class Subclass(GPT):
 def test_only_gpt_itself_is_supported() -> None:
     model = small_model()
     assert supports(model)
-    assert supports(model, compiles=True)
-    assert not supports(small_model(attention="dot"), compiles=True)
+    assert supports(model, compile=True)
+    assert not supports(small_model(attention="dot"), compile=True)
     other = Subclass(model.config).eval()
     assert not supports(other)
-    assert not supports(other, compiles=True)
+    assert not supports(other, compile=True)
     assert type(make_forward(other, capacity=8)) is PlainForward
     with pytest.raises(ConfigError, match="--no-compile"):
         make_forward(other, capacity=8, compile=True)

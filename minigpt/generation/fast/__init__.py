@@ -29,15 +29,15 @@ _TYPES: dict[str, tuple[type[nn.Module], ...]] = {
 """Types of the modules that the decode step computes itself, by the last part of their names."""
 
 
-def supports(model: LanguageModel, *, compiles: bool = False) -> bool:
-    """Return whether the decode step computes the same as this model's own forward.
+def supports(model: LanguageModel, *, compile: bool = False) -> bool:
+    """Return whether the eager (or, with ``compile``, the compiled) decode step fits a model.
 
     Subclasses of GPT may compute something else, so only GPT itself is supported, and without
     module hooks and replaced modules, which the step does not run.
     """
     if type(model) is not GPT or model.training or not _has_own_modules(model):
         return False
-    if compiles:
+    if compile:
         return model.config.attention == "scaled_dot" and model.device.type in (
             "cpu",
             "cuda",
@@ -73,7 +73,7 @@ def is_compiled(model: LanguageModel, compile: bool | None, n_rows: int = 1) -> 
     if compile is not None:
         return compile
     if model.device.type == "cuda":
-        return supports(model, compiles=True)
+        return supports(model, compile=True)
     return n_rows == 1 and compiled_matches_eager(model) and is_default(model)
 
 
@@ -85,7 +85,7 @@ def compiled_matches_eager(model: LanguageModel) -> TypeGuard[GPT]:
     """
     kinds = {model.dtype, stored_dtype(model)}
     is_same = model.device.type in ("cpu", "meta") and kinds <= {torch.float32, torch.int8}
-    return is_same and supports(model, compiles=True)
+    return is_same and supports(model, compile=True)
 
 
 def stored_dtype(model: LanguageModel) -> torch.dtype:
@@ -109,7 +109,7 @@ def make_forward(
     Args: as for ``forward.make_forward``.
     Raises: ConfigError if compiling is requested but not possible.
     """
-    if compile and not supports(model, compiles=True):
+    if compile and not supports(model, compile=True):
         raise ConfigError(
             "--compile needs a GPT with scaled_dot attention and full context on cpu or cuda, "
             "without hooks or replaced modules: this model is of class "
