@@ -67,7 +67,7 @@ def run(command: str, folder: Path) -> list[str]:
 
 def command_pages() -> dict[str, str]:
     """Return the page of each command by its file name, and their index as README.md."""
-    from minigpt.commands.layout import COMMANDS as LINES
+    from minigpt.commands.registry import COMMANDS as LINES
 
     names = [[name] for name in LINES]
     subcommands = _help(["checkpoints"]).partition("Commands:\n")[2].split("\n")

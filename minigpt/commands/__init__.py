@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from minigpt.commands.layout import Commands, show_help
+from minigpt.commands.registry import Commands, show_help
 from minigpt.errors import ConfigError, MinigptError, MinigptWarning, ResourceError
 from minigpt.rings import find_ring
 from minigpt.text.escape import printable

@@ -15,7 +15,7 @@ from calls import ROOT, TINY, Result, Run
 
 from minigpt.checkpoint import resolve
 from minigpt.commands import main
-from minigpt.commands.layout import Commands
+from minigpt.commands.registry import Commands
 
 
 @pytest.fixture(scope="session", autouse=True)

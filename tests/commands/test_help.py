@@ -10,7 +10,7 @@ from calls import Run
 from typer.testing import CliRunner
 
 from minigpt.commands import app
-from minigpt.commands.layout import COMMANDS
+from minigpt.commands.registry import COMMANDS
 from minigpt.config import SamplingConfig
 from minigpt.presets import PRESETS
 from minigpt.tracing.config import SAMPLING

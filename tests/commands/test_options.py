@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from minigpt.commands import app as program
 from minigpt.commands.help.pages import Command
-from minigpt.commands.layout import COMMANDS
 from minigpt.commands.options import Fields, Option, command
+from minigpt.commands.registry import COMMANDS
 from minigpt.errors import ConfigError
 from minigpt.fields import check_fields, option, setting
 

@@ -57,7 +57,7 @@ def test_help_of_the_program_imports_no_command() -> None:
         "minigpt.commands.help.texts",
         "minigpt.commands.help.pages",
         "minigpt.commands.help.usage",
-        "minigpt.commands.layout",
+        "minigpt.commands.registry",
     }
 
 

@@ -18,7 +18,7 @@ from minigpt.model.layers import RMSNorm
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.tracing import observers, tracer
 from minigpt.tracing.analysis import knockout, verifier
-from minigpt.tracing.analysis.frozen import frozen_norm
+from minigpt.tracing.analysis.linear_logits import frozen_norm
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import TraceConfig
 from minigpt.tracing.events import EndTrace, TraceEvent, TraceFooter, TraceStep

@@ -20,8 +20,8 @@ from minigpt.commands.checkpoints.views import (
     model_record,
 )
 from minigpt.commands.checkpoints.writing import average, prune
-from minigpt.commands.layout import COMMANDS, add, show_help
 from minigpt.commands.options import Json, argument, command
+from minigpt.commands.registry import COMMANDS, add, show_help
 from minigpt.errors import CheckpointError, ResourceError
 from minigpt.rings import find_ring
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from minigpt.commands.help import usage
 from minigpt.commands.help.texts import TEXTS
-from minigpt.commands.layout import COMMANDS, Commands
+from minigpt.commands.registry import COMMANDS, Commands
 from minigpt.errors import ConfigError, require_choice
 
 _NARROWEST = 18  # columns of text

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from minigpt.commands.layout import COMMANDS
+from minigpt.commands.registry import COMMANDS
 from minigpt.errors import ConfigError, cut, did_you_mean
 from minigpt.fields import plain_key
 

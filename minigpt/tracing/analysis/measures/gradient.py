@@ -10,7 +10,7 @@ Shapes: B sequences, S positions in view, C model dim.
 from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.analysis.embedded import embeddings, gradients
+from minigpt.tracing.analysis.input_gradients import embeddings, gradients
 from minigpt.tracing.analysis.measures import Prediction, Rows, register
 from minigpt.tracing.analysis_config import AnalysisConfig
 

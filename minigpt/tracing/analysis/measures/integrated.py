@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.analysis.embedded import embeddings, gradients, logit_at
+from minigpt.tracing.analysis.input_gradients import embeddings, gradients, logit_at
 from minigpt.tracing.analysis.measures import Measured, Prediction, Rows, register
 from minigpt.tracing.analysis_config import AnalysisConfig
 

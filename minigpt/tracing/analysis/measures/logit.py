@@ -20,7 +20,7 @@ from minigpt.errors import ConfigError
 from minigpt.model.attention import AttentionPass
 from minigpt.model.gpt import GPT
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.analysis.frozen import (
+from minigpt.tracing.analysis.linear_logits import (
     HeadDirections,
     frozen_norm,
     logit_weights,

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minigpt.model.language_model import LanguageModel
-from minigpt.tracing.analysis.frozen import dense_weight
+from minigpt.tracing.analysis.linear_logits import dense_weight
 from minigpt.tracing.analysis.measures import Prediction, Rows, register
 from minigpt.tracing.analysis_config import AnalysisConfig
 
