@@ -87,7 +87,8 @@ def train_small(setup: Setup, name: str, options: Facts) -> None:
         used = speed * training_flops_per_token(config.model) / peak
         setup.facts[f"{name}, MFU"] = f"{used:.1%}"
     if setup.is_cuda:
-        estimate = estimate_memory(config, 0, trainer.dtype)["total"]
+        kind = setup.device.type
+        estimate = estimate_memory(config, 0, trainer.dtype, device_type=kind)["total"]
         measured = torch.cuda.max_memory_allocated() / 1e9
         memory = f"{measured:.2f} GB, estimated {estimate / 1e9:.2f} GB"
         setup.facts[f"{name}, peak memory"] = memory

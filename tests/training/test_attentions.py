@@ -238,3 +238,6 @@ def test_the_estimated_memory_of_a_tanh_score_is_bounded() -> None:
     config = replace(config_of(batch_size=1), model=shape)
     hidden_bytes = 4 * 1024 * 1024 * 8 * 4
     assert estimate_memory(config, 1024, torch.float32)["activations"] < hidden_bytes / 2
+    # A GPU computes all of them together, and the backward pass needs three copies.
+    on_gpu = estimate_memory(config, 1024, torch.float32, device_type="cuda")
+    assert on_gpu["activations"] > 3 * hidden_bytes

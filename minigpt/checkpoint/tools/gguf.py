@@ -34,9 +34,6 @@ from minigpt.errors import CheckpointError, ConfigError, install_extra
 from minigpt.files import resource_errors, writing_aside
 from minigpt.text.tokenizer import Tokenizer, well_formed
 
-TYPES = ("f32", "f16", "bf16", "q8_0")
-"""Types of matrices in the file; vectors and learned positions are always float32."""
-
 _LARGEST = {"f16": 65504.0, "q8_0": 65504.0 * 127}
 _VALUES_AT_ONCE = 2**22
 _BLOCK = 32  # values that share a scale in q8_0
@@ -59,7 +56,7 @@ class Exported:
 def export_gguf(folder: Path, path: Path, type_: str) -> Exported:
     """Write a model folder as a GGUF file, atomically.
 
-    Args: type_, one of TYPES.
+    Args: type_, of matrices: f32, f16, bf16 or q8_0. Vectors and learned positions are float32.
     Raises: CheckpointError if llama.cpp does not support the model or its vocabulary; ConfigError
         if the package gguf is not installed; ResourceError.
     """

@@ -20,9 +20,14 @@ from minigpt.model.scores import causal_softmax, in_float32, weighted_sum
 from minigpt.model.variants.products import LearnedScore
 
 _MAX_HIDDEN = 2**22
-"""Maximum hidden values computed together: the fastest of 2**18 to 2**24."""
+"""The fastest of 2**18 to 2**24 on a CPU."""
 _MAX_HIDDEN_ON_GPU = 2**26
-"""The same on a GPU, a quarter of a GiB, so that kernels are few and large."""
+"""A quarter of a GiB, so that kernels are few and large."""
+
+
+def max_hidden(device_type: str) -> int:
+    """Return the maximum number of hidden values that are computed together."""
+    return _MAX_HIDDEN if device_type == "cpu" else _MAX_HIDDEN_ON_GPU
 
 
 class TanhScore(LearnedScore):
@@ -125,8 +130,7 @@ def _project(x_BGTD: Tensor, w_HAD: Tensor) -> Tensor:
 def _chunks(q_HBTA: Tensor, k_HBSA: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield some queries at a time, and the keys up to the last of them."""
     n_query, n_key = q_HBTA.shape[2], k_HBSA.shape[2]
-    max_hidden = _MAX_HIDDEN if q_HBTA.device.type == "cpu" else _MAX_HIDDEN_ON_GPU
-    n_together = max(1, max_hidden // k_HBSA.numel())
+    n_together = max(1, max_hidden(q_HBTA.device.type) // k_HBSA.numel())
     for first in range(0, n_query, n_together):
         last = min(first + n_together, n_query)
         yield q_HBTA[:, :, first:last], k_HBSA[:, :, : n_key - n_query + last]

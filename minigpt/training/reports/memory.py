@@ -14,12 +14,11 @@ from minigpt.model.cost import parameter_count, parameters, with_one_block
 from minigpt.model.gpt import Block
 from minigpt.model.layers import GatedMLP
 from minigpt.model_config import ATTENTIONS
-from minigpt.rings import find_ring, load_class
+from minigpt.rings import find_ring, load_class, ring
 from minigpt.training.optim import is_muon_parameter
 
 _FLOAT32 = 4
 _LSTM_VALUES = 16  # per token and unit: measured with oneDNN
-_MAX_HIDDEN = 2**22  # values that a tanh score computes together, see model/variants
 _ATTENTION_VALUES = 5  # per token and unit of a tanh score or an LSTM's attention: measured
 _TOKEN_BYTES = 16  # id and target
 
@@ -67,7 +66,8 @@ def estimate_memory(
     hidden = 0
     if _has_hidden_values(model):
         n_hidden = n_tokens * length * model.n_head * model.d_head
-        hidden = 3 * _FLOAT32 * min(n_hidden, _MAX_HIDDEN)
+        max_hidden = ring("model.variants.tanh_scores").max_hidden(device_type)
+        hidden = 3 * _FLOAT32 * min(n_hidden, max_hidden)
     earlier = gradients if n_local > training.micro_batch_size else 0
     peak = max(
         kept + max(output, hidden) + earlier + copies,
