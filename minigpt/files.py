@@ -20,6 +20,9 @@ _remedies = find_ring("remedies")  # imported early: it reports too many open fi
 MAX_READ_BYTES = 2**28
 """Maximum size in bytes of a file that is read at once. The largest tokenizer.json has 2**25."""
 
+MAX_LINE_BYTES = 2**20
+"""Maximum length in bytes of a line that is read at once."""
+
 
 @contextmanager
 def resource_errors(path: Path, remedy: str = "") -> Iterator[None]:
@@ -80,6 +83,13 @@ def read_bytes(path: Path, *, may_be_pipe: bool = False) -> bytes:
                 return data
         reason = f"it has more than {MAX_READ_BYTES:,} bytes"
         raise OSError(errno.EINVAL, reason, str(path))
+
+
+def read_lines(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a regular file of any size; one of over MAX_LINE_BYTES in pieces."""
+    with open_regular(path) as file:
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line
 
 
 def make_folder(path: Path, mode: int = 0o777) -> None:

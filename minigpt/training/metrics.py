@@ -11,7 +11,7 @@ from typing import Any
 
 from minigpt.checkpoint.folder import METRICS_FILE, moved_error
 from minigpt.errors import ConfigError, install_extra
-from minigpt.files import read_bytes, resource_errors, write_atomically
+from minigpt.files import read_lines, resource_errors, writing_aside
 from minigpt.training.events import Event
 
 TENSORBOARD_FOLDER = "tensorboard"
@@ -31,11 +31,9 @@ class MetricsLog:
     def __init__(self, path: Path, *, from_step: int | None = None) -> None:
         """Open the log. Args: from_step, last step whose lines are kept; None for a new run."""
         self.path = path
-        kept = []
-        if from_step is not None and os.path.lexists(path):
-            lines = read_bytes(path).splitlines(keepends=True)
-            kept = [line for line in lines if _step_of(line) <= from_step]
-        write_atomically(path, b"".join(kept))
+        with resource_errors(path), writing_aside(path) as file:
+            if from_step is not None and os.path.lexists(path):
+                file.writelines(line for line in read_lines(path) if _step_of(line) <= from_step)
 
     def write(self, event: Event) -> None:
         """Append one event, unless it is a sample. NaN and inf become null."""

@@ -7,9 +7,11 @@ import pytest
 from small_models import small_model
 from small_runs import config_of, run_until, trainer_of
 
+from minigpt import files
 from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
+from minigpt.training.reports.curves import read_curves
 
 
 def step(number: int) -> StepEvent:
@@ -67,6 +69,19 @@ def test_resuming_truncates_metrics_to_the_checkpoint(tmp_path: Path) -> None:
         log.write(step(number))
     MetricsLog(path, from_step=10).write(step(15))
     assert [line["step"] for line in lines_of(path)] == [5, 10, 15]
+
+
+def test_metrics_of_any_size_are_kept_and_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "MAX_READ_BYTES", 100)
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    for number in range(5):
+        log.write(step(number))
+    MetricsLog(path, from_step=3)
+    assert [line["step"] for line in lines_of(path)] == [0, 1, 2, 3]
+    assert [point.steps for point in read_curves(tmp_path).train] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("rest", ['{"event": "st', '{"event": "step", "step": 12', "\0\0\0\0"])

@@ -10,7 +10,7 @@ from minigpt.checkpoint.folder import CONFIG_FILE, METRICS_FILE
 from minigpt.checkpoint.resolve import MAKE_ONE, ROOT, remedy
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError, ConfigError
-from minigpt.files import read_bytes, resource_errors
+from minigpt.files import read_lines, resource_errors
 from minigpt.settings import build, read_toml
 
 _LOSSES = {"step": "train_loss", "eval": "val_loss"}
@@ -76,31 +76,36 @@ def read_curves(run: Path) -> LossCurves:
     path = run / METRICS_FILE
     try:
         with resource_errors(path):
-            *lines, _ = read_bytes(path).decode("utf-8", errors="replace").split("\n")
+            for number, line in enumerate(read_lines(path), start=1):
+                if line.endswith(b"\n"):  # else it is being written, or was torn by a kill
+                    _add_point(curves, line, config, f"line {number} of {str(path)!r}")
     except OSError as error:
         raise CheckpointError(
             f"{str(path)!r} cannot be read: {error.strerror}. Rename or remove it: train --resume "
             "writes a new one."
         ) from None
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            name = _LOSSES.get(event["event"])
-            if name is None:
-                continue
-            steps, bits = int(event["step"]), event.get("bits_per_byte")
-            point = LossPoint(
-                steps,
-                tokens=steps * config.step_tokens if config else None,
-                seconds=float(event["elapsed_s"]),
-                loss=float(event[name]),
-                bits_per_byte=None if bits is None else float(bits),
-            )
-            if math.isfinite(point.loss) and math.isfinite(point.seconds):
-                curves[name].append(point)
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            raise CheckpointError(
-                f"line {number} of {str(path)!r} is not a line of metrics. Delete it."
-            ) from None
     train, val = map(tuple, curves.values())
     return LossCurves(run, config.data.tokenizer if config else None, train, val)
+
+
+def _add_point(
+    curves: dict[str, list[LossPoint]], line: bytes, config: RunConfig | None, name: str
+) -> None:
+    """Add the loss of a line of metrics, if it has one. Args: name, of the line, for messages."""
+    try:
+        event = json.loads(line.decode("utf-8", errors="replace"))
+        kind = _LOSSES.get(event["event"])
+        if kind is None:
+            return
+        steps, bits = int(event["step"]), event.get("bits_per_byte")
+        point = LossPoint(
+            steps,
+            tokens=steps * config.step_tokens if config else None,
+            seconds=float(event["elapsed_s"]),
+            loss=float(event[kind]),
+            bits_per_byte=None if bits is None else float(bits),
+        )
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        raise CheckpointError(f"{name} is not a line of metrics. Delete it.") from None
+    if math.isfinite(point.loss) and math.isfinite(point.seconds):
+        curves[kind].append(point)
