@@ -62,5 +62,6 @@ def verify(step_folder: Path, *, hashes: bool = False) -> None:
             continue
         raise CheckpointError(
             f"the checkpoint {str(step_folder)!r} is damaged: {name!r} {problem}. Use another "
-            f"step; if you changed it on purpose, delete {MANIFEST} there."
+            f"step; if you changed it on purpose, delete {MANIFEST} there and name that "
+            "folder."
         )

@@ -202,6 +202,23 @@ def test_a_run_without_its_settings_names_the_remedy(
     assert line.endswith("or start a new run from its weights with --from tiny.")
 
 
+def test_a_run_without_its_training_state_names_a_remedy_that_works(
+    run: Run, trained: Path
+) -> None:
+    shutil.copytree(trained / "checkpoints/tiny", "checkpoints/tiny")
+    [step] = Path("checkpoints/tiny").glob("step-*")
+    shutil.rmtree(step / "training_state")
+    line = error_line(run("train", "--resume", "--name", "tiny", "--max-steps", "6"))
+    assert "training_state/optimizer.safetensors' is missing. Start a new run under" in line
+    assert "manifest" not in line, "without it, no checkpoint can be resumed"
+    line = error_line(run("generate", "--model", "tiny", "The"))
+    assert line.endswith(
+        "if you changed it on purpose, delete manifest.json there and name that folder."
+    )
+    (step / "manifest.json").unlink()
+    assert run("generate", "--model", str(step), "The", "--max-new-tokens", "1").code == 0
+
+
 def test_a_run_on_standard_input_can_be_resumed(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     assert run("train", "-", *TINY, stdin=text).code == 0

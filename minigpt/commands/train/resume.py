@@ -128,10 +128,10 @@ def _require_checkpoint(run: RunFolder, *, hashes: bool) -> Pointer:
         try:
             verify(run.step_folder(steps[-1]), hashes=hashes)
         except CheckpointError as error:
-            reason = str(error).replace(" Use another step; if", " If")
+            reason = str(error).partition(" Use another step")[0]
         raise CheckpointError(
-            f"the run {run.path.name!r} cannot be resumed: {reason} Otherwise start a new run "
-            "under another --name."
+            f"the run {run.path.name!r} cannot be resumed: {reason} Start a new run under another "
+            f"--name; --from {run.path.name} starts it from these weights if they are intact."
         )
     if latest is None:
         names = [path.name for path in models_in(ROOT) if RunFolder(path).steps()]
