@@ -83,6 +83,9 @@ def test_a_time_limit_is_planned_as_a_number_of_steps(
     assert (plan["max_steps"], plan["step_s"], plan["training_s"]) == (240, 0.5, 120)
     plan = make_plan(config, data, done=TrainingState(step=50, elapsed_s=60))
     assert (plan["max_steps"], plan["n_steps_left"], plan["training_s"]) == (170, 120, 60)
+    for limit in (0, 30):  # less time than one step takes
+        plan = make_plan(config_of(max_steps=limit, max_minutes=0.001), data)
+        assert (plan["max_steps"], plan["training_s"]) == (1, 0.5)
     done = make_plan(config_of(max_steps=50), data, done=TrainingState(step=50))
     assert (done["n_steps_left"], done["training_s"], done["training_flops"], done["mfu"]) == (
         0,

@@ -65,10 +65,10 @@ def make_plan(
     is_tight = available is not None and memory["total"] > available
     flop_s, update_s = _measure(config, 1 if is_tight else micro_batch_size, device, dtype)
     step_s = flop_s * flops_of_steps(config, 1, 0) / world.size + update_s
-    limits = [training.max_steps]
+    limits = [training.max_steps] if training.max_steps else []
     if training.max_minutes:
         limits.append(done.step + int((60 * training.max_minutes - done.elapsed_s) / step_s))
-    max_steps = max(1, done.step, min(limit for limit in limits if limit))
+    max_steps = max(1, done.step, min(limits))
     flops = flops_of_steps(config, max_steps, max_steps)
     flops -= flops_of_steps(config, done.step, max_steps)
     peak = peak_flops(device, dtype)
