@@ -278,6 +278,10 @@ def test_tracing_a_changed_model_changes_nothing(options: dict[str, Any]) -> Non
             {"patch_from": OTHER, "patch": "0.0", "patch_position": 8},
             "--patch-position must be a position of the prompt, 0 to 7",
         ),
+        (
+            {"patch_from": OTHER, "patch": "0.0", "roles": True},
+            "roles are measured on random tokens",
+        ),
     ],
 )
 def test_invalid_interventions_are_refused(options: dict[str, Any], says: str) -> None:

@@ -132,7 +132,16 @@ class AnalysisObserver(BurstObserver):
             self._explained = explained_heads(model, config.explain)
 
     def header(self, **fields: Any) -> events.TraceHeader:
-        """Return the header; call it after the prefill."""
+        """Return the header; call it after the prefill.
+
+        Raises: ConfigError for roles of a patched model; those of ``head_roles``.
+        """
+        intervention = fields["intervention"]
+        if self.config.roles and intervention is not None and intervention.patch is not None:
+            raise ConfigError(
+                "roles are measured on random tokens, which have no position to patch. Leave roles "
+                "out, and see them with minigpt heads."
+            )
         rule = "given" if self.config.sink else "first"
         if self._sink_finder is not None:
             self.sink, rule = self._sink_finder.sink(), "detected"
