@@ -79,7 +79,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 def cut(value: object, most: int = 80) -> str:
     """Return the repr of a value for an error message, with the middle of a long one left out."""
-    text = repr(value)
+    text = " ".join(line.strip() for line in repr(value).splitlines())  # an array has several
     return text if len(text) <= most else f"{text[: most - 23]}...{text[-20:]}"
 
 

@@ -176,6 +176,7 @@ def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -
             raise ConfigError(f"unknown setting {name}. {nearest(name, names)}")
         if isinstance(value, np.generic):  # np.int64(3), as from a loop over an array
             checked[name] = value.item()
+        value = _as_list(value) if name in _LISTS else value
         if name in _LISTS and isinstance(value, list | tuple | range):
             parts = (part if isinstance(part, list | tuple) else [part] for part in value)
             checked[name] = ",".join(".".join(map(str, part)) for part in parts)
@@ -249,7 +250,7 @@ def prompts_of(prompt: Prompts) -> tuple[list[Prompt], bool]:
 
 
 def _as_list(prompt: Any) -> Any:
-    """Return a prompt, with the token ids of a tensor or an array as a list."""
+    """Return a value; a tensor or an array as a list."""
     return prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt
 
 

@@ -122,6 +122,14 @@ def test_a_trace_can_be_saved_and_read_again(tmp_path: Path) -> None:
     assert read.text == ours.text
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_heads_are_given_as_lists_or_arrays(kind: Any) -> None:
+    options = {"heads": kind([[0, 1], [1, 2]]), "layers": kind([0])}
+    model, tokenizer = small_model("gpt2", vocab_size=257), BytesTokenizer()
+    trace = minigpt.trace(model, PROMPT, tokenizer=tokenizer, max_new_tokens=1, **options)
+    assert trace.header.selection.as_text() == "0.1"
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -133,6 +141,7 @@ def test_a_trace_can_be_saved_and_read_again(tmp_path: Path) -> None:
         ({"n_sources": 1.5}, ConfigError, "n_sources must be of type int: it is 1.5"),
         ({"n_verified": "each"}, ConfigError, "n_verified must be of type int or all: it is"),
         ({"layers": 1}, ConfigError, "layers must be of type str"),
+        ({"measure": np.eye(2)}, ConfigError, r"it is array\(\[\[1\., 0\.\], \[0\., 1\.\]\]\)"),
         ({"overflow": "slide"}, ConfigError, "overflow slide"),
         ({"prompt": "x" * 99}, DataError, "the prompt has 99 tokens"),
     ],
