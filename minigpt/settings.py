@@ -95,7 +95,12 @@ def read_toml(path: Path, *, may_be_pipe: bool = False) -> dict[str, Any]:
             return tomllib.loads(read_bytes(path, may_be_pipe=may_be_pipe).decode("utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"the config file {path} does not exist.") from None
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested too deeply
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"the config file {path} is not UTF-8 text: byte {error.start} is invalid. Convert it "
+            "first, for example with iconv."
+        ) from None
+    except (ValueError, RecursionError) as error:  # not TOML, or nested too deeply
         raise ConfigError(f"the config file {path} is not valid TOML: {cut(str(error))}.") from None
     except OSError as error:
         raise ConfigError(f"the config file {path} cannot be read: {error.strerror}.") from None
