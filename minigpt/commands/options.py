@@ -192,8 +192,11 @@ def _parameter(
     kind = get_origin(kind) or kind or str
     choices = choices_in(hint) or about.choices
     flag = "--" + (about.name or plain_key(path[-1])).replace("_", "-")
+    metavar = about.metavar or ("NAME" if choices else _METAVARS.get(kind, "TEXT"))
 
     def parse(text: str) -> Any:
+        if metavar in ("TEXT", "PROMPT"):
+            _require_utf8(flag, text)
         if about.has_escapes:
             return _unescape(text)
         if choices:
@@ -202,13 +205,12 @@ def _parameter(
 
     is_two_way = kind is bool and (is_layered or default is not False)
     is_list = kind in (tuple, list)
-    metavar = "NAME" if choices else _METAVARS.get(kind, "TEXT")
     declared = typer.Option(
         ... if default is inspect.Parameter.empty else None,
         f"{flag}/--no-{flag[2:]}" if is_two_way else flag,
         *about.aliases,
         help=_help(about, choices, default, kind),
-        metavar=about.metavar or metavar,
+        metavar=metavar,
         show_default=False,
         rich_help_panel=about.group,
         hidden=not about.is_listed,
@@ -221,6 +223,15 @@ def _parameter(
         default=declared,
         annotation=bool | None if kind is bool else list[str] | None if is_list else str | None,
     )
+
+
+def _require_utf8(flag: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate stands for an invalid byte
+        raise ConfigError(
+            f"{flag} is not UTF-8 text: it is {text!r}. Convert it first, for example with iconv."
+        ) from None
 
 
 def _convert(text: str, kind: Any, flag: str, bounds: str, words: Sequence[str]) -> Any:

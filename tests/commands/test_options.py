@@ -103,6 +103,10 @@ def test_help_shows_first_sentence_choices_default_and_group_but_no_alias(
         ("--minutes two", "--minutes takes a whole number: it is 'two'."),
         ("--sugar much", "--sugar takes a number or auto: it is 'much'."),
         ("--kind grean", "unknown --kind 'grean'. Did you mean green?"),
+        (
+            "--notes a\udcff",
+            "--notes is not UTF-8 text: it is 'a\\udcff'. Convert it first, for example with iconv.",
+        ),
     ],
 )
 def test_a_bad_value_is_a_config_error(
