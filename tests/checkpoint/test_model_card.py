@@ -99,6 +99,12 @@ def test_huggingface_hub_reads_the_metadata_of_the_card() -> None:
     assert results[0].dataset_name == "tales.txt, *.jsonl, standard input"
 
 
+def test_the_card_of_a_model_with_one_head_has_singulars() -> None:
+    model = replace(CONFIG.model, n_layer=1, n_head=1, n_kv_head=1)
+    card = model_card(replace(CONFIG, model=model), **FACTS)
+    assert "; 1 layer, 1 head\n  (1 key/value head), width 32" in card
+
+
 def test_the_card_describes_the_model_and_its_training() -> None:
     card = model_card(CONFIG, **FACTS)
     model = GPT.without_weights(CONFIG.model)

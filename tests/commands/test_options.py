@@ -105,7 +105,8 @@ def test_help_shows_first_sentence_choices_default_and_group_but_no_alias(
         ("--kind grean", "unknown --kind 'grean'. Did you mean green?"),
         (
             "--notes a\udcff",
-            "--notes is not UTF-8 text: it is 'a\\udcff'. Convert it first, for example with iconv.",
+            "--notes is not UTF-8 text: it is 'a\\udcff'. Convert it first, for example with "
+            "iconv.",
         ),
     ],
 )

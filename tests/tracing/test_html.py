@@ -294,6 +294,13 @@ def test_a_page_states_how_heads_are_reduced_to_one_row(
     assert name is None or words in facts[name]
 
 
+def test_a_page_counts_layers_and_heads() -> None:
+    one = dict(facts_about(random_trace(n_layer=1, n_head=1)))
+    assert one["size"].startswith("1 layer x 1 head, ")
+    many = dict(facts_about(random_trace()))
+    assert many["size"].startswith("3 layers x 4 heads")
+
+
 def test_a_page_with_knockouts_does_not_suggest_knockouts() -> None:
     trace = random_trace()
     for n_verified in (0, 2, "all"):

@@ -8,6 +8,7 @@ from typing import Any
 
 from minigpt.checkpoint.tools.hub import is_hub_name
 from minigpt.config import ModelConfig, RunConfig
+from minigpt.format import count
 from minigpt.model.cost import parameter_count
 from minigpt.model_config import OWN_TYPE
 from minigpt.text.escape import one_line
@@ -170,11 +171,11 @@ def _layout(model: ModelConfig) -> str:
     if model.model_type == OWN_TYPE:
         name = f"{model.family} with {model.attention} attention, supported only by minigpt"
     if model.arch != "gpt":
-        shape = f"{model.n_layer} layers, width {model.d_model}"
+        shape = f"{count(model.n_layer, 'layer')}, width {model.d_model}"
         return f"{model.arch}, supported only by minigpt; {shape}"
     return f"""\
-{name}; {model.n_layer} layers, {model.n_head} heads
-  ({model.n_kv_head} key/value heads), width {model.d_model}, MLP width {model.d_mlp}"""
+{name}; {count(model.n_layer, "layer")}, {count(model.n_head, "head")}
+  ({count(model.n_kv_head, "key/value head")}), width {model.d_model}, MLP width {model.d_mlp}"""
 
 
 def _names(config: RunConfig) -> list[str]:

@@ -96,9 +96,9 @@ def model_record(facts: "ModelFacts") -> dict[str, Any]:
 def _facts(facts: "ModelFacts") -> dict[str, str]:
     config = facts.config
     dtypes = ", ".join(dict.fromkeys(tensor.dtype for tensor in facts.tensors))
-    heads = f"{config.n_head} heads of {config.d_head}"
+    heads = f"{count(config.n_head, 'head')} of {config.d_head}"
     if config.n_kv_head < config.n_head:
-        heads += f", {config.n_kv_head} key/value heads"
+        heads += f", {count(config.n_kv_head, 'key/value head')}"
     output = "tied to the embedding" if config.tie_embeddings else "not tied"
     norm = ", QK-norm" if config.qk_norm else ""
     biases = {"none": "", "qkv": ", biases of queries, keys, values", "all": ", biases"}[

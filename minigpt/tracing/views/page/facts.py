@@ -19,8 +19,10 @@ _REDUCTIONS = {
 def facts_about(trace: Trace) -> list[tuple[str, str]]:
     """Return the facts of a trace as names and values."""
     header = trace.header
-    kv_heads = "" if header.n_kv_head == header.n_head else f" ({header.n_kv_head} key/value heads)"
-    size = f"{header.n_layer} layers x {header.n_head} heads{kv_heads}, {header.d_model} wide"
+    size = f"{count(header.n_layer, 'layer')} x {count(header.n_head, 'head')}"
+    if header.n_kv_head != header.n_head:
+        size += f" ({count(header.n_kv_head, 'key/value head')})"
+    size += f", {header.d_model} wide"
     usual = asdict(SamplingConfig(seed=header.sampling.seed))
     sampling = ", ".join(
         f"{name} {value}"
