@@ -53,6 +53,7 @@ def prepare(
         DataError for an unusable corpus; ResourceError if permission to read a file is denied or
         the cache cannot be written.
     """
+    _require_text(data.val)
     if named := prepared_folder(data.paths):
         prepared = open_prepared(named)
         _require_prepared_for(data, tokenizer, named, prepared.manifest)
@@ -103,6 +104,7 @@ def prepare_folder(
     Raises: ConfigError if the folder contains anything else; LockedError if another process is
         writing to it; and the errors of ``prepare``.
     """
+    _require_text(data.val)
     if done := prepared_folder(data.paths):
         raise DataError(f"{str(done)!r} is already prepared. Train on it as it is.")
     others = [p.name for p in folder.glob("*") if not is_ours(p) and p.name != _LOCK]
@@ -199,6 +201,15 @@ def prepared_folder(words: Sequence[str]) -> Path | None:
     return folders[0]
 
 
+def _require_text(words: Sequence[str]) -> None:
+    """Raise DataError if the validation text is a prepared folder."""
+    if named := prepared_folder(words):
+        raise DataError(
+            f"{str(named)!r} is a prepared corpus, which cannot be --val. Name its text, or "
+            "prepare both texts together: minigpt prepare DATA --val TEXT --out DIR."
+        )
+
+
 def prepared_settings(data: DataConfig) -> dict[str, Any]:
     """Return the data settings of a prepared folder; {} if ``data`` names text.
 
@@ -228,6 +239,9 @@ def _require_prepared_for(
             f"{str(folder)!r} was prepared without --special. Prepare the text again with it, or "
             "leave it out here."
         )
+    if manifest.chat_template and not data.chat:
+        also = "" if manifest.loss_on == "completion" else f" --loss-on {manifest.loss_on}"
+        raise ConfigError(f"{str(folder)!r} contains conversations. Give --chat{also}.")
     if data.chat != bool(manifest.chat_template) or (data.loss_on or "all") != manifest.loss_on:
         raise ConfigError(
             f"{str(folder)!r} was not prepared with this --chat or --loss-on. Prepare the rows "

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,6 +134,28 @@ def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> N
     refused = run("train", "bytes", "--from", "m", *tiny)
     assert refused.code == 2
     assert "the tokenizer 'bytes', not with the model's" in error_line(refused)
+
+
+def test_a_prepared_folder_is_refused_as_validation_text(run: Run) -> None:
+    shutil.copy("corpus.txt", "other.txt")
+    assert run("prepare", "other.txt", "--out", "tokens").code == 0
+    result = run("train", "corpus.txt", "--val", "tokens", *TINY)
+    assert result.code == 3
+    assert "'tokens' is a prepared corpus, which cannot be --val." in error_line(result)
+
+
+@pytest.mark.parametrize("options", [["--chat"], ["--chat", "--loss-on", "all"]])
+def test_evaluating_a_folder_of_conversations_names_the_options_it_needs(
+    run: Run, trained: Path, options: list[str]
+) -> None:
+    row = {"prompt": "Who are you?", "completion": "A king."}
+    Path("rows.jsonl").write_text(f"{json.dumps(row)}\n" * 20)
+    words = ["--tokenizer", "bytes", "--val-split", "tail", *options]
+    assert run("prepare", "rows.jsonl", "--out", "tokens", *words).code == 0
+    model = ["--model", str(trained / "checkpoints/tiny")]
+    line = error_line(run("evaluate", "tokens", *model))
+    assert line == f"'tokens' contains conversations. Give {' '.join(options)}."
+    assert run("evaluate", "tokens", *model, *options).code == 0
 
 
 def test_an_interrupted_prepare_is_resumed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
