@@ -48,7 +48,7 @@ class HeadSelection:
         """Return the chosen heads as ``4.2,5.*``, the syntax of ``select_heads``."""
         parts = []
         for layer, heads in enumerate(self.heads_by_layer):
-            if len(heads) == self.n_head:
+            if len(heads) == self.n_head > 1:
                 parts.append(f"{layer}.*")
             else:
                 parts += [f"{layer}.{head}" for head in heads]
