@@ -222,7 +222,7 @@ def as_auto_tokenizer(folder: Path, data: Mapping[str, Any]) -> Mapping[str, Any
             changed["post_processor"] = beginning_with(begin, ids[begin])
         if _id_settings(data) == _id_settings(changed):
             return changed
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return data  # damaged: reading it raises the error
     by_file, by_class = _probed(data), _probed(changed)
     if by_file is None or by_file == by_class:
@@ -264,19 +264,49 @@ def _id_settings(data: Mapping[str, Any]) -> list[Any]:
 
 
 def _with_named_tokens(data: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add special tokens that only tokenizer_config.json names, if they have an id."""
-    added = list(data.get("added_tokens") or ())
-    known = {token["content"] for token in added}
-    vocab = data["model"].get("vocab")
-    ids = vocab if isinstance(vocab, Mapping) else {}  # Unigram's is a list
+    """Add the tokens that only tokenizer_config.json has, and use its options of the others."""
+    before = list(data.get("added_tokens") or ())
+    added = {token["content"]: token for token in before}
+    vocab = data["model"].get("vocab") or {}
+    if not isinstance(vocab, Mapping):  # Unigram's: texts with their scores
+        vocab = {text: id_ for id_, (text, _) in enumerate(vocab)}
+    ids = {*vocab.values(), *(token["id"] for token in before)}
+    for text, options in _configured_tokens(config, added).items():
+        if text not in added and text not in vocab and max(ids, default=-1) + 1 != len(ids):
+            continue  # with gaps, the id would depend on how the libraries load the file
+        new = {"id": vocab.get(text, len(ids)), "content": text, "special": False}
+        old = added.get(text, new)
+        ids.add(old["id"])
+        is_special = old["special"] or options.get("special", False)
+        added[text] = PLAIN_TOKEN | old | options | {"special": is_special}
+    after = sorted(added.values(), key=lambda token: int(token["id"]))
+    return data if after == before else {**data, "added_tokens": after}
+
+
+def _configured_tokens(
+    config: Mapping[str, Any], known: Mapping[str, Any]
+) -> dict[str, dict[str, bool]]:
+    """Return the options of added_tokens_decoder's tokens, and of special ones not yet known."""
+    decoder = config.get("added_tokens_decoder")
+    stored = decoder.items() if isinstance(decoder, Mapping) else ()
+    tokens = [token for _, token in sorted(stored, key=lambda item: int(item[0]))]
+    configured = {str(content(token)): _options(token) for token in tokens if content(token)}
+    named = named_tokens(config)
+    roles = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+    names = [*filter(named.__contains__, roles), *(name for name in named if name not in roles)]
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
-    texts = [*named_tokens(config).values(), *map(content, extra)]
-    new = [text for text in dict.fromkeys(texts) if isinstance(text, str) and text in ids]
-    new = [text for text in new if text not in known]
-    if not new:
-        return data
-    added += [{"id": ids[text], "content": text, "special": True} | PLAIN_TOKEN for text in new]
-    return {**data, "added_tokens": sorted(added, key=lambda token: int(token["id"]))}
+    others = () if isinstance(extra, Mapping) else extra
+    for token in [*(config.get(name, named[name]) for name in names), *others]:
+        text = content(token)
+        if isinstance(text, str) and text and (text in configured or text not in known):
+            configured[text] = configured.get(text, _options(token)) | {"special": True}
+    return configured
+
+
+def _options(token: Any) -> dict[str, bool]:
+    fields = token.items() if isinstance(token, Mapping) else ()
+    names = (*PLAIN_TOKEN, "special")
+    return {name: value for name, value in fields if name in names and isinstance(value, bool)}
 
 
 def beginning_with(token: str, id_: int) -> JSONValue:

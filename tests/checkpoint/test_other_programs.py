@@ -281,6 +281,44 @@ def test_a_class_with_another_split_is_reported_and_not_used_if_it_loses_charact
         write("llama2", "LlamaTokenizer", "llama")  # differs only at leading spaces
 
 
+def _option(content: str, **options: bool) -> dict[str, Any]:
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+    return {"content": content, **flags, **options}
+
+
+CONFIGURED: dict[str, dict[str, Any]] = {
+    "a new special token": {"added_tokens_decoder": {"265": _option("<x>", special=True)}},
+    "a new plain token": {"added_tokens_decoder": {"266": _option("<x>"), "265": _option("<y>")}},
+    "other options": {
+        "added_tokens_decoder": {"264": _option("<|endoftext|>", special=True, rstrip=True)}
+    },
+    "a new named token": {
+        "eos_token": "<y>",
+        "mask_token": {"__type": "AddedToken", **_option("<x>", lstrip=True)},
+    },
+    "new extra tokens": {"additional_special_tokens": ["<y>", "<x>"], "bos_token": "<z>"},
+}
+
+
+@pytest.mark.parametrize("what", CONFIGURED)
+def test_tokens_that_only_tokenizer_config_has_get_the_ids_of_auto_tokenizer(
+    transformers: Any, tmp_path: Path, what: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(tokenizer_to_json(train_bpe(["the king and the kings"] * 9, 265)))
+    )
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **CONFIGURED[what]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours = read_tokenizer(tmp_path)
+    assert ours is not None
+    assert dict(ours.special_ids) == theirs.get_added_vocab()
+    for text in ("a <x> b<y>c", "the<|endoftext|>  king <z>"):
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert ours.encode(text, special=True) == ids
+
+
 HARD_TEXTS = [
     "1984 12345 3.14159 \u0664\u0662",
     "de\u0301ja\u0300 vu, A\u030a \uac00 \u1100\u1161 \ufb01",
