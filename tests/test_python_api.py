@@ -344,3 +344,89 @@ def test_token_ids_may_be_a_tensor_or_an_array(make: Any) -> None:
     assert [s.text for s in minigpt.generate(MODEL, make(ids), **options)] == [
         s.text for s in minigpt.generate(MODEL, ids, **options)
     ]
+
+
+def test_settings_of_numpy_torch_and_pathlib_equal_those_of_python(text: Path) -> None:
+    run = minigpt.train(text, name="a", **TINY)
+    settings = {"n_layer": np.int64(2), "lr": np.float32(0.001), "max_steps": torch.tensor(4)}
+    other = minigpt.train(text, name=np.str_("b"), **TINY | settings)
+    same = minigpt.train(text, name="c", **TINY | {"lr": float(np.float32(0.001))})
+    assert minigpt.evaluate(other)["nats_per_token"] == minigpt.evaluate(same)["nats_per_token"]
+    assert RunFolder(minigpt.train(text, name="d", from_=run, max_steps=1)).steps() == [1]
+    assert minigpt.evaluate(run, stride=np.int64(32))["stride"] == 32
+
+
+def test_heads_and_prompts_may_be_arrays_or_lists_of_arrays() -> None:
+    options = OPTIONS | {"seed": 1}
+    expected = minigpt.trace(MODEL, "abc", ablate="0.1,1.0", heads="0.0", layers=None, **options)
+    for pairs in (np.array([[0, 1], [1, 0]]), torch.tensor([[0, 1], [1, 0]])):
+        for ablate in (pairs, list(pairs)):
+            ours = minigpt.trace(MODEL, "abc", ablate=ablate, heads=np.array([[0, 0]]), **options)
+            assert [s.row.sources for s in ours.steps] == [s.row.sources for s in expected.steps]
+    for make in (np.array, torch.tensor):
+        prompts = [make([84, 104]), make([97])]
+        assert [str(trace) for trace in minigpt.trace(MODEL, prompts, **options)] == [
+            str(trace) for trace in minigpt.trace(MODEL, [[84, 104], [97]], **options)
+        ]
+
+
+def test_train_and_evaluate_ignore_and_restore_the_callers_torch_state(text: Path) -> None:
+    def losses(name: str) -> tuple[float, float]:
+        run = minigpt.train(text, name=name, dropout=0.1, dropout_start=0.0, **TINY)
+        found = minigpt.evaluate(run, threads=1)["nats_per_token"]
+        return found, minigpt.evaluate(run, threads=1)["nats_per_token"]
+
+    torch.manual_seed(7)
+    state, n_threads = torch.get_rng_state(), torch.get_num_threads()
+    expected = losses("plain")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == n_threads
+    with torch.inference_mode(), torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert losses("other") == expected
+            assert torch.get_default_dtype() == torch.float64
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_default_dtype_of_torch_changes_no_text_or_trace(dtype: torch.dtype) -> None:
+    loaded = minigpt.load("storyteller")
+    options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 3, "seed": 1}
+    analyses: list[dict[str, Any]] = [
+        {"n_verified": 2, "roles": True, "lens": True},
+        {"measure": "both", "ablate": "4.1"},
+        {"measure": "gradient"},
+        {"measure": "norm", "patch_from": [400, 401], "patch": "2"},
+    ]
+
+    def results() -> tuple[list[str], list[float]]:
+        texts = [s.text for s in minigpt.generate(loaded, "The fox", num_samples=2, **options)]
+        traces = [minigpt.trace(loaded, "The fox", **options, **more) for more in analyses]
+        steps = [step for trace in traces for step in trace.steps]
+        weights = [source.weight for step in steps for row in step.rows for source in row.sources]
+        return texts, weights + [effect.change for step in steps for effect in step.effects]
+
+    texts, numbers = results()
+    torch.set_default_dtype(dtype)
+    try:
+        ours = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert ours[0] == texts
+    # Queries are knocked out together while a burst lasts, so the last digits vary.
+    assert ours[1] == pytest.approx(numbers, abs=1e-4)
+
+
+def test_names_and_data_of_a_wrong_type_are_refused(text: Path) -> None:
+    cases: list[tuple[Any, str]] = [
+        (lambda: minigpt.train(text, name=3), "name must be text: it is of type int"),  # type: ignore[arg-type]
+        (lambda: minigpt.train(3), "data must be a path or a list of paths: it is 3"),  # type: ignore[arg-type]
+        (lambda: minigpt.evaluate("a", b"x"), "of type bytes"),  # type: ignore[arg-type]
+        (lambda: minigpt.train(text, from_=MODEL), "from must name a model: it is of type GPT"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ConfigError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)

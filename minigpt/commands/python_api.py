@@ -1,18 +1,22 @@
 """The Python API of training and evaluation: ``minigpt.train`` and ``minigpt.evaluate``."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from minigpt.commands.options import ModelSource
 from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import Display, train_job
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from minigpt.errors import ConfigError, nearest
+from minigpt.errors import ConfigError, cut, nearest
 from minigpt.fields import plain_key
-from minigpt.generation.api import model_name
+from minigpt.generation.api import model_name, plain_value
+from minigpt.model.device import torch_defaults
 from minigpt.rings import ring
 from minigpt.settings import build, merge
 from minigpt.training.events import Event
@@ -36,7 +40,8 @@ def train(
         run = minigpt.train("book.txt", name="book", max_steps=300, n_layer=2)
         print("".join(step.text for step in minigpt.generate(run, "Once")))
 
-    Nothing is printed. The first Ctrl-C saves a checkpoint and ends the training.
+    Nothing is printed, and torch's global RNG is left as it was. The first Ctrl-C saves a
+    checkpoint and ends the training.
 
     Args:
         data: one path or several, like DATA of the command. Empty for its default text.
@@ -56,8 +61,11 @@ def train(
         )
     paths = _texts(data)
     given = {"data": {"paths": paths}} if paths else {}
+    name = plain_value(name)
+    if not isinstance(name, str | None):
+        raise ConfigError(f"name must be text: it is of type {type(name).__name__}.")
     request = Request(name, merge(given, _nested(settings)), 1, lambda progress: None)
-    with open_job(request, resume=resume) as job:
+    with _own_torch_state(), open_job(request, resume=resume) as job:
         trainer, signal = train_job(job, _Listener(on_event))
     if signal:
         raise KeyboardInterrupt
@@ -80,6 +88,7 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
     Raises: ConfigError, CheckpointError and DataError like the command.
     """
     sources = {f.name for f in fields(ModelSource)} - {"dtype", "compile"}
+    options = {key: plain_value(value) for key, value in options.items()}
     about = {key: options.pop(key) for key in sources & options.keys()}
     config_class = ring("commands.evaluate").EvaluationConfig
     names = [f.name for f in fields(config_class)]
@@ -87,11 +96,35 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
         raise ConfigError(f"unknown setting {unknown}. {nearest(unknown, [*names, *sources])}")
     source = build(ModelSource, about | {"model": model_name(model)})
     config = build(config_class, options | {"data": _texts(data)})
-    return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
+    with _own_torch_state():
+        return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
 
 
 def _texts(data: Paths) -> list[str]:
-    return [str(path) for path in ([data] if isinstance(data, str | Path) else data)]
+    paths = [data] if isinstance(data, str | Path) else data
+    if not isinstance(paths, list | tuple) or not all(isinstance(p, str | Path) for p in paths):
+        raise ConfigError(
+            f"data must be a path or a list of paths: it is {cut(data)}, of type "
+            f"{type(data).__name__}."
+        )
+    return [str(path) for path in paths]
+
+
+@contextmanager
+def _own_torch_state() -> Iterator[None]:
+    """Use torch's defaults, as in the command, and restore the caller's settings and global RNG."""
+    n_threads = torch.get_num_threads()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.random.fork_rng(gpus),
+            torch_defaults(),
+        ):
+            yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _nested(settings: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +136,7 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
     tops = [plain_key(f.name) for f in fields(RunConfig) if f.name not in _TABLES]
     nested: dict[str, Any] = {}
     for name, value in settings.items():
+        value = plain_value(value)
         if plain_key(name) in tops:
             nested[plain_key(name)] = value
         elif name in tables:

@@ -174,13 +174,20 @@ def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -
         if name not in names:
             names += function.__kwdefaults__
             raise ConfigError(f"unknown setting {name}. {nearest(name, names)}")
-        if isinstance(value, np.generic):  # np.int64(3), as from a loop over an array
-            checked[name] = value.item()
-        value = _as_list(value) if name in _LISTS else value
-        if name in _LISTS and isinstance(value, list | tuple | range):
-            parts = (part if isinstance(part, list | tuple) else [part] for part in value)
+        checked[name] = plain_value(value)
+        listed = _as_list(value)
+        if name in _LISTS and isinstance(listed, list | range):
+            parts = (part if isinstance(part, list) else [part] for part in listed)
             checked[name] = ",".join(".".join(map(str, part)) for part in parts)
     return checked
+
+
+def plain_value(value: Any) -> Any:
+    """Return a NumPy number or a tensor of one number as a number of Python, and a path as text."""
+    if isinstance(value, Path):
+        return str(value)
+    is_array = isinstance(value, np.generic | np.ndarray | Tensor)
+    return value.item() if is_array and value.ndim == 0 else value
 
 
 def interventions_in(
@@ -249,9 +256,11 @@ def prompts_of(prompt: Prompts) -> tuple[list[Prompt], bool]:
     return [prompt], False  # type: ignore[list-item]
 
 
-def _as_list(prompt: Any) -> Any:
-    """Return a value; a tensor or an array as a list."""
-    return prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt
+def _as_list(value: Any) -> Any:
+    """Return a tensor, an array, or a sequence of them as lists; anything else unchanged."""
+    if isinstance(value, list | tuple):
+        return [_as_list(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor | np.ndarray) else value
 
 
 def _require_prompt(prompt: object) -> None:

@@ -342,7 +342,7 @@ def test_a_hub_model_is_recorded_with_its_commit(
         ("--from gpt2 --set model.n_layr=2", 2, ["model.n_layr", "Did you mean n_layer?"]),
         ("--from gpt2 --set model.dropout=2", 2, ["dropout must be in [0, 1): it is 2.0"]),
         ("--from gpt2 --set training=2", 2, ["training must be a table"]),
-        ("--set from=3", 2, ["from must name a model: it is 3"]),
+        ("--set from=3", 2, ["from must name a model: it is of type int"]),
         ("--from gpt2 --name a/b", 2, ["'a/b'"]),
         ("--from gpt2 few.txt", 3, ["too little text", "Give more text"]),
     ],

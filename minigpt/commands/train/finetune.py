@@ -66,7 +66,7 @@ def read_base(spec: str) -> Base:
         damaged, or has no tokenizer.
     """
     if not isinstance(spec, str):  # as a --config file may have it
-        raise ConfigError(f"from must name a model: it is {spec!r}.")
+        raise ConfigError(f"from must name a model: it is of type {type(spec).__name__}.")
     folder = resolve_model(spec)
     hub = find_ring("checkpoint.tools.hub")
     is_remote = hub is not None and hub.is_hub_name(spec) and not os.path.exists(spec)

@@ -63,7 +63,7 @@ class EagerKernels:
         self._config = config = model.config
         self._dtype, self._embedding = model.dtype, model.embedding
         self.product = partial(make_product, copies=copies)
-        self._zero = torch.zeros(1, 1, 1)
+        self._zero = torch.zeros(1, 1, 1, dtype=torch.float32, device="cpu")
         self._signs = torch.tensor([-1.0, 1.0], dtype=model.dtype)[:, None]
         self._qk_weights: tuple[Tensor, Tensor] | None = None
         if config.family == "gpt2":
