@@ -290,7 +290,8 @@ def _configured_tokens(
     decoder = config.get("added_tokens_decoder")
     stored = decoder.items() if isinstance(decoder, Mapping) else ()
     tokens = [token for _, token in sorted(stored, key=lambda item: int(item[0]))]
-    configured = {str(content(token)): _options(token) for token in tokens if content(token)}
+    configured = {content(token): _options(token) for token in tokens if content(token)}
+    configured = {text: options for text, options in configured.items() if isinstance(text, str)}
     named = named_tokens(config)
     roles = [f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
     names = [*filter(named.__contains__, roles), *(name for name in named if name not in roles)]

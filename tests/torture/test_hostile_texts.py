@@ -214,6 +214,7 @@ FILES = {
 
 
 @pytest.mark.integration
+@pytest.mark.filterwarnings("ignore:.* has no row for:minigpt.errors.MinigptWarning")
 @QUIET
 @given(st.sampled_from(sorted(FILES)), st.data())
 def test_any_changed_file_of_a_model_is_read_or_refused(
