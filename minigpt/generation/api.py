@@ -314,6 +314,11 @@ def model_and_tokenizer(
     if isinstance(model, LanguageModel):
         if tokenizer is None:
             raise ConfigError("a LanguageModel has no tokenizer. Pass tokenizer as well.")
+        if model.training and model.config.dropout:
+            raise ConfigError(
+                f"the model is in training mode, so its dropout of {model.config.dropout} would "
+                "change every prediction. Call model.eval() first."
+            )
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
         folder = resolve_model(model_name(model))

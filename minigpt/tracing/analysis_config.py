@@ -118,6 +118,11 @@ class AnalysisConfig(TraceConfig):
         super().__post_init__()
         if self.reduce == "rollout" and self.measure != "weight":
             raise ConfigError(f"--reduce rollout requires --measure weight: it is {self.measure}.")
+        if not self.n_verified:
+            for name in ("verify_layers", "verify_heads", "knockout"):
+                if getattr(self, name) not in (None, "key"):
+                    option = "--" + name.replace("_", "-")
+                    raise ConfigError(f"{option} has no effect without --n-verified. Add it.")
 
     @property
     def is_plain(self) -> bool:

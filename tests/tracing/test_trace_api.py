@@ -154,6 +154,22 @@ def test_invalid_options_are_refused(
         minigpt.trace(str(folder), **({"prompt": PROMPT} | options))
 
 
+@pytest.mark.parametrize("option", [{"verify_heads": "0.1"}, {"knockout": "value"}])
+def test_settings_of_knockouts_without_knockouts_are_refused(
+    option: dict[str, str], folder: Path
+) -> None:
+    with pytest.raises(ConfigError, match="has no effect without --n-verified"):
+        minigpt.trace(str(folder), PROMPT, **option)
+
+
+def test_a_model_whose_dropout_is_active_is_refused() -> None:
+    model = small_model("llama-grouped", vocab_size=257, dropout=0.1).train()
+    for function in (minigpt.generate, minigpt.trace):
+        with pytest.raises(ConfigError, match=r"dropout of 0\.1 .* Call model\.eval\(\) first"):
+            function(model, PROMPT, tokenizer=BytesTokenizer(), max_new_tokens=2)
+    assert minigpt.trace(model.eval(), PROMPT, tokenizer=BytesTokenizer(), max_new_tokens=2).steps
+
+
 def test_a_model_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="Pass tokenizer as well"):
         minigpt.trace(small_model(), PROMPT)
