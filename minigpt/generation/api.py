@@ -1,12 +1,14 @@
 """The Python API of generation: ``minigpt.load`` and ``minigpt.generate``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -158,6 +160,20 @@ def generate(
                 yield replace(item, sample=first + item.sample)
 
     return steps()
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Use float32 and the CPU as torch's default dtype and device; restore the caller's."""
+    dtype = torch.get_default_dtype()
+    # A context of torch.device makes each call of torch slower.
+    is_cpu = torch.get_default_device().type == "cpu"
+    torch.set_default_dtype(torch.float32)
+    try:
+        with nullcontext() if is_cpu else torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -> dict[str, Any]:

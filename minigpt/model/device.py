@@ -1,7 +1,7 @@
 """Device and dtype selection, and what the hardware can do."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -20,20 +20,6 @@ def resolve_device(name: str) -> torch.device:
         names = ", ".join(available)
         raise ConfigError(f"device {name} is not available here. Use auto or one of: {names}.")
     return torch.device(available[0] if name == "auto" else name)
-
-
-@contextmanager
-def torch_defaults() -> Iterator[None]:
-    """Use float32 and the CPU as torch's default dtype and device; restore the caller's."""
-    dtype = torch.get_default_dtype()
-    # A context of torch.device makes each call of torch slower.
-    is_cpu = torch.get_default_device().type == "cpu"
-    torch.set_default_dtype(torch.float32)
-    try:
-        with nullcontext() if is_cpu else torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:

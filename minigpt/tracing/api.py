@@ -16,7 +16,6 @@ from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
 from minigpt.generation.forcing import forced_ids
-from minigpt.model.device import torch_defaults
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
@@ -104,7 +103,7 @@ def trace(
             special=special,
             dense=partial(_keep, kept) if dense else None,
         )
-        with torch_defaults():
+        with api.torch_defaults():
             traces.append(Trace.of(events, kept))
     return traces if is_list else traces[0]
 
