@@ -76,6 +76,10 @@ def trace(
     network, tokenizer, name = api.model_and_tokenizer(
         model, tokenizer, device=device, dtype=dtype, quantize=quantize, compile=compile
     )
+    if network.dtype == torch.float64:
+        raise ConfigError(
+            "a model in float64 cannot be traced: a trace is in float32. Call model.float() first."
+        )
     seed = fresh_seed() if sampling.seed is None else sampling.seed
     encode = partial(
         api.prompt_ids, tokenizer, folder=name, special=special, chat_template=chat_template

@@ -170,6 +170,12 @@ def test_a_model_whose_dropout_is_active_is_refused() -> None:
     assert minigpt.trace(model.eval(), PROMPT, tokenizer=BytesTokenizer(), max_new_tokens=2).steps
 
 
+def test_a_model_in_float64_is_refused() -> None:
+    model = small_model("llama-grouped", vocab_size=257).double()
+    with pytest.raises(ConfigError, match=r"in float64 .* Call model\.float\(\) first"):
+        minigpt.trace(model, PROMPT, tokenizer=BytesTokenizer())
+
+
 def test_a_model_without_a_tokenizer_is_refused() -> None:
     with pytest.raises(ConfigError, match="Pass tokenizer as well"):
         minigpt.trace(small_model(), PROMPT)
