@@ -65,6 +65,8 @@ class TrainingConfig:
     """Decoupled weight decay of the matrices, multiplied by the learning rate."""
     momentum: float = setting(0.95, "[0, 1)")
     """Nesterov momentum of Muon, in [0, 1)."""
+    momentum_warmup_steps: int = setting(0, "[0, inf)")
+    """Number of steps over which the momentum rises from 0.7 to its value; 0 for none."""
     newton_schulz_steps: int = setting(5, "[1, 100]")
     """Newton-Schulz iterations of Muon's orthogonalization."""
     beta1: float = setting(0.9, "[0, 1)")

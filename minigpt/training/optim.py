@@ -58,3 +58,11 @@ def scale_learning_rates(optimizers: Iterable[Optimizer], scale: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * scale
+
+
+def set_momentum(optimizers: Iterable[Optimizer], momentum: float) -> None:
+    """Set the momentum of Muon."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "momentum" in group:
+                group["momentum"] = momentum

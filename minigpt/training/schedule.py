@@ -5,6 +5,8 @@ from dataclasses import replace
 
 from minigpt.config import RunConfig, TrainingConfig
 
+_FIRST_MOMENTUM = 0.7
+
 
 def steps_of_max_epochs(config: RunConfig, n_train_tokens: int) -> int:
     """Return ``max_epochs`` as a number of steps, rounded up; 0 for no limit.
@@ -56,6 +58,17 @@ def lr_scale(config: TrainingConfig, progress: float) -> float:
         case _:  # wsd (warm-up, stable, decay): linear decay at the end
             shape = min(1.0, (1 - progress) / max(config.decay_fraction, 1e-12))
     return config.final_lr_fraction + (1 - config.final_lr_fraction) * shape
+
+
+def momentum(config: TrainingConfig, step: int) -> float:
+    """Return Muon's momentum at a step.
+
+    A low momentum is better at first: the direction of the gradient still changes quickly.
+    """
+    if step >= config.momentum_warmup_steps:
+        return config.momentum
+    start = min(_FIRST_MOMENTUM, config.momentum)
+    return start + (config.momentum - start) * step / config.momentum_warmup_steps
 
 
 def is_due(step: int, every: int | None) -> bool:

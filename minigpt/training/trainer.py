@@ -16,9 +16,9 @@ from minigpt.rings import find_ring, ring
 from minigpt.text.batches import NO_TARGET, batch
 from minigpt.training.checkpoints import Checkpoints
 from minigpt.training.events import Event, SampleEvent
-from minigpt.training.optim import scale_learning_rates
+from minigpt.training.optim import scale_learning_rates, set_momentum
 from minigpt.training.run import Run
-from minigpt.training.schedule import is_due
+from minigpt.training.schedule import is_due, momentum
 from minigpt.training.step_metrics import Metrics
 
 
@@ -110,6 +110,7 @@ class Trainer(Run):
         started = time.perf_counter()
         self.last_lr_scale = scale = self.lr_scale
         scale_learning_rates(self.optimizers, scale)
+        set_momentum(self.optimizers, momentum(config, self.step))
         self.set_dropout()
         loss = self._accumulate_gradients()
         parameters = list(self.model.parameters())

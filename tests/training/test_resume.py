@@ -16,7 +16,7 @@ from minigpt.training import trainer as trainer_module
 from minigpt.training.events import EvalEvent, Event, SaveEvent, StepEvent
 from minigpt.training.state import STATE_FOLDER, restore
 
-HARD = {"micro_batch_size": 3, "weight_decay": 0.1}
+HARD = {"micro_batch_size": 3, "weight_decay": 0.1, "momentum_warmup_steps": 20}
 
 
 def facts(events: list[Event]) -> list[tuple[Any, ...]]:

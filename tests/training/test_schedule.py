@@ -7,7 +7,7 @@ import pytest
 from small_runs import config_of
 
 from minigpt.config import TrainingConfig
-from minigpt.training.schedule import lr_scale, progress, with_max_steps
+from minigpt.training.schedule import lr_scale, momentum, progress, with_max_steps
 
 BASE = TrainingConfig(
     max_steps=1000, warmup_fraction=0.1, decay_fraction=0.5, final_lr_fraction=0.2
@@ -108,3 +108,11 @@ def test_the_lower_of_max_steps_and_max_epochs_applies() -> None:
         assert with_max_steps(resolved, 1000) == resolved, "resuming must not change the limit"
     plain = config_of(max_steps=5)
     assert with_max_steps(plain, 1000) == plain
+
+
+def test_the_momentum_rises_linearly_from_seven_tenths() -> None:
+    config = replace(BASE, momentum=0.9, momentum_warmup_steps=100)
+    expected = [0.7, 0.75, 0.9, 0.9]
+    assert [momentum(config, step) for step in (0, 25, 100, 999)] == pytest.approx(expected)
+    assert momentum(replace(config, momentum_warmup_steps=0), 0) == 0.9
+    assert momentum(replace(config, momentum=0.5), 50) == 0.5

@@ -62,6 +62,16 @@ def test_training_equals_a_plain_loop(clip: float, data: PreparedData, tmp_path:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-3, msg=name)
 
 
+def test_momentum_follows_its_schedule(data: PreparedData, tmp_path: Path) -> None:
+    config = config_of("llama", max_steps=4, momentum=0.9, momentum_warmup_steps=2)
+    trainer = trainer_of(config, data, tmp_path)
+    muon = trainer.optimizers[0]
+    used = []
+    muon.register_step_pre_hook(lambda *_: used.append(muon.param_groups[0]["momentum"]))
+    list(trainer.run())
+    assert used == pytest.approx([0.7, 0.8, 0.9, 0.9])
+
+
 def test_training_on_shorter_sequences_equals_a_model_of_that_context(
     data: PreparedData, tmp_path: Path
 ) -> None:

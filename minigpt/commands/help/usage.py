@@ -66,7 +66,9 @@ INEFFECTIVE_IF: dict[str, tuple[tuple[str, Any], ...]] = {
     "encoding": (("format", "parquet"),),
     "val_split": (("val_fraction", 0),),
     "context_warmup_fraction": (("context_warmup_length", 0),),
-    **dict.fromkeys(("momentum", "newton_schulz_steps"), (("optimizer", "adamw"),)),
+    **dict.fromkeys(
+        ("momentum", "momentum_warmup_steps", "newton_schulz_steps"), (("optimizer", "adamw"),)
+    ),
     "decay_fraction": tuple(("schedule", kind) for kind in ("cosine", "linear", "constant")),
     "final_lr_fraction": (("schedule", "constant"),),
     **dict.fromkeys(("eval_every", "eval_tokens", "patience", "average"), _NO_VALIDATION),
