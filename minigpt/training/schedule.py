@@ -63,7 +63,8 @@ def lr_scale(config: TrainingConfig, progress: float) -> float:
 def momentum(config: TrainingConfig, step: int) -> float:
     """Return Muon's momentum at a step.
 
-    A low momentum is better at first: the direction of the gradient still changes quickly.
+    A low momentum gives a lower loss in a short run, and a higher one in a long run
+    (docs/training.md).
     """
     if step >= config.momentum_warmup_steps:
         return config.momentum

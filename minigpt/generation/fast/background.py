@@ -131,7 +131,7 @@ def is_slower(model: GPT) -> bool:
     n_tokens = min(_N_TIMED, model.config.context_length)
     compiled, eager = (kind(model, capacity=n_tokens) for kind in (CompiledForward, EagerForward))
     times = [(_seconds(compiled, n_tokens), _seconds(eager, n_tokens)) for _ in range(_N_ROUNDS)]
-    # Other processes only make a round slower.
+    # The fastest round of each: other processes can only make a round slower.
     return min(one for one, _ in times) > min(other for _, other in times)
 
 
