@@ -399,3 +399,13 @@ def test_an_unavailable_device_is_refused(
         assert result.code == 2
         assert "cuda is not available" in line
         assert "cpu" in line
+
+
+def test_a_run_without_a_checkpoint_to_resume_from_is_not_said_to_resume(run: Run) -> None:
+    # As a kill during the first checkpoint leaves it, after the weights of the best step.
+    with RunFolder(Path("checkpoints/a")).writing_step(3, weights_only=True):
+        pass
+    line = error_line(run("train", "builtin", "--name", "a"))
+    assert "no checkpoint to resume from, so give this one another --name" in line
+    resumed = run("train", "--resume", "--name", "a")
+    assert (resumed.code, "another --name" in error_line(resumed)) == (4, True)

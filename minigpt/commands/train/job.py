@@ -157,10 +157,10 @@ def notes_on(config: RunConfig, overrides: dict[str, Any]) -> list[str]:
 def _require_new(run: RunFolder) -> None:
     """Raise ConfigError if a run has checkpoints already."""
     if run.steps():
-        raise ConfigError(
-            f"the run {run.path.name!r} exists already. Resume it with --resume, or give this one "
-            "another --name."
-        )
+        remedy = "Resume it with --resume, or give this one another --name."
+        if run.latest() is None:  # killed or failed before its first checkpoint, or damaged
+            remedy = "It has no checkpoint to resume from, so give this one another --name."
+        raise ConfigError(f"the run {run.path.name!r} exists already. {remedy}")
 
 
 def require_memory(config: RunConfig, request: Request) -> None:
