@@ -21,6 +21,7 @@ from minigpt.commands.evaluate import EvaluationConfig
 from minigpt.commands.evaluate.measuring import measure
 from minigpt.commands.options import ModelSource
 from minigpt.errors import DISTRIBUTION, CheckpointError, ConfigError, DataError
+from minigpt.settings import read_toml
 from minigpt.text.tokenizer import BytesTokenizer
 from minigpt.training.events import EvalEvent, StepEvent
 
@@ -354,6 +355,24 @@ def test_settings_of_numpy_torch_and_pathlib_equal_those_of_python(text: Path) -
     assert minigpt.evaluate(other)["nats_per_token"] == minigpt.evaluate(same)["nats_per_token"]
     assert RunFolder(minigpt.train(text, name="d", from_=run, max_steps=1)).steps() == [1]
     assert minigpt.evaluate(run, stride=np.int64(32))["stride"] == 32
+
+
+def test_devices_and_dtypes_of_torch_equal_their_names(text: Path) -> None:
+    place: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
+    run = minigpt.train(text, name="a", save_dtype=torch.float16, **TINY | place)
+    config = read_toml(run / "config.toml")["training"]
+    assert [config[name] for name in ("device", "dtype", "save_dtype")] == [
+        "cpu",
+        "bfloat16",
+        "float16",
+    ]
+    assert minigpt.evaluate(run, **place)["dtype"] == "bfloat16"
+    loaded, named = (minigpt.load(run, **options) for options in (place, {"dtype": "bfloat16"}))
+    assert loaded.model.dtype == named.model.dtype
+    (step,) = minigpt.generate(run, "a", max_new_tokens=1, temperature=0, **place)
+    assert minigpt.trace(run, "a", max_new_tokens=1, temperature=0, **place).text == step.text
+    with pytest.raises(ConfigError, match="'float64'"):
+        minigpt.load(run, dtype=torch.float64)
 
 
 def test_heads_and_prompts_may_be_arrays_or_lists_of_arrays() -> None:

@@ -45,8 +45,8 @@ Models = str | Path | LoadedModel | LanguageModel | None
 def load(
     model: str | Path | None = None,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     for_decoding: bool = False,
 ) -> LoadedModel:
@@ -63,7 +63,7 @@ def load(
 
     Args:
         model: as for ``--model``. None for the newest run.
-        device, dtype, quantize: as for the command.
+        device, dtype, quantize: as for the command; also a ``torch.device`` and a ``torch.dtype``.
         for_decoding: whether to lay out the weights for decoding instead of keeping ``nn.Linear``
             modules: calls need no second copy of them, but changes to ``layer.weight`` have no
             effect.
@@ -72,8 +72,8 @@ def load(
     """
     loaded = loading.load(
         resolve_model(model_name(model)),
-        device=device,
-        dtype=dtype,
+        device=plain_value(device),
+        dtype=plain_value(dtype),
         quantize=quantize,
         for_decoding=for_decoding,
     )
@@ -87,8 +87,8 @@ def generate(
     tokenizer: Tokenizer | None = None,
     special: bool = False,
     chat_template: str | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
     quantize: str | None = None,
     compile: bool | None = None,
     **sampling: Any,
@@ -110,8 +110,8 @@ def generate(
             of prompt i has index i * num_samples + j, which is added to the seed.
         tokenizer: needed only for a LanguageModel, which takes no messages.
         special: whether to parse special tokens in text.
-        chat_template, device, dtype, quantize: as for the command; the last three only for a model
-            that is not loaded yet.
+        chat_template: as for the command.
+        device, dtype, quantize: as for ``minigpt.load``; only for a model that is not loaded yet.
         compile: whether to decode with a compiled graph. None: on CUDA, and on a CPU if one is in
             the cache.
         sampling: fields of SamplingConfig (temperature, top_k, stop=("text",), seed...) and of
@@ -199,9 +199,11 @@ def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -
 
 
 def plain_value(value: Any) -> Any:
-    """Return a NumPy number or a tensor of one number as a number of Python, and a path as text."""
-    if isinstance(value, Path):
+    """Return an argument as the command takes it: numbers of Python, names and paths as text."""
+    if isinstance(value, Path | torch.device):
         return str(value)
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
     is_array = isinstance(value, np.generic | np.ndarray | Tensor)
     return value.item() if is_array and value.ndim == 0 else value
 
@@ -306,8 +308,8 @@ def model_and_tokenizer(
     model: Models,
     tokenizer: Tokenizer | None,
     *,
-    device: str,
-    dtype: str,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
     quantize: str | None,
     compile: bool | None,
     n_rows: int = 1,
@@ -319,7 +321,8 @@ def model_and_tokenizer(
             f"{type(tokenizer).__name__}. To use that of another folder, copy its tokenizer.json "
             "and tokenizer_config.json into the model's folder."
         )
-    given: dict[str, Any] = {"device": device, "dtype": dtype, "quantize": quantize}
+    given: dict[str, Any] = {"device": plain_value(device), "dtype": plain_value(dtype)}
+    given |= {"quantize": quantize}
     if isinstance(model, LanguageModel | LoadedModel):
         for name, value in given.items():
             if value not in ("auto", None):
