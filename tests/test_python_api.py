@@ -400,13 +400,34 @@ def test_train_and_evaluate_ignore_and_restore_the_callers_torch_state(text: Pat
     expected = losses("plain")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == n_threads
-    with torch.inference_mode(), torch.device("meta"):
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16)
+    with torch.inference_mode(), torch.device("meta"), autocast:
         torch.set_default_dtype(torch.float64)
         try:
             assert losses("other") == expected
             assert torch.get_default_dtype() == torch.float64
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def test_threads_train_the_same_model_as_one_call(text: Path) -> None:
+    def weights(name: str) -> dict[str, torch.Tensor]:
+        run = minigpt.train(text, name=name, dropout=0.5, dropout_start=0.0, **TINY)
+        return read_model(RunFolder(run).step_folder(4)).model.state_dict()
+
+    with ThreadPoolExecutor(2) as pool:
+        ours = list(pool.map(weights, ["a", "b"]))
+    expected = weights("c")
+    assert all(torch.equal(own[name], expected[name]) for own in ours for name in expected)
+
+
+def test_the_callers_autocast_changes_no_trace() -> None:
+    def trace() -> str:
+        return str(minigpt.trace("storyteller", "The fox", max_new_tokens=2, seed=1, n_verified=1))
+
+    expected = trace()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert trace() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)

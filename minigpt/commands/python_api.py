@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from minigpt.rings import ring
 from minigpt.settings import build, merge
 from minigpt.training.events import Event
 
+_TRAINING = RLock()
+"""Held by the thread that trains: dropout draws from torch's global RNG."""
 _TABLES = {"model": ModelConfig, "training": TrainingConfig, "data": DataConfig}
 Paths = str | Path | Sequence[str | Path]
 
@@ -40,7 +43,7 @@ def train(
         print("".join(step.text for step in minigpt.generate(run, "Once")))
 
     Nothing is printed, and torch's global RNG is left as it was. The first Ctrl-C saves a
-    checkpoint and ends the training.
+    checkpoint and ends the training. A call waits while another thread trains.
 
     Args:
         data: one path or several, like DATA of the command. Empty for its default text.
@@ -64,7 +67,7 @@ def train(
     if not isinstance(name, str | None):
         raise ConfigError(f"name must be text: it is of type {type(name).__name__}.")
     request = Request(name, merge(given, _nested(settings)), 1, lambda progress: None)
-    with _own_torch_state(), open_job(request, resume=resume) as job:
+    with _TRAINING, _own_torch_state(), open_job(request, resume=resume) as job:
         trainer, signal = train_job(job, _Listener(on_event))
     if signal:
         raise KeyboardInterrupt

@@ -1,7 +1,7 @@
 """The Python API of generation: ``minigpt.load`` and ``minigpt.generate``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -164,16 +164,17 @@ def generate(
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Use float32 and the CPU as torch's default dtype and device; restore the caller's."""
+    """Use float32 and the CPU by default, and no autocast; restore the caller's settings."""
     dtype = torch.get_default_dtype()
-    # A context of torch.device makes each call of torch slower.
-    is_cpu = torch.get_default_device().type == "cpu"
-    torch.set_default_dtype(torch.float32)
-    try:
-        with nullcontext() if is_cpu else torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
+    with ExitStack() as stack:
+        # A context of torch.device makes each call of torch slower.
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
+        yield
 
 
 def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -> dict[str, Any]:
