@@ -16,6 +16,7 @@ import random
 import re
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from tale_grammar import invented, tell
@@ -197,8 +198,9 @@ def card(data: Path) -> None:
     for seed, prompt in enumerate([*SAMPLES, *SAMPLES], 1):
         options = {"seed": seed, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 100}
         text = "".join(step.text for step in minigpt.generate("storyteller", prompt, **options))
-        quoted = "\n".join(f"> {line}".rstrip() for line in f"**{prompt}**{text}".split("\n"))
-        print(f"\nseed {seed}:\n\n{quoted}")
+        wrapped = (textwrap.wrap(line, 118) or [""] for line in f"**{prompt}**{text}".split("\n"))
+        print(f"\nseed {seed}:\n")
+        print("\n".join(f"> {line}".rstrip() for lines in wrapped for line in lines))
 
 
 if __name__ == "__main__":

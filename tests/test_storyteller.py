@@ -85,6 +85,14 @@ def test_the_bundled_model_has_an_induction_head(seed: int) -> None:
     assert "head 4.1" in CARD
 
 
+def test_every_line_of_a_sample_in_the_model_card_is_quoted() -> None:
+    samples = CARD.partition("\nseed 1:\n")[2].splitlines()
+    assert len(samples) > 50
+    for line in samples:
+        assert re.match(r"(> \S|>$|$|seed \d+:$)", line)
+        assert "> >" not in line
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["short-tales-held-out", "told-held-out"])
 def test_the_model_card_states_the_measured_loss_on_held_out_tales(
