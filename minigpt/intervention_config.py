@@ -47,15 +47,21 @@ class InterventionConfig:
         return self.ablate is not None or self.patch is not None
 
     def __str__(self) -> str:
-        """Return a description, as in ``heads 1.3 set to 0``."""
+        """Return a description, as in ``head 1.3 set to 0``."""
         parts = []
         if self.ablate is not None:
-            value = "their mean over the prompt" if self.ablate_mean else "0"
-            parts.append(f"heads {self.ablate} set to {value}")
+            what, their = ("heads", "their") if _is_several(self.ablate) else ("head", "its")
+            value = f"{their} mean over the prompt" if self.ablate_mean else "0"
+            parts.append(f"{what} {self.ablate} set to {value}")
         if self.patch is not None:
             places: dict[object, str] = {None: "the last position", "all": "every position"}
             place = places.get(self.patch_position, f"position {self.patch_position}")
-            kinds = {"heads" if "." in part else "layers" for part in self.patch.split(",")}
+            end = "s" if _is_several(self.patch) else ""
+            kinds = {("head" if "." in part else "layer") + end for part in self.patch.split(",")}
             what = f"{' and '.join(sorted(kinds))} {self.patch}"
             parts.append(f"{what} patched at {place} from {self.patch_from!a}")
         return "; ".join(parts)
+
+
+def _is_several(heads: str) -> bool:
+    return any(mark in heads for mark in ",*-")

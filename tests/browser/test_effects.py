@@ -115,7 +115,7 @@ def test_the_page_reports_the_prediction_from_the_sources_alone(opened: Opened) 
         ({"ablate": "0.1,1.*"}, "The model was changed: heads 0.1,1.* set to 0."),
         (
             {"patch_from": "<b>by me n", "patch": "1.0", "patch_position": 2},
-            "heads 1.0 patched at position 2 from '<b>by me n'.",
+            "head 1.0 patched at position 2 from '<b>by me n'.",
         ),
     ],
     ids=str,

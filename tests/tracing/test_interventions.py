@@ -195,14 +195,29 @@ def test_a_patched_layer_equals_a_plain_loop_over_blocks(
 @pytest.mark.parametrize(
     ("patch", "says"),
     [
-        ("1", "layers 1 patched at position 2 from"),
-        ("0.1", "heads 0.1 patched at position 2 from"),
+        ("1", "layer 1 patched at position 2 from"),
+        ("0.1", "head 0.1 patched at position 2 from"),
         ("0.1,1", "heads and layers 0.1,1 patched at position 2 from"),
     ],
 )
 def test_an_intervention_names_what_it_patches(patch: str, says: str) -> None:
     config = InterventionConfig(patch_from=OTHER, patch=patch, patch_position=2)
     assert says in str(config)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"ablate": "1.3"}, "head 1.3 set to 0"),
+        ({"ablate": "1.3", "ablate_mean": True}, "head 1.3 set to its mean over the prompt"),
+        ({"ablate": "1.3,2.0", "ablate_mean": True}, "heads 1.3,2.0 set to their mean over the"),
+        ({"ablate": "1.*"}, "heads 1.* set to 0"),
+    ],
+)
+def test_an_intervention_names_one_ablated_head_in_the_singular(
+    options: dict[str, Any], says: str
+) -> None:
+    assert str(InterventionConfig(**options)).startswith(says)
 
 
 @pytest.mark.parametrize(
