@@ -25,6 +25,18 @@ def test_the_schema_is_valid_and_names_the_version_of_the_writer() -> None:
     assert VALIDATOR.schema["$id"] == SCHEMA
 
 
+def test_the_page_of_the_trace_file_names_every_field() -> None:
+    page = PATH.with_name("trace-format.md").read_text(encoding="utf-8")
+    assert [name for name in fields(VALIDATOR.schema) if f"`{name}`" not in page] == []
+
+
+def fields(schema: Any) -> set[str]:
+    """Return the names of all properties of a JSON Schema."""
+    if not isinstance(schema, dict):
+        return set().union(*map(fields, schema)) if isinstance(schema, list) else set()
+    return {*schema.get("properties", ())}.union(*map(fields, schema.values()))
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "config",

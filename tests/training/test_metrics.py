@@ -1,6 +1,8 @@
 """metrics.jsonl: one line per event, truncated to the checkpoint when a run resumes."""
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ from minigpt import files
 from minigpt.text.tokens import PreparedData
 from minigpt.training.events import EvalEvent, Event, SampleEvent, SaveEvent, StepEvent
 from minigpt.training.metrics import MetricsLog
+from minigpt.training.overfitting import EarlyStopEvent
 from minigpt.training.reports.curves import read_curves
+from minigpt.training.skipping import SkipEvent
 
 
 def step(number: int) -> StepEvent:
@@ -32,6 +36,14 @@ def lines_of(path: Path) -> list[dict[str, object]]:
     text = path.read_text(encoding="utf-8")
     assert text == "" or text.endswith("\n")
     return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("event", [StepEvent, SkipEvent, EvalEvent, SaveEvent, EarlyStopEvent])
+def test_the_page_on_watching_names_every_field_of_a_line(event: type[Event]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "watching.md"
+    (row,) = re.findall(rf"^\| `{event.kind}` \| (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    names = {field.name for field in dataclasses.fields(event)} - {"folder"}
+    assert {*re.findall(r"`(\w+)`", row)} == names
 
 
 def test_each_event_except_samples_is_one_json_line(tmp_path: Path) -> None:
