@@ -53,6 +53,7 @@ def test_the_loss_equals_a_plain_loop_with_every_token_counted_once(layout: str)
         assert result.perplexity == pytest.approx(math.exp(sum(expected) / len(expected)), rel=1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("stride", [1, 7, 12])
 @torch.no_grad()
 def test_a_strided_loss_equals_a_plain_loop_with_each_token_in_its_window(stride: int) -> None:

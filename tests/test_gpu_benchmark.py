@@ -185,6 +185,7 @@ def test_a_failed_compilation_does_not_stop_the_other_measurements(
             )
 
 
+@pytest.mark.integration
 def test_the_time_to_a_loss_is_measured_only_on_tinyshakespeare(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

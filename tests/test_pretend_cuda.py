@@ -53,6 +53,7 @@ def decode(decoder: Decoder, config: SamplingConfig, seen: PretendCuda, n_rows: 
     return found, *(later - before for before, later in zip(marks[-3], marks[-2], strict=True))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("n_rows", [1, 3])
 @pytest.mark.parametrize("options", SAMPLING)
 @pytest.mark.parametrize("name", [*SHAPES, "int8"])
@@ -83,6 +84,7 @@ LAUNCHES = {
 """Maximum kernel launches of a greedy token without a compiled graph."""
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_a_decoded_token_launches_few_kernels(name: str) -> None:
     per_layer, others = LAUNCHES[name]
@@ -96,6 +98,7 @@ def test_a_decoded_token_launches_few_kernels(name: str) -> None:
     assert sum(launches.values()) <= 2 * per_layer + others, launches
 
 
+@pytest.mark.integration
 def test_int8_weights_are_not_dequantized_for_each_token() -> None:
     config = SamplingConfig(max_new_tokens=9, temperature=0.0)
     with PretendCuda() as seen:
@@ -127,6 +130,7 @@ def run_eagerly(step: Any, **_: Any) -> Any:
     return lambda x: list(step(*x[:3], x[3 : 3 + n], x[3 + n :]))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_compiled_step_is_captured_once_per_cache_length_bucket(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -231,6 +235,7 @@ def test_a_traced_token_needs_at_most_one_copy_to_the_device(
         assert sum(seen.copies.values()) == 3 * n_copies, seen.copies
 
 
+@pytest.mark.integration
 def test_rollout_copies_nothing_to_the_device() -> None:
     with PretendCuda() as seen:
         model = make("llama").to("cuda").eval().requires_grad_(False)
@@ -241,6 +246,7 @@ def test_rollout_copies_nothing_to_the_device() -> None:
         assert not copies
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["llama", "gpt2", "additive", "lstm-attention"])
 def test_recording_attention_adds_no_wait(name: str) -> None:
     with PretendCuda() as seen:
@@ -296,6 +302,7 @@ def test_a_failed_default_compilation_falls_back_to_the_eager_step(
             Decoder(model, [5, 6, 7], compile=True)
 
 
+@pytest.mark.integration
 def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "load_step", run_eagerly)
     config = SamplingConfig(max_new_tokens=12)
@@ -316,6 +323,7 @@ def test_rows_that_finish_cause_few_new_cuda_graphs(monkeypatch: pytest.MonkeyPa
     assert [len(row) for row in tokens["cuda"].values()] == [2, 3, 4, 5, 6, 7, 8, 9]
 
 
+@pytest.mark.integration
 def test_the_decode_step_does_not_call_fused_attention() -> None:
     """cuDNN's kernel, torch's choice on Hopper, creates a new plan for every number of keys."""
     with PretendCuda() as seen:

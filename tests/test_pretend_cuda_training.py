@@ -21,6 +21,7 @@ from minigpt.training.reports.memory import machine_bytes
 from minigpt.training.trainer import Trainer
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("name", SHAPES)
 def test_training_step_never_waits_for_the_device(name: str, recompute: bool) -> None:
@@ -51,6 +52,7 @@ STEP_LAUNCHES = {"gpt2": 270, "llama": 480, "additive": 510, "lstm": 110}
 """Maximum kernel launches of a training step of two layers: forward, backward and update."""
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", STEP_LAUNCHES)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_training_step_launches_few_kernels(name: str, optimizer: str) -> None:

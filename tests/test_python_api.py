@@ -51,6 +51,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.integration
 def test_train_returns_a_run_that_evaluate_generate_and_trace_accept(
     text: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,6 +247,7 @@ def test_the_code_of_the_page_about_python_runs(text: Path) -> None:
     np.testing.assert_allclose(weights.sum(axis=-1), np.ones(weights.shape[:-1]), atol=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("for_decoding", [False, True])
 def test_a_loaded_model_gives_the_same_text_and_trace(for_decoding: bool) -> None:
     loaded = minigpt.load("storyteller", for_decoding=for_decoding)
@@ -272,6 +274,7 @@ def test_a_loaded_model_gives_the_same_text_and_trace(for_decoding: bool) -> Non
         minigpt.trace(loaded.model, "The", tokenizer=loaded.tokenizer, quantize="int8")
 
 
+@pytest.mark.integration
 def test_a_head_whose_output_weights_are_zeroed_equals_an_ablated_head() -> None:
     loaded = minigpt.load("storyteller")
     d_head = loaded.model.config.d_head
@@ -347,6 +350,7 @@ def test_token_ids_may_be_a_tensor_or_an_array(make: Any) -> None:
     ]
 
 
+@pytest.mark.integration
 def test_settings_of_numpy_torch_and_pathlib_equal_those_of_python(text: Path) -> None:
     run = minigpt.train(text, name="a", **TINY)
     settings = {"n_layer": np.int64(2), "lr": np.float32(0.001), "max_steps": torch.tensor(4)}
@@ -389,6 +393,7 @@ def test_heads_and_prompts_may_be_arrays_or_lists_of_arrays() -> None:
         ]
 
 
+@pytest.mark.integration
 def test_train_and_evaluate_ignore_and_restore_the_callers_torch_state(text: Path) -> None:
     def losses(name: str) -> tuple[float, float]:
         run = minigpt.train(text, name=name, dropout=0.1, dropout_start=0.0, **TINY)
@@ -430,6 +435,7 @@ def test_the_callers_autocast_changes_no_trace() -> None:
         assert trace() == expected
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_a_default_dtype_of_torch_changes_no_text_or_trace(dtype: torch.dtype) -> None:
     loaded = minigpt.load("storyteller")

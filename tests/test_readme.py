@@ -156,6 +156,7 @@ def test_the_pages_of_the_commands_equal_their_help() -> None:
     assert shown == module["command_pages"](), "run make docs, or docs/outputs.py --commands"
 
 
+@pytest.mark.integration
 def test_the_reading_order_names_the_core_with_its_line_counts() -> None:
     script = [sys.executable, str(ROOT / "docs" / "reading_order.py")]
     now = subprocess.run(script, capture_output=True, text=True, check=True).stdout

@@ -91,6 +91,7 @@ def has(module: str, name: str) -> bool:
         return False
 
 
+@pytest.mark.integration
 def test_attributes_looked_up_in_rings_exist() -> None:
     found = {
         (module, name, path.relative_to(PACKAGE))

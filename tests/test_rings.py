@@ -75,6 +75,7 @@ def test_training_generating_and_tracing_work_without_a_ring(ring: str, tmp_path
     assert sum("%" in line for line in lines) >= 3, "the trace must have a line for each token"
 
 
+@pytest.mark.integration
 def test_import_linter_finds_an_import_of_a_ring_in_the_core(tmp_path: Path) -> None:
     folder = without([], tmp_path)
     (folder / "tests").mkdir()

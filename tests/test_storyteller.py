@@ -31,6 +31,7 @@ def test_the_bundled_model_is_smaller_than_24_mb() -> None:
     assert sum(path.stat().st_size for path in MODEL.iterdir()) < 24e6
 
 
+@pytest.mark.integration
 def test_the_bundled_model_generates_text() -> None:
     options = {"seed": 6, "temperature": 0.7, "top_p": 0.95, "max_new_tokens": 100}
     prompt = "Far away, by the sea, there lived"

@@ -135,6 +135,7 @@ def test_scaled_rope_is_written_as_divisors_of_the_frequencies(tmp_path: Path) -
         assert factor == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("type_", ["f32", "q8_0"])
 def test_gguf_export_loads_one_tensor_at_a_time(type_: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "model", BytesTokenizer(), n_layer=20, d_mlp=640)

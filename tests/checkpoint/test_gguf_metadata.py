@@ -96,6 +96,7 @@ def test_a_trained_vocabulary_has_its_merges_and_the_pattern_of_llama_3(tmp_path
     assert facts["tokens"] == list(written["vocab"])
 
 
+@pytest.mark.integration
 def test_the_pre_tokenizer_name_matches_the_vocabulary(tmp_path: Path) -> None:
     names = {"gpt2": "gpt-2", "smollm": "smollm", "llama3": "llama-bpe", "qwen3": "qwen2"}
     names |= {"gpt4": "dbrx", "unordered": "gpt-2"}

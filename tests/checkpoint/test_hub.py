@@ -223,6 +223,7 @@ def test_ctrl_c_stops_a_download_at_once(hub: Hub, tmp_path: Path) -> None:
     hub.goes_on.set()
 
 
+@pytest.mark.integration
 def test_a_downloaded_folder_is_checked_as_strictly_as_a_local_one(downloads: Downloads) -> None:
     with pytest.raises(CheckpointError, match="is not a complete safetensors file"):
         read_model(downloads.folders["tiny/bad"])

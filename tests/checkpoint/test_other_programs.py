@@ -74,6 +74,7 @@ CLASSES = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore::minigpt.errors.MinigptWarning")
 @pytest.mark.parametrize("processor", PROCESSORS)
 @pytest.mark.parametrize("kind", CLASSES)

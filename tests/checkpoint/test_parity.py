@@ -252,6 +252,7 @@ def has_long_rope(pair: Pair) -> bool:
     return any("longrope" in field for field in pair.ours.model.config.hf_fields)
 
 
+@pytest.mark.integration
 def test_greedy_tokens_equal_those_of_transformers(pair: Pair) -> None:
     n_new = NEW if has_long_rope(pair) else 24  # past the longest short window
     assert_greedy_tokens_agree(pair, TOKENS[0, :1].tolist(), n_new)

@@ -309,6 +309,7 @@ def llama2_c(vocab: dict[str, int], scores: list[float], text: str) -> list[int]
         ids[i : i + 2] = [id_]
 
 
+@pytest.mark.integration
 def test_the_vocabulary_of_llama2_c_gives_its_ids(shared: Path) -> None:
     file = json.loads((shared / "weights" / "stories260K" / "sp_vocab.json").read_text())
     ours = tokenizer_from_json(json_from_scores(file), "stories")

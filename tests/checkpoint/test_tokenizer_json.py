@@ -88,6 +88,7 @@ def pair(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Wri
     return written(request.param)
 
 
+@pytest.mark.integration
 def test_the_tokenizers_library_gives_the_same_ids_and_text(pair: Written) -> None:
     tokenizer, data = pair
     theirs = tokenizers.Tokenizer.from_str(json.dumps(data))
@@ -135,6 +136,7 @@ def test_only_byte_level_bpe_files_in_our_layout_are_read_with_tiktoken() -> Non
         assert type(tokenizer_from_json(data | change, "x")) is ImportedTokenizer
 
 
+@pytest.mark.integration
 def test_files_with_changed_merges_encode_as_in_the_tokenizers_library() -> None:
     draw = random.Random(7)
     kinds = []

@@ -14,6 +14,7 @@ from minigpt.tracing.config import SAMPLING
 pytestmark = pytest.mark.usefixtures("in_trained")
 
 
+@pytest.mark.integration
 def test_a_trace_prints_the_text_of_generate(run: Run) -> None:
     steps = objects(run(*TRACE, "--json"))[1:-1]
     generated = json.loads(run("generate", *TRACE[1:], "--json").out)
@@ -70,6 +71,7 @@ def test_out_writes_the_same_json_as_stdout_with_all_heads(run: Run, tmp_path: P
             assert (shares.sum(axis=2) + row["heads"]["sink"] <= 1.001).all()
 
 
+@pytest.mark.integration
 def test_page_dense_rows_and_pictures_are_written(run: Run, tmp_path: Path) -> None:
     names = {name: tmp_path / f"t.{name}" for name in ("html", "svg", "png", "dense")}
     options = [word for name, path in names.items() for word in (f"--{name}", str(path))]
@@ -204,6 +206,7 @@ def test_tracing_nothing_is_refused_with_the_remedy(run: Run) -> None:
     assert "attention-trace with --max-new-tokens 0" in result.err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("measure", ["logit", "gradient", "integrated"])
 def test_signed_rows_and_parts_add_up_to_the_logit(run: Run, tmp_path: Path, measure: str) -> None:
     words = [*TRACE, "--measure", measure, "--prompt-rows", "--against", "be"]
@@ -232,6 +235,7 @@ def test_signed_rows_and_parts_add_up_to_the_logit(run: Run, tmp_path: Path, mea
             assert sum(parts) == pytest.approx(whole, abs=0.01 * len(parts))
 
 
+@pytest.mark.integration
 def test_the_diff_names_the_interventions_of_two_traces(run: Run, workplace: Path) -> None:
     words = ("attention-trace", "The king", "--max-new-tokens", "0")
     changes = {

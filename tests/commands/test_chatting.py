@@ -166,6 +166,7 @@ def resized_too_little(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.integration
 def test_tokens_without_an_embedding_are_reported_or_refused(
     run: Run, resized_too_little: Path
 ) -> None:

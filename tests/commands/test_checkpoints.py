@@ -267,6 +267,7 @@ def test_prune_reports_what_it_removes(run: Run, runs: Path) -> None:
     assert re.fullmatch(r"removed 2 checkpoints, .* [kM]B; steps 2, 4 stay\n", done.err)
 
 
+@pytest.mark.integration
 def test_prune_asks_on_a_terminal_and_no_removes_nothing(runs: Path) -> None:
     pty = pytest.importorskip("pty", reason="needs pseudo-terminals")
 

@@ -28,6 +28,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning, "QUICK", size)
 
 
+@pytest.mark.integration
 def test_each_claim_shows_a_table_a_judgement_and_reasons(run: Run) -> None:
     result = run("claims", "--quick")
     assert result.code == 0, result.err
@@ -40,6 +41,7 @@ def test_each_claim_shows_a_table_a_judgement_and_reasons(run: Run) -> None:
     assert header.split()[-2:] == ["8", "12"]
 
 
+@pytest.mark.integration
 def test_json_has_a_line_per_requested_claim(run: Run) -> None:
     result = run("claims", "parallel", "long-range", "--quick", "--json", "--seeds", "2")
     assert result.code == 0, result.err

@@ -110,6 +110,7 @@ def test_each_compared_run_equals_a_training_run_with_the_same_settings(run: Run
     assert run("plot", "cmp-additive-s1337", "cmp-scaled_dot-s1337").code == 0
 
 
+@pytest.mark.integration
 def test_all_variants_of_a_seed_see_the_same_tokens_in_the_same_order(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +167,7 @@ def test_after_ctrl_c_the_same_command_resumes_to_the_same_bits(
     assert losses[0] == losses[1]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("budget", ["steps:2", "seconds:0.001"])
 def test_the_same_command_finds_its_runs_despite_derived_evaluation_settings(
     run: Run, budget: str
@@ -196,6 +198,7 @@ def test_ctrl_c_in_the_first_run_prints_no_table(run: Run, monkeypatch: pytest.M
     assert "0 of 4 runs are finished" in result.err
 
 
+@pytest.mark.integration
 def test_more_seeds_and_variants_are_added_to_the_existing_runs(run: Run) -> None:
     words = [*TINY, "--budget", "steps:2", "--seeds"]
     assert run("compare", *words, "1", "--variants", "lstm").code == 0
@@ -229,6 +232,7 @@ def test_comparing_with_other_settings_under_the_same_name_is_an_error(
     assert message in line
 
 
+@pytest.mark.integration
 def test_another_text_under_the_same_name_is_an_error_unless_it_was_moved(run: Run) -> None:
     words = [*TINY[1:], "--variants", "dot", "--seeds", "1", "--budget", "steps:2", "--name", "cmp"]
     assert run("compare", "corpus.txt", *words).code == 0
@@ -283,6 +287,7 @@ def test_a_diverging_variant_is_named(run: Run, monkeypatch: pytest.MonkeyPatch)
     assert weights("cmp-scaled_dot-s1337")
 
 
+@pytest.mark.integration
 def test_the_weights_of_a_run_that_diverged_are_not_mixed_with_other_settings(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,6 +307,7 @@ def test_the_weights_of_a_run_that_diverged_are_not_mixed_with_other_settings(
     assert run("compare", *words).code == 0
 
 
+@pytest.mark.integration
 def test_the_picture_has_a_line_per_run_and_a_name_per_variant(run: Run) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     result = run("compare", *TWO, "--out", "losses.svg", "--x", "tokens")
@@ -317,6 +323,7 @@ def test_the_picture_has_a_line_per_run_and_a_name_per_variant(run: Run) -> None
     assert len([e for e in marks if "#4c9bc6" in e.get("style", "")]) == 2 * 4 + 1
 
 
+@pytest.mark.integration
 def test_a_budget_in_seconds_ends_every_run(run: Run) -> None:
     words = [*TINY, "--variants", "dot,additive", "--seeds", "1", "--budget", "seconds:0.1"]
     facts = json.loads(run("compare", *words, "--json").out)

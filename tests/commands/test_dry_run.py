@@ -17,6 +17,7 @@ def plan_lines(out: str) -> dict[str, str]:
     return {line[:19].strip(): line[19:].strip() for line in out.splitlines()}
 
 
+@pytest.mark.integration
 def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Run) -> None:
     words = ["train", "corpus.txt", "--name", "a", *TINY, "--dry-run"]
     result = run(*words)
@@ -39,6 +40,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(run: Run) -> None:
     assert "MFU unknown" in shown["device"]
 
 
+@pytest.mark.integration
 def test_the_plan_names_model_and_tokenizer_like_the_run(run: Run) -> None:
     words = ["train", "corpus.txt", "--name", "a", *TINY, "--tokenizer", "bpe"]
     shown = plan_lines(run(*words, "--dry-run").out)

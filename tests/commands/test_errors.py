@@ -353,6 +353,7 @@ def test_resume_reports_damage_without_suggesting_the_same_run(run: Run, at_trai
     assert "Did you mean" not in line
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["model.safetensors", "training_state/optimizer.safetensors"])
 def test_resume_refuses_a_checkpoint_with_a_changed_byte(
     run: Run, at_trained: Path, name: str

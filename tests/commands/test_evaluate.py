@@ -85,6 +85,7 @@ def test_evaluate_reproduces_the_loss_with_documents_bpe_and_dropout(
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
 
 
+@pytest.mark.integration
 def test_without_data_a_run_with_val_is_evaluated_on_that_text(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,6 +106,7 @@ def test_without_data_a_run_with_val_is_evaluated_on_that_text(
     assert re.search(r"^text +other.txt, the validation text$", shown.out, re.MULTILINE)
 
 
+@pytest.mark.integration
 @torch.no_grad()
 def test_the_loss_equals_a_plain_loop_over_the_text(run: Run, tmp_path: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)

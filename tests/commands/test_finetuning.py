@@ -221,6 +221,7 @@ def make_instruct_folder(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.integration
 def test_fine_tuned_and_averaged_models_keep_all_files_and_fields_of_the_base(
     run: Run, at_text: Path
 ) -> None:
@@ -243,6 +244,7 @@ def test_fine_tuned_and_averaged_models_keep_all_files_and_fields_of_the_base(
     assert run("checkpoints", "verify", "a-mean").code == 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_save_dtype_sets_the_dtype_of_weights_and_config_json(
     run: Run, at_text: Path, dtype: str
@@ -271,6 +273,7 @@ def test_save_dtype_sets_the_dtype_of_weights_and_config_json(
     torch.testing.assert_close(mean["model.embed_tokens.weight"], (weights[0] + weights[1]) / 2)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_a_killed_fine_tuning_run_resumes_with_the_same_bytes_without_its_base_model(
     run: Run, at_text: Path, monkeypatch: pytest.MonkeyPatch, kind: str
@@ -291,6 +294,7 @@ def test_a_killed_fine_tuning_run_resumes_with_the_same_bytes_without_its_base_m
     assert [step for step, _ in evaluations("a")] == [0, 3, 6]
 
 
+@pytest.mark.integration
 def test_a_fine_tuning_run_can_be_repeated_from_its_own_config(run: Run, at_text: Path) -> None:
     words = ["--set", "model.dropout=0.2"]
     assert run("train", "text.txt", "--from", "gpt2", "--name", "a", *SHORT, *words).code == 0
@@ -302,6 +306,7 @@ def test_a_fine_tuning_run_can_be_repeated_from_its_own_config(run: Run, at_text
     assert read_toml(Path("checkpoints/c/config.toml"))["training"]["sequence_length"] == 16
 
 
+@pytest.mark.integration
 def test_user_settings_win_over_the_fine_tuning_defaults(run: Run, at_text: Path) -> None:
     words = ["--lr", "0.25", "--set", "training.schedule=linear", "--set", "model.dropout=0.25"]
     assert run("train", "text.txt", "--from", "llama", "--name", "a", *SHORT, *words).code == 0
@@ -368,6 +373,7 @@ def test_model_settings_equal_to_those_of_the_base_are_accepted(run: Run, at_tex
     assert run("train", "text.txt", "--from", "gpt2", *SHORT, *words).code == 0
 
 
+@pytest.mark.integration
 def test_resumed_fine_tuning_keeps_its_model_and_sequence_length(run: Run, at_text: Path) -> None:
     assert run("train", "text.txt", "--from", "gpt2", "--name", "a", *SHORT).code == 0
     for words, said in {

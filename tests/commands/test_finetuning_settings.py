@@ -29,6 +29,7 @@ def at_text(trained: Path, workplace: Path) -> Path:
     return workplace
 
 
+@pytest.mark.integration
 def test_fine_tuning_can_start_from_a_run_by_its_name(run: Run, at_text: Path) -> None:
     result = run("train", "text.txt", "--from", "tiny", "--max-steps", "2")
     assert result.code == 0
@@ -48,6 +49,7 @@ def test_fine_tuning_can_start_from_a_run_by_its_name(run: Run, at_text: Path) -
     assert Path("checkpoints/text-tiny-2/step-000006").is_dir()
 
 
+@pytest.mark.integration
 def test_fine_tuning_that_raises_the_loss_is_reported(run: Run, at_text: Path) -> None:
     note = "note   fine-tuning did not lower the validation loss, which was "
     result = run("train", "text.txt", "--from", "tiny", *SHORT, "--lr", "1")
@@ -61,6 +63,7 @@ def test_fine_tuning_that_raises_the_loss_is_reported(run: Run, at_text: Path) -
     assert note not in run("train", "text.txt", "--from", "tiny", *SHORT).err
 
 
+@pytest.mark.integration
 def test_the_default_length_of_fine_tuning_is_explained(run: Run, at_text: Path) -> None:
     words = ["train", "text.txt", "--from", "tiny", "--dry-run"]
     plan = run(*words)

@@ -41,6 +41,7 @@ def test_streaming_does_not_change_the_text(run: Run) -> None:
     assert run(*words).out == run(*words, "--no-stream").out
 
 
+@pytest.mark.integration
 def test_the_same_seed_gives_the_same_text_and_a_random_seed_is_printed(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "40", "--temperature", "5"]
     first = run(*words)
@@ -55,6 +56,7 @@ def test_temperature_0_gives_the_same_text_for_any_seed(run: Run) -> None:
     assert run(*words, "1").out == run(*words, "2").out
 
 
+@pytest.mark.integration
 def test_standard_input_is_the_prompt_byte_for_byte(run: Run) -> None:
     words = ["--temperature", "0", "--max-new-tokens", "9", "--json"]
     for prompt in ("The king\n", " \u2003 \n\n", "a\0b\x1b[31m", "é 世界"):
@@ -95,6 +97,7 @@ def test_a_stop_string_may_contain_escapes(run: Run) -> None:
     assert facts["sampling"]["stop"] == ["\n\n", "a\\n\t"]
 
 
+@pytest.mark.integration
 def test_each_of_several_samples_can_be_reproduced_by_its_seed(run: Run) -> None:
     words = ["generate", "The", "--max-new-tokens", "12", "--temperature", "5"]
     both = run(*words, "--seed", "5", "--num-samples", "2").out
@@ -104,6 +107,7 @@ def test_each_of_several_samples_can_be_reproduced_by_its_seed(run: Run) -> None
     assert [json.loads(line)["text"] + "\n" for line in lines] == singles
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
 def test_suggested_sampling_that_is_not_in_use_is_reported(
     run: Run, tmp_path: Path, command: str
@@ -137,6 +141,7 @@ def test_suggested_sampling_that_is_not_in_use_is_reported(
     assert "suggests" not in run(*words).err
 
 
+@pytest.mark.integration
 def test_many_samples_are_shown_in_order_and_in_full(run: Run) -> None:
     """Each equals a single sample, streamed or not, in text and JSON; their lengths differ."""
     words = ["generate", "The", "--max-new-tokens", "40", "--temperature", "9", "--stop", "e"]
@@ -188,6 +193,7 @@ def test_a_sliding_window_is_reported(run: Run) -> None:
     assert facts["text"].startswith(short["text"])
 
 
+@pytest.mark.integration
 def test_ignore_eos_never_samples_the_end_of_text(run: Run) -> None:
     words = ["generate", "The", "--json", "--temperature", "99", "--num-samples", "40"]
     words += ["--seed", "1", "--max-new-tokens", "60"]
@@ -318,6 +324,7 @@ def test_long_decoding_starts_a_reported_background_compilation(
     assert said == is_started
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("command", ["generate", "attention-trace"])
 def test_a_compiled_graph_in_the_cache_is_used_by_default_and_reported(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str

@@ -112,6 +112,7 @@ def check(shown: str, n_tokens: int) -> None:
 SAMPLING_OPTIONS = ["--temperature", "99", "--max-new-tokens", "40", "--seed", "5"]
 
 
+@pytest.mark.integration
 def test_hostile_tokens_cannot_control_a_terminal(
     model: Path, on_terminal: Callable[..., str]
 ) -> None:
@@ -177,6 +178,7 @@ def test_hostile_tokens_cannot_run_in_a_page_or_picture(model: Path, run: Run) -
         assert not control_characters(text)
 
 
+@pytest.mark.integration
 def test_fine_tuning_an_untrusted_model_writes_an_escaped_card(
     model: Path, on_terminal: Callable[..., str], trained: Path
 ) -> None:

@@ -38,6 +38,7 @@ def test_each_line_continues_the_conversation(run: Run) -> None:
     assert "> " not in result.err, "a pipe must get no input marker"
 
 
+@pytest.mark.integration
 def test_the_prompt_is_answered_first_and_an_empty_line_starts_a_new_document(run: Run) -> None:
     first = answer(run, "The king")
     given = run(*WORDS, "The king", stdin=b" said\n")

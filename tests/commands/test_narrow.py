@@ -151,6 +151,7 @@ def test_every_command_works_in_a_terminal_of_20_columns(
     assert len(shown.strip()) > 20
 
 
+@pytest.mark.integration
 def test_the_status_line_of_training_fits_20_columns(
     trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ def test_json_has_every_point_of_each_run(run: Run, runs: Path) -> None:
         ]
 
 
+@pytest.mark.integration
 def test_an_svg_has_the_points_and_the_literal_names(run: Run, runs: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs pip install 'minigpt-attention[plot]'")
     (runs / "other").rename(runs / HOSTILE)
@@ -137,6 +138,7 @@ def test_a_missing_matplotlib_is_reported_with_the_extra_to_install(
     assert run("plot", "tiny").code == 0, "the text chart does not need matplotlib"
 
 
+@pytest.mark.integration
 def test_matplotlib_settings_of_the_user_do_not_change_a_picture(run: Run, runs: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib", reason="needs pip install '.[plot]'")
     assert run("plot", "tiny", "--out", "ours.svg").code == 0

@@ -63,6 +63,7 @@ speed   \S+ MB/s: 3\.42 kB in \d+\.\d s
     assert facts_of(run(*words, "b", "--json"))["mb_per_s"] is None
 
 
+@pytest.mark.integration
 def test_prepare_does_not_import_torch(workplace: Path) -> None:
     code = (
         "import sys\n"
@@ -119,6 +120,7 @@ def test_text_options_are_refused_for_prepared_folders_and_named_corpora(
         assert "'tokens' was prepared to validate on its tail. Leave --val" in line
 
 
+@pytest.mark.integration
 def test_prepare_from_a_model_uses_its_tokenizer(run: Run, workplace: Path) -> None:
     tokenizer = train_bpe([TEXT], 290)
     write_model(workplace / "m", small_model(vocab_size=tokenizer.vocab_size), tokenizer)

@@ -126,6 +126,7 @@ def require_same_text(run: Run, *words: str, n_waits: int = 4) -> None:
         assert not [call for call in seen.sdpa if re.match(r"q\(\d+, \d+, 1, ", call)]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", [*PLAIN, *FAMILIES])
 def test_models_generate_the_text_of_the_cpu(kind: str, models: Path, run: Run) -> None:
     require_same_text(run, "--model", str(models / kind), "Once", *TOKENS)

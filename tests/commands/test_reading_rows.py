@@ -75,6 +75,7 @@ def test_row_options_are_refused_for_plain_text(run: Run, words: list[str]) -> N
     assert "is for files of rows, and 'val.txt' is text" in error_line(result)
 
 
+@pytest.mark.integration
 def test_evaluate_reads_the_same_formats_as_training(run: Run, trained: Path) -> None:
     model = ["--model", as_tiny(trained)]
     good = evaluated(run, "good.jsonl", *model)
@@ -92,6 +93,7 @@ def test_evaluate_reads_the_same_formats_as_training(run: Run, trained: Path) ->
     assert "--encoding utf-16" in error_line(run("evaluate", "wide.txt", *model))
 
 
+@pytest.mark.integration
 def test_a_split_by_document_is_reported_resumed_and_evaluated(run: Run) -> None:
     result = run("train", "good.jsonl", "--name", "split", *TINY)
     assert "tokens in whole documents" in result.err + result.out

@@ -30,6 +30,7 @@ def test_without_report_to_tensorboard_is_not_needed(run: Run, words: list[str])
     assert not Path("checkpoints/a/tensorboard").exists()
 
 
+@pytest.mark.integration
 def test_resuming_a_run_with_tensorboard_requires_it(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     Path("checkpoints/a/tensorboard").mkdir()

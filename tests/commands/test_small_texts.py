@@ -35,6 +35,7 @@ def best_of(name: str) -> dict[str, float]:
     return facts
 
 
+@pytest.mark.integration
 def test_settings_derived_from_a_small_text_are_recorded_reported_and_resumed(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "small", "--max-steps", "40", *SHAPE)
     assert result.code == 0
@@ -47,6 +48,7 @@ def test_settings_derived_from_a_small_text_are_recorded_reported_and_resumed(ru
     assert config_of("small") == saved
 
 
+@pytest.mark.integration
 def test_training_in_a_dtype_that_the_cpu_computes_slowly_is_noted(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +59,7 @@ def test_training_in_a_dtype_that_the_cpu_computes_slowly_is_noted(
     assert "no bfloat16 instructions" not in run(*words, "--dtype", "float32").err
 
 
+@pytest.mark.integration
 def test_explicit_settings_override_those_derived_from_the_text(run: Run) -> None:
     own = ["--dropout", "0", "--patience", "0", "--max-epochs", "1", "--eval-every", "7"]
     assert run("train", "corpus.txt", "--name", "own", *SHAPE, *own).code == 0
@@ -78,6 +81,7 @@ def test_a_larger_budget_gives_the_same_model_once_the_text_is_learned(run: Run)
     assert config_of("5000")["training"]["max_steps"] < 1500
 
 
+@pytest.mark.integration
 def test_the_last_lines_explain_the_loss_as_a_perplexity(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "said", "--max-steps", "20", *SHAPE)
     said = re.search(r"perplexity ([\d.]+): .*untrained: (\d+),", result.err)
@@ -106,6 +110,7 @@ def test_overfitting_and_early_stopping_are_reported(run: Run) -> None:
     assert "nats/token. More text would make it better" in result.err
 
 
+@pytest.mark.integration
 def test_a_model_of_a_repetitive_text_is_not_reported_as_overfitted(run: Run) -> None:
     Path("corpus.txt").write_text("one, two, three, four.\n" * 100)
     rates = ["--set", "training.lr=0.02", "--set", "training.embedding_lr=0.02"]
@@ -115,6 +120,7 @@ def test_a_model_of_a_repetitive_text_is_not_reported_as_overfitted(run: Run) ->
     assert "overfitted" not in result.err
 
 
+@pytest.mark.integration
 def test_a_resumed_budget_that_lifts_the_epoch_limit_is_reported(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "lifted", "--max-steps", "9", *SHAPE).code == 0
     resume = ["train", "--resume", "--name", "lifted", "--dry-run", "--json"]

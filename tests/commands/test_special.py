@@ -59,6 +59,7 @@ def test_evaluate_reports_special_tokens_as_plain_text_or_parses_them(
     assert json.loads(plain.out)["n_bytes"] == len(MARKED)
 
 
+@pytest.mark.integration
 def test_train_and_prepare_report_special_tokens_or_parse_them(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

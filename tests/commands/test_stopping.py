@@ -82,6 +82,7 @@ def test_a_run_stopped_before_its_first_step_is_not_called_fine_tuning(
     assert "fine-tuning" not in result.err
 
 
+@pytest.mark.integration
 def test_the_command_that_resumes_keeps_the_number_of_threads(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +109,7 @@ def test_the_command_that_resumes_reads_a_validation_text_from_standard_input_ag
     assert stopped.err.rstrip().endswith(" < THE_SAME_TEXT")
 
 
+@pytest.mark.integration
 def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +160,7 @@ def test_a_run_resumes_on_another_device(
     assert losses("checkpoints/a") == pytest.approx(losses("checkpoints/straight"), rel=1e-3)
 
 
+@pytest.mark.integration
 def test_a_moved_run_sees_the_same_windows_and_reports_rounding_differences(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +224,7 @@ def make_step_nan(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "_accumulate_gradients", nan_loss)
 
 
+@pytest.mark.integration
 def test_a_nan_is_reported_with_its_step_and_can_be_skipped_on_resume(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def hostile(trained: Path) -> tuple[list[str], str]:
     raise AssertionError("no such text")
 
 
+@pytest.mark.integration
 def test_model_text_reaches_a_pipe_byte_for_byte(
     run: Run, trained: Path, hostile: tuple[list[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +120,7 @@ def test_samples_during_training_are_escaped_and_marked(
     assert not re.search(r"(?m)^(next|fake)", left.split("best   checkpoints")[0])
 
 
+@pytest.mark.integration
 def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
     on_terminal: Callable[..., str],
     run: Run,
@@ -148,6 +150,7 @@ def test_a_terminal_shows_one_line_of_a_sample_at_each_evaluation(
     assert len(drawn) == 4, "no samples if they are turned off"
 
 
+@pytest.mark.integration
 def test_samples_during_training_do_not_change_the_run(
     on_terminal: Callable[..., str], run: Run, trained: Path, workplace: Path
 ) -> None:
@@ -173,6 +176,7 @@ def test_a_terminal_shows_the_prompt_before_the_text(
     assert shown.startswith("The king" + run(*words).out.splitlines()[0])
 
 
+@pytest.mark.integration
 def test_the_live_line_fits_80_columns_and_is_erased(
     on_terminal: Callable[..., str], trained: Path, workplace: Path
 ) -> None:
@@ -246,6 +250,7 @@ def test_a_closed_pipe_ends_the_program_quietly(start: Start, trained: Path, run
     assert all(re.fullmatch(r"\d+ tokens, .* seed \d+.*", line) for line in lines)
 
 
+@pytest.mark.integration
 def test_full_devices_and_closed_streams_give_no_traceback(workplace: Path) -> None:
     def shell(redirection: str) -> subprocess.CompletedProcess[str]:
         line = f'"{sys.executable}" -m minigpt --help {redirection}'

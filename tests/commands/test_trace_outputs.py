@@ -23,6 +23,7 @@ def place(trained: Path, workplace: Path, run: Run, monkeypatch: pytest.MonkeyPa
     return workplace
 
 
+@pytest.mark.integration
 def test_every_written_file_is_named_on_stderr(run: Run, place: Path) -> None:
     names = {"out": "o.jsonl", "dense": "d", "html": "h.html", "svg": "s.svg", "png": "p.png"}
     words = [word for name, path in names.items() for word in (f"--{name}", path)]
@@ -33,6 +34,7 @@ def test_every_written_file_is_named_on_stderr(run: Run, place: Path) -> None:
         assert (place / path).stat().st_size
 
 
+@pytest.mark.integration
 def test_a_replay_that_only_writes_files_prints_no_trace(run: Run, place: Path) -> None:
     result = run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--html", "h.html")
     assert (result.code, result.out) == (0, "")
@@ -66,6 +68,7 @@ def test_ctrl_c_before_the_first_row_keeps_an_existing_file(
     assert not list(place.glob(".writing*"))
 
 
+@pytest.mark.integration
 def test_an_error_keeps_an_existing_file(run: Run, place: Path) -> None:
     (place / "o.jsonl").write_text("old")
     for words in (["--layers", "9"], ["--heads", "9.9"], ["--sink", "99"], ["--overflow", "slide"]):

@@ -14,6 +14,7 @@ from minigpt.tracing.wrapping import signed
 pytestmark = pytest.mark.usefixtures("in_trained")
 
 
+@pytest.mark.integration
 def test_replay_prints_the_same_as_the_live_trace(run: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "t.jsonl")
     for view in ("lines", "text", "matrix", "heads"):
@@ -31,6 +32,7 @@ def test_numbers_are_shown_the_same_live_and_from_a_file(show: Callable[[float],
         assert show(number) == show(round(number, 6)), number
 
 
+@pytest.mark.integration
 def test_a_replay_shows_no_rest_if_all_positions_are_shown(run: Run, tmp_path: Path) -> None:
     path = str(tmp_path / "t.jsonl")
     for prompt in ("a", "ab", "abc"):
@@ -61,6 +63,7 @@ def test_a_replay_writes_the_same_page(run: Run, tmp_path: Path, words: list[str
     assert Path(again).read_bytes() == Path(live).read_bytes()
 
 
+@pytest.mark.integration
 def test_a_replay_with_dense_rows_chooses_heads_without_the_model(run: Run, tmp_path: Path) -> None:
     path, rows = str(tmp_path / "t.jsonl"), str(tmp_path / "t.rows")
     run(*TRACE, "--out", path, "--dense", rows, "--seed", "3")
@@ -113,6 +116,7 @@ def test_views_of_signed_measures_do_not_mention_attention_weights(
     assert not WORDS_OF_WEIGHTS.findall(" ".join(shown.split()).replace(knockout, ""))
 
 
+@pytest.mark.integration
 def test_a_diff_mentions_moved_attention_only_for_weights(run: Run, tmp_path: Path) -> None:
     for measure in ("weight", "norm", "logit"):
         path = str(tmp_path / measure)

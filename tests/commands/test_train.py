@@ -22,6 +22,7 @@ def corpus(trained: Path, workplace: Path) -> None:
     shutil.copy(trained / "corpus.txt", workplace)
 
 
+@pytest.mark.integration
 def test_the_last_lines_name_the_checkpoint_its_loss_and_next_commands(run: Run) -> None:
     result = run("train", "corpus.txt", "--name", "my-run", *TINY)
     assert (result.code, result.out) == (0, "")
@@ -39,6 +40,7 @@ def test_the_last_lines_name_the_checkpoint_its_loss_and_next_commands(run: Run)
         assert run(*words).code == 0
 
 
+@pytest.mark.integration
 def test_a_preset_adapts_to_the_requested_heads_and_layout(run: Run) -> None:
     nano = PRESETS["nano"]["model"]
     assert nano["n_kv_head"] % 3, "three heads must not fit the preset"
@@ -58,6 +60,7 @@ def test_a_preset_adapts_to_the_requested_heads_and_layout(run: Run) -> None:
     assert (made["gpt2"]["n_kv_head"], made["gpt2"]["d_mlp"]) == (6, 4 * nano["d_model"])
 
 
+@pytest.mark.integration
 def test_the_model_card_keeps_the_command_that_started_the_run(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "carded", *TINY).code == 0
     words = shlex.join(["train", "corpus.txt", "--name", "carded", *TINY])
@@ -79,6 +82,7 @@ def test_a_file_name_that_is_not_utf_8_is_accepted(run: Run) -> None:
     assert card.read_text(encoding="utf-8").isascii()
 
 
+@pytest.mark.integration
 def test_suggested_commands_fit_a_short_context(run: Run) -> None:
     result = run("train", "corpus.txt", *TINY, "--context-length", "8")
     assert result.code == 0
@@ -92,6 +96,7 @@ def test_without_held_out_text_samples_start_like_the_training_text(run: Run) ->
     assert result.err.count("sample") == 2
 
 
+@pytest.mark.integration
 def test_training_output_in_a_pipe_has_no_control_bytes(run: Run) -> None:
     err = run("train", "corpus.txt", "--sample-every", "2", *TINY).err
     assert all(line.isprintable() for line in err.split("\n"))
@@ -130,6 +135,7 @@ def test_a_run_can_be_repeated_from_its_own_config(run: Run, trained: Path) -> N
     assert Path("checkpoints/again", weights).read_bytes() == before
 
 
+@pytest.mark.integration
 def test_a_preset_adapts_to_the_batch_and_context_of_the_user(run: Run) -> None:
     words = ["--context-length", "40", "--batch-size", "6", "--tokenizer", "bytes"]
     result = run("train", "corpus.txt", "--preset", "small", "--name", "a", *TINY, *words)
@@ -138,6 +144,7 @@ def test_a_preset_adapts_to_the_batch_and_context_of_the_user(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "b", *TINY, *words).code == 0
 
 
+@pytest.mark.integration
 def test_setting_one_training_limit_replaces_the_other(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY, "--max-minutes", "0.0001").code == 0
     training = read_toml(Path("checkpoints/a/config.toml"))["training"]
@@ -157,6 +164,7 @@ def test_derived_run_names_contain_text_and_preset_and_never_collide(run: Run) -
     }
 
 
+@pytest.mark.integration
 def test_without_data_the_bundled_tales_are_the_training_text(run: Run) -> None:
     assert run("train", *TINY).code == 0
     config = read_toml(Path("checkpoints/tales-nano/config.toml"))
@@ -170,6 +178,7 @@ def test_without_data_the_bundled_tales_are_the_training_text(run: Run) -> None:
     assert "text   builtin:tales: the run's own" in evaluated.err
 
 
+@pytest.mark.integration
 def test_a_run_older_than_the_tales_resumes_with_the_python_corpus(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +228,7 @@ def test_a_run_without_its_training_state_names_a_remedy_that_works(
     assert run("generate", "--model", str(step), "The", "--max-new-tokens", "1").code == 0
 
 
+@pytest.mark.integration
 def test_a_run_on_standard_input_can_be_resumed(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     assert run("train", "-", *TINY, stdin=text).code == 0
@@ -227,6 +237,7 @@ def test_a_run_on_standard_input_can_be_resumed(run: Run) -> None:
     assert Path("checkpoints/stdin-nano/step-000005").is_dir()
 
 
+@pytest.mark.integration
 def test_a_run_that_reads_its_own_parent_folder_can_be_resumed(run: Run) -> None:
     words = ["--name", "here", *TINY]
     assert run("train", ".", *words).code == 0
@@ -244,6 +255,7 @@ def test_resume_does_not_suggest_options_that_it_refuses(run: Run, workplace: Pa
     assert "--val-split" not in line, "--val-split cannot be changed by --resume"
 
 
+@pytest.mark.integration
 def test_resuming_accepts_a_larger_budget_and_a_moved_text(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     Path("corpus.txt").rename("moved.txt")
@@ -254,6 +266,7 @@ def test_resuming_accepts_a_larger_budget_and_a_moved_text(run: Run) -> None:
     assert RunFolder(Path("checkpoints/a")).steps() == [4, 5, 6]
 
 
+@pytest.mark.integration
 def test_resuming_a_complete_run_changes_nothing(run: Run) -> None:
     assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
     weights = Path("checkpoints/a/step-000004/model.safetensors")
@@ -285,6 +298,7 @@ def test_a_closed_stderr_does_not_end_the_run(run: Run, monkeypatch: pytest.Monk
     assert RunFolder(Path("checkpoints/a")).steps() == [4]
 
 
+@pytest.mark.integration
 def test_resume_and_generate_default_to_the_same_run(run: Run) -> None:
     for name in ("older", "newer"):
         assert run("train", "corpus.txt", "--name", name, *TINY).code == 0
@@ -294,6 +308,7 @@ def test_resume_and_generate_default_to_the_same_run(run: Run) -> None:
     assert "checkpoints/newer" in run("train", "--resume").err
 
 
+@pytest.mark.integration
 def test_max_epochs_is_converted_to_steps_and_resumed(run: Run) -> None:
     n_train = int(2971 * 0.9)
     at = TINY.index("--max-steps")

@@ -126,6 +126,7 @@ def assert_gradients_equal(model: torch.nn.Module, trainers: list[Trainer]) -> N
         torch.testing.assert_close(mean, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
     run: Run, rows: Path, base: Path
 ) -> None:
@@ -164,6 +165,7 @@ def test_the_loss_and_gradient_are_the_means_over_counted_tokens(
     assert_gradients_equal(model, ranks)
 
 
+@pytest.mark.integration
 def test_a_resumed_run_on_chats_ends_with_the_same_bits(run: Run, rows: Path) -> None:
     words = ["train", str(rows), *WORDS, "--set", "training.save_every=3"]
     assert run(*words, "--name", "whole", "--max-steps", "6").code == 0
@@ -202,6 +204,7 @@ def test_fine_tuning_keeps_the_chat_template_of_the_base(run: Run, rows: Path, b
     assert all(math.isfinite(fact["bits_per_byte"]) for fact in facts.values())
 
 
+@pytest.mark.integration
 def test_a_base_without_a_template_is_reported(run: Run, rows: Path, base: Path) -> None:
     note = "'base' has no chat template: the plain one is used"
     words = [str(rows), "--chat", "--val-split", "tail"]

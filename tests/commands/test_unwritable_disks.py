@@ -107,6 +107,7 @@ def test_commands_on_a_full_disk_keep_the_old_file_and_leave_no_others(
     assert is_new or target.read_bytes() == b"old"
 
 
+@pytest.mark.integration
 def test_training_in_a_read_only_folder_is_refused_by_name(
     home: Path, mount: Mount, run: Run
 ) -> None:

@@ -121,6 +121,7 @@ def test_evaluate_without_data_needs_a_run_and_its_text(run: Run, place: Path) -
     assert "standard input" in error_line(piped)
 
 
+@pytest.mark.integration
 def test_a_damaged_newest_step_is_reported_and_an_older_one_used(run: Run, place: Path) -> None:
     words = ["--resume", "--name", "tiny", "--max-steps"]
     assert run("train", *words, "6").code == 0
@@ -155,6 +156,7 @@ def test_a_sliding_window_accepts_a_prompt_longer_than_the_context(
     assert "--overflow slide" in error_line(refused)
 
 
+@pytest.mark.integration
 def test_unnamed_runs_that_start_together_get_different_names(run: Run, place: Path) -> None:
     taken = RunFolder(Path("checkpoints/corpus-nano"))
     with taken.lock():

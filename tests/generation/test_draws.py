@@ -48,6 +48,7 @@ def test_samples_of_one_generator_follow_the_distribution() -> None:
     )
 
 
+@pytest.mark.integration
 def test_successive_samples_are_independent() -> None:
     logits = some_logits(4, n=6) / 3
     draws = drawn(sampler(), logits, 6001)
@@ -67,6 +68,7 @@ def test_first_samples_of_consecutive_seeds_follow_the_distribution() -> None:
     assert abs(neighbours / 2999 - chance) < 4 * math.sqrt(chance / 2999)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "other", [{"temperature": 1.15}, {"top_p": 0.97}, {"min_p": 0.02}, {"top_k": 14}], ids=str
 )
@@ -76,6 +78,7 @@ def test_the_chi_squared_test_detects_different_sampling_options(other: dict[str
     assert not chi_squared_is_plausible(draws, logits[0].softmax(dim=0).tolist())
 
 
+@pytest.mark.integration
 def test_samples_follow_the_softmax_of_a_large_vocabulary() -> None:
     logits = torch.zeros(1, 50_000)
     logits[0, 123] = math.log(50_000)  # half of the probability mass

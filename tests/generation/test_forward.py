@@ -316,6 +316,7 @@ LLAMA = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("settings", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_200_greedy_tokens_equal_transformers(settings: dict[str, Any], tmp_path: Any) -> None:
     from minigpt.checkpoint.model_folder import read_model

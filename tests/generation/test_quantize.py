@@ -163,6 +163,7 @@ def test_int8_loses_less_than_half_a_percent_on_a_published_model(shared: Path) 
     assert abs(after - before) < 0.005 * before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("ties", [True, False])
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])
 def test_loading_and_evaluating_in_int8_peaks_below_float32(
@@ -189,6 +190,7 @@ def test_int8_raises_on_devices_without_int8_kernels(monkeypatch: pytest.MonkeyP
         in_int8(small_model())
 
 
+@pytest.mark.integration
 def test_quantizing_a_large_weight_in_parts_gives_the_same_bits() -> None:
     torch.manual_seed(0)
     weight = torch.randn(1000, 12_000).t()  # not contiguous, as GPT-2 stores its weights

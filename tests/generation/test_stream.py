@@ -66,6 +66,7 @@ def unfinished_bytes(data: bytes) -> int:
     return 0
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("tokenizer", [BYTES, WIDE], ids=["bytes", "wide"])
 def test_streamed_text_equals_the_decoded_text_up_to_the_stop_string(tokenizer: Tokenizer) -> None:
     source = random.Random(1)

@@ -98,6 +98,7 @@ def test_rotary_keeps_vector_norms() -> None:
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
 
 
+@pytest.mark.integration
 @torch.no_grad()
 def test_learned_positions_start_at_the_cache_length() -> None:
     model = small_model("gpt2")

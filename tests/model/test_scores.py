@@ -202,6 +202,7 @@ def test_chunked_attention_equals_unchunked_forward_and_backward(
         torch.testing.assert_close(rows.sum(-1), torch.ones_like(rows[..., 0]))
 
 
+@pytest.mark.integration
 def test_chunked_gradients_equal_finite_differences(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -85,6 +85,7 @@ def tokens_of(data: PreparedData) -> list[int]:
     return whole.first_ids(len(whole))
 
 
+@pytest.mark.integration
 def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
     prepared: Prepare, texts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +253,7 @@ def test_an_interrupted_preparation_with_another_vocabulary_starts_over(
     assert contents(again.folder) == contents(whole.folder)
 
 
+@pytest.mark.integration
 def test_a_failed_preparation_leaves_only_complete_shards(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

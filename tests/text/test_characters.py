@@ -54,6 +54,7 @@ def test_every_token_of_a_character_vocabulary_can_be_produced() -> None:
         assert tokenizer.encode(word) == [id_]
 
 
+@pytest.mark.integration
 def test_the_tokenizer_json_of_a_character_vocabulary_gives_the_same_ids() -> None:
     text = text_in("Chinese")[:3000] + " and café 12 " + text_in("emoji")[:500]
     tokenizer = make_tokenizer("bpe", [text_in("Chinese"), text_in("emoji")])

@@ -38,6 +38,7 @@ def test_harmless_text_is_unchanged(text: str) -> None:
     assert printable(text) == text
 
 
+@pytest.mark.integration
 def test_only_control_invisible_and_combining_characters_are_escaped() -> None:
     unsafe = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
     for code in range(sys.maxunicode + 1):

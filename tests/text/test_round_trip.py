@@ -62,6 +62,7 @@ def test_decoding_undoes_encoding(make: Callable[[], Tokenizer], text: str) -> N
     assert tokenizer.token_byte_lengths[tokenizer.encode(text)].sum() == len(expected.encode())
 
 
+@pytest.mark.integration
 @ALL
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)

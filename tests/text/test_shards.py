@@ -274,6 +274,7 @@ def test_a_copied_cache_is_checked_by_its_hashes(prepared: Prepare, tmp_path: Pa
     assert tokens_of(open_prepared(copy)) == tokens_of(data)
 
 
+@pytest.mark.integration
 def test_killed_preparation_leaves_no_usable_files(tmp_path: Path) -> None:
     corpus = tmp_path / "a.txt"
     corpus.write_text("the owl and the nest\n" * 150_000)
@@ -354,6 +355,7 @@ def test_copies_of_streams_that_killed_processes_left_are_deleted(tmp_path: Path
     assert {path.name for path in tmp_path.glob("streams-*")} == {used.name, new.name}
 
 
+@pytest.mark.integration
 def test_progress_ends_with_all_bytes_in_every_stage(prepared: Prepare) -> None:
     seen: list[PrepareProgress] = []
     texts = ["the owl\n" * 200_000, "the nest\n" * 200_000]
@@ -375,6 +377,7 @@ def test_the_cache_contains_only_json_and_token_files(prepared: Prepare) -> None
     assert files(data.folder) == ["manifest.json", "tokens-00000.bin", "vocabulary.json"]
 
 
+@pytest.mark.integration
 def test_preparing_and_reading_use_bounded_memory(prepared: Prepare) -> None:
     text = "the owl and the nest and the tree\n" * 700_000  # 24 MB, 48 MB as tokens
     Path("0.txt").write_text(text)

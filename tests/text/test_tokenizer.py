@@ -259,6 +259,7 @@ def test_a_byte_missing_in_the_vocabulary_is_a_data_error_not_a_panic() -> None:
         tokenizer.encode_array("é")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("blank", [" ", "\r\n"])
 def test_a_million_spaces_or_line_breaks_are_encoded_without_a_panic(
     bpe: Tokenizer, blank: str
@@ -271,6 +272,7 @@ def test_bpe_trains_on_a_million_spaces_without_a_panic() -> None:
     assert train_bpe(["owl owl" + " " * 1_100_000 + "nest"], 260).vocab_size == 260
 
 
+@pytest.mark.integration
 def test_a_pattern_that_overflows_its_stack_loses_no_text() -> None:
     ranks = {bytes([b]): b for b in range(256)}
     tokenizer = TiktokenTokenizer("odd", make_encoding("odd", r"x+(?!x)$|.", ranks, {}))

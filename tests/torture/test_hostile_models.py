@@ -111,6 +111,7 @@ def with_header(folder: Path, header: bytes, body: bytes = b"", size: int | None
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", n_bytes) + header + body)
 
 
+@pytest.mark.integration
 def test_a_header_that_claims_a_million_tensors_uses_little_memory(model_folder: Path) -> None:
     one = '"t%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     with_header(model_folder, ("{" + ",".join(one % i for i in range(1_000_000)) + "}").encode())
@@ -147,6 +148,7 @@ HEADERS = st.dictionaries(
 )
 
 
+@pytest.mark.integration
 @QUIET
 @given(HEADERS | st.lists(st.integers()), st.binary(max_size=64), st.none() | st.integers(0, 2**63))
 def test_any_safetensors_header_is_read_or_refused(
@@ -158,6 +160,7 @@ def test_any_safetensors_header_is_read_or_refused(
     refusal(caught)
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.binary(max_size=200))
 def test_any_bytes_as_a_file_of_a_model_are_refused(model_folder: Path, data: bytes) -> None:
@@ -171,6 +174,7 @@ def test_any_bytes_as_a_file_of_a_model_are_refused(model_folder: Path, data: by
     read_config(model_folder)
 
 
+@pytest.mark.integration
 @QUIET
 @given(values)
 def test_any_manifest_is_checked_or_refused(tmp_path: Path, value: Any) -> None:
@@ -202,6 +206,7 @@ def test_any_toml_is_read_or_refused(tmp_path: Path, text: str) -> None:
     assert len(message) < 700
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.binary(max_size=80), values)
 def test_any_metrics_are_read_or_refused(tmp_path: Path, data: bytes, value: Any) -> None:
@@ -228,6 +233,7 @@ def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(DataConfig(paths=(str(folder / "a.txt"),)), cache_dir=folder / "cache").folder
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.data())
 def test_any_changed_prepared_corpus_is_read_or_refused(

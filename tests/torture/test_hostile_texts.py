@@ -81,6 +81,7 @@ HEADS = [
 ]
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.sampled_from(SUFFIXES), st.sampled_from(HEADS), st.binary(max_size=200), st.booleans())
 def test_any_bytes_as_a_corpus_are_read_or_refused(
@@ -93,6 +94,7 @@ def test_any_bytes_as_a_corpus_are_read_or_refused(
     read(path, skip_bad=skip_bad, format="csv")
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.data(), st.booleans(), st.booleans())
 def test_any_changed_rows_are_read_skipped_or_refused(
@@ -132,6 +134,7 @@ def test_any_table_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> No
     read(path)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.csv.gz"])
 def test_a_small_file_that_decompresses_to_one_huge_row_is_refused(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -185,6 +188,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.lists(st.sampled_from(PARTS) | st.text(max_size=5), max_size=6))
 def test_any_chat_template_is_rendered_or_refused(parts: list[str]) -> None:
@@ -274,6 +278,7 @@ def test_any_bytes_as_a_pickle_are_refused(tmp_path: Path, content: bytes) -> No
     import_or_refuse(tmp_path, content)
 
 
+@pytest.mark.integration
 def test_a_hostile_pickle_runs_no_code(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     runs = CommandPickle(ran)
@@ -289,6 +294,7 @@ def test_a_hostile_pickle_runs_no_code(tmp_path: Path) -> None:
     assert not ran.exists()
 
 
+@pytest.mark.integration
 @QUIET
 @given(
     st.sampled_from(["n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "model"]),

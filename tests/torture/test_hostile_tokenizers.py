@@ -98,6 +98,7 @@ def use(data: dict[str, Any]) -> None:
     assert len(message) < 600
 
 
+@pytest.mark.integration
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.sampled_from(PLACES), values)
 def test_any_single_change_of_a_tokenizer_json_is_read_or_refused(

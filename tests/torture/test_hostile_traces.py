@@ -115,6 +115,7 @@ def test_a_hostile_field_is_refused_by_name(
     assert f"line {line % len(lines) + 1} of" in message
 
 
+@pytest.mark.integration
 def test_a_header_that_claims_any_size_uses_little_memory(tmp_path: Path) -> None:
     for name in ("n_layer", "n_head", "n_kv_head", "d_model", "d_head", "n_verified"):
         header = changed(changed(LINES[0], ("roles",), None), ("heads",), "*.*")
@@ -146,6 +147,7 @@ def test_any_changed_trace_is_shown_or_refused_with_its_line(
     capsys.readouterr()
 
 
+@pytest.mark.integration
 @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(st.binary(max_size=200) | st.text(max_size=100).map(lambda t: t.encode("utf-8", "replace")))
 def test_any_bytes_after_a_header_are_shown_or_refused_with_their_line(

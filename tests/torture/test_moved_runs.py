@@ -11,6 +11,7 @@ from minigpt.errors import ResourceError
 from minigpt.training.metrics import MetricsLog, logging_to
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("how", ["moved", "deleted", "replaced"])
 @pytest.mark.parametrize("writes_metrics", [True, False])
 def test_moving_a_run_folder_during_training_ends_the_run_in_one_line(

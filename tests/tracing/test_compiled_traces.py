@@ -87,6 +87,7 @@ def numbers(made: Trace) -> list[np.ndarray[Any, Any]]:
     return [np.asarray(one, np.float64) for one in found]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("config", ANALYSES, ids=str)
 @pytest.mark.parametrize("kind", ["float32", "int8"])
 @pytest.mark.parametrize("layout", ["gpt2-tied", "llama-grouped", "qwen3"])

@@ -48,6 +48,7 @@ def compare(
     return compare_measures(model, TOKENIZER, prompt, sampling, config, measures=measures, seed=3)
 
 
+@pytest.mark.integration
 def test_every_number_equals_a_plain_loop_over_full_forwards() -> None:
     model, prompt = small_model("llama-grouped", vocab_size=257), list(b"to be or not")
     found = compare(model, prompt, measures=("weight", "norm"), n_tokens=4)
@@ -141,6 +142,7 @@ def test_samples_are_pooled_and_all_registered_measures_are_compared() -> None:
     assert found.n_tokens == 6
 
 
+@pytest.mark.integration
 def test_progress_grows_within_each_pass() -> None:
     model, prompt = small_model("gpt2", vocab_size=257), list(b"to be or not")
     reports: list[tuple[float, str]] = []

@@ -352,6 +352,7 @@ def test_logit_attribution_of_ablated_heads_equals_zeroed_columns_and_a_bias(
         assert one.row.total + sum(one.row.parts.values()) == pytest.approx(one.row.whole, abs=1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("patch", ["0.1,1.*", "0", "1", "0,1.2", "0.1,1"])
 @pytest.mark.parametrize("position", [3, "all"])
 @pytest.mark.parametrize("layout", MODELS)

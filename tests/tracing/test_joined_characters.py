@@ -44,6 +44,7 @@ def shown_live(trace: Trace, capsys: pytest.CaptureFixture[str]) -> tuple[str, l
     return out + capsys.readouterr().out, counts
 
 
+@pytest.mark.integration
 def test_no_view_shows_bytes_of_a_character(
     trace: Trace, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -205,6 +205,7 @@ def test_heads_that_are_not_selected_are_a_separate_part_of_the_total() -> None:
             assert row.total == pytest.approx(float(row.weights_S.sum()), abs=1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("layout", ["llama", "llama-grouped"])
 @torch.no_grad()
 def test_attribution_equals_one_from_hidden_states_of_transformers(
@@ -331,6 +332,7 @@ def test_models_without_linear_logits_are_refused_by_name() -> None:
         MeasureRecorder(Scaled(small_model().config), measures=("logit",))
 
 
+@pytest.mark.integration
 def test_sampling_does_not_depend_on_the_measure() -> None:
     plain = small_trace()
     for measure in ("logit", "gradient", "integrated"):

@@ -75,6 +75,7 @@ def test_knocking_out_a_state_of_an_lstm_equals_a_full_pass_without_it(name: str
             assert effect.change == pytest.approx((hidden - whole).item(), abs=1e-4)
 
 
+@pytest.mark.integration
 def test_roles_are_found_with_every_score() -> None:
     for variant in VARIANTS.values():
         model = model_of(variant)

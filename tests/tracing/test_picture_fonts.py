@@ -64,6 +64,7 @@ def traced(*texts: str) -> Trace:
     return with_tokens(small_trace("x" * 6, max_new_tokens=4), [t.encode() for t in texts])
 
 
+@pytest.mark.integration
 def test_installed_fonts_are_found_for_the_characters_of_a_text(squares: str) -> None:
     families, missing = pictures.fonts_for(f"a{JAPANESE}{ARABIC}{EMOJI}")
     assert families[0] == "DejaVu Sans Mono"
@@ -73,6 +74,7 @@ def test_installed_fonts_are_found_for_the_characters_of_a_text(squares: str) ->
     assert pictures.fonts_for("plain") == (("DejaVu Sans Mono",), "")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("picture", ["matrix", "strip"])
 @pytest.mark.parametrize("format", ["svg", "png"])
 def test_every_script_is_drawn_and_not_escaped(picture: str, format: str, squares: str) -> None:
@@ -117,6 +119,7 @@ def test_row_numbers_stay_next_to_cells_with_right_to_left_names(text: str) -> N
         assert name.y1 < number.y0 < number.y1 < axes.bbox.y0
 
 
+@pytest.mark.integration
 def test_a_png_escapes_characters_without_a_font_and_reports_them_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

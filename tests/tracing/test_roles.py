@@ -153,6 +153,7 @@ def test_the_ablation_cost_of_a_head_equals_zeroed_columns(layout: str) -> None:
         columns.copy_(kept)
 
 
+@pytest.mark.integration
 @torch.no_grad()
 def test_int8_and_bfloat16_models_have_nearly_the_same_scores() -> None:
     exact = small_model()
@@ -175,6 +176,7 @@ def copier() -> GPT:
     return copying_model()
 
 
+@pytest.mark.integration
 def test_the_induction_head_of_a_copying_model_is_found(copier: GPT) -> None:
     tags = [layer[0].tag for layer in head_roles(copier)]
     assert tags == ["", "prev", "induc"]

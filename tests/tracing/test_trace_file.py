@@ -159,6 +159,7 @@ def test_a_written_trace_is_read_back_unchanged(config: dict[str, Any], tmp_path
         assert trace.footer.finish == original.footer.finish
 
 
+@pytest.mark.integration
 @given(
     n_prompt=st.integers(1, 5),
     n_generated=st.integers(0, 4),

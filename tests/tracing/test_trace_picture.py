@@ -51,6 +51,7 @@ def texts_of(svg: bytes) -> list[str]:
     return ["".join(element.itertext()) for element in root.iter(f"{SVG}text")]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("picture", PICTURES)
 def test_an_svg_has_tokens_as_text_and_no_scripts(trace: Trace, picture: Picture) -> None:
     options = ViewOptions(picture=picture)
@@ -87,6 +88,7 @@ def test_a_narrow_picture_shows_the_complete_seed(picture: Picture) -> None:
     )
 
 
+@pytest.mark.integration
 def test_a_png_has_each_weight_as_its_colour(trace: Trace) -> None:
     from matplotlib import colormaps
     from matplotlib.image import imread
@@ -168,6 +170,7 @@ def test_characters_missing_in_every_font_are_escaped(
     pictures.fonts_for.cache_clear()
 
 
+@pytest.mark.integration
 def test_labels_of_a_long_trace_do_not_overlap() -> None:
     figure = pictures.matrix_figure(small_trace(context_length=200, max_new_tokens=180))
     figure.draw_without_rendering()
@@ -179,6 +182,7 @@ def test_labels_of_a_long_trace_do_not_overlap() -> None:
             assert start > end
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("picture", PICTURES)
 @pytest.mark.parametrize(("format", "start"), [("png", b"\x89PNG"), ("pdf", b"%PDF")])
 def test_every_format_is_drawn_without_a_warning(
@@ -221,6 +225,7 @@ def test_paths_without_a_picture_format_are_refused(
         require_matplotlib(tmp_path / "map.svg")
 
 
+@pytest.mark.integration
 def test_signed_rows_are_drawn_with_diverging_colours_and_signed_numbers() -> None:
     from matplotlib import colormaps
     from matplotlib.collections import QuadMesh

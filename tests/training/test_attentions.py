@@ -53,6 +53,7 @@ def run_config(name: str, **training: Any) -> RunConfig:
     return replace(config, model=shape)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", MODELS)
 def test_every_architecture_trains_and_resumes_with_the_same_bits(
     name: str, data: PreparedData, tmp_path: Path

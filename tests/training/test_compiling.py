@@ -179,6 +179,7 @@ class Failing:
         raise RuntimeError("no C++ compiler\nwas found")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_compiler_failure_falls_back_to_eager_with_the_same_bits(
     where: str, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -114,6 +114,7 @@ def make_losses_nan(trainer: Trainer, *steps: int, micro_batch: int = 0) -> None
     trainer.model.register_forward_hook(hook)
 
 
+@pytest.mark.integration
 def test_the_first_diverged_step_is_named_even_if_logging_is_rare(
     data: PreparedData, tmp_path: Path
 ) -> None:
@@ -142,12 +143,14 @@ def test_a_loss_above_the_divergence_threshold_ends_the_run(
     assert 100 * math.log(257) < loss < math.inf
 
 
+@pytest.mark.integration
 def test_a_falling_loss_never_counts_as_divergence(data: PreparedData, tmp_path: Path) -> None:
     config = config_of("llama", lr=1.0, embedding_lr=1.0, max_steps=40)
     losses = [e.train_loss for e in trainer_of(config, data, tmp_path).run() if hasattr(e, "lr")]
     assert max(losses) > 2 * math.log(257) > losses[-1]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("micro_batch", [0, 1])
 def test_a_skipped_step_leaves_parameters_and_optimizers_unchanged(
     micro_batch: int, data: PreparedData, tmp_path: Path
@@ -209,6 +212,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(data: PreparedData, tmp_pat
     assert all(tensor.isfinite().all() for tensor in tensors)
 
 
+@pytest.mark.integration
 def test_a_resumed_run_continues_counting_skipped_steps(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(on_nan="skip", max_steps=8)
     straight = trainer_of(config, data, tmp_path / "straight")

@@ -173,6 +173,7 @@ def test_a_stopped_run_ends_early_at_the_same_evaluation(
     assert differing(bits(resumed), bits(straight)) == []
 
 
+@pytest.mark.integration
 def test_a_resumed_run_without_validation_text_never_ends_early(
     data: PreparedData, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_resumed_run_without_validation_text_never_ends_early(
     assert resumed.step == 130
 
 
+@pytest.mark.integration
 def test_dropout_starts_after_dropout_start_epochs(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(dropout=0.5, dropout_start=1.0, max_steps=80)
     late, none = (

@@ -113,6 +113,7 @@ def test_a_new_run_starts_a_new_metrics_file(tmp_path: Path) -> None:
     assert lines_of(path) == []
 
 
+@pytest.mark.integration
 def test_metrics_of_a_resumed_run_equal_those_of_an_uninterrupted_one(
     data: PreparedData, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(
     assert differing(one, other) == []
 
 
+@pytest.mark.integration
 def test_the_bitwise_comparison_detects_different_runs(data: PreparedData, tmp_path: Path) -> None:
     """The test above would detect another seed, dropout mask or window."""
     base = trainer_of(config_of(dropout=0.2), data, tmp_path / "base")

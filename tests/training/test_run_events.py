@@ -50,6 +50,7 @@ def test_fine_tuning_without_a_validation_text_is_never_evaluated(
     assert [type(event) for event in events] == [StepEvent, StepEvent, SaveEvent]
 
 
+@pytest.mark.integration
 def test_evaluations_checkpoints_and_samples_do_not_change_training(
     data: PreparedData, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_the_validation_loss_equals_the_checkpoints_loss_on_the_last_tenth(
     assert [event.n_tokens for event in evaluations] == [n_val - 1] * 2
 
 
+@pytest.mark.integration
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(
     data: PreparedData, tmp_path: Path
 ) -> None:

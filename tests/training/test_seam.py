@@ -39,6 +39,7 @@ def test_a_larger_budget_raises_the_learning_rate_by_at_most_a_fifth_per_step(
     assert after[-1] == pytest.approx(scheduled[-1])  # it has reached the new schedule
 
 
+@pytest.mark.integration
 def test_without_a_larger_budget_the_learning_rate_follows_the_schedule(
     data: PreparedData, tmp_path: Path
 ) -> None:
@@ -50,6 +51,7 @@ def test_without_a_larger_budget_the_learning_rate_follows_the_schedule(
     assert rates(resumed) == expected
 
 
+@pytest.mark.integration
 def test_a_run_interrupted_during_the_learning_rate_transition_keeps_its_bits(
     data: PreparedData, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_evaluation_batches_bound_the_memory_of_logits(
     assert seen == [batch_size]
 
 
+@pytest.mark.integration
 def test_accumulated_micro_batches_equal_the_full_batch(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
