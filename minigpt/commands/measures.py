@@ -127,7 +127,7 @@ def _table(comparison: "Comparison", width: int) -> "list[Line]":
 def _cell(interval: "Interval | None") -> str:
     if interval is None:
         return "-"
-    return f"{interval.mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+    return f"{interval.mean:z.2f} [{interval.low:z.2f}, {interval.high:z.2f}]"
 
 
 def _figure(comparison: "Comparison") -> "Figure":

@@ -178,6 +178,8 @@ def test_unsupported_measures_are_omitted_with_the_reason() -> None:
     ]
     with pytest.raises(ConfigError, match="measure logit is not possible"):
         compare(lstm, list(range(12)), measures=("logit",), n_tokens=3)
+    with pytest.raises(ConfigError, match="a model of arch lstm has no attention to show"):
+        compare(model_of({"arch": "lstm", "n_head": 1}), list(range(12)), measures=None, n_tokens=3)
     long = small_model("gpt2", vocab_size=257, context_length=1100)
     with pytest.raises(ConfigError, match="at most 1024"):  # must not be dropped silently
         compare(long, [1] * 1050, measures=("rollout",), n_tokens=1)

@@ -28,6 +28,7 @@ from minigpt.tracing.analysis.tally import rank_correlation
 from minigpt.tracing.analysis_config import MEASURES, AnalysisConfig
 from minigpt.tracing.findings import Trace, TraceStep
 from minigpt.tracing.head_lists import select_heads
+from minigpt.tracing.recorder import RowRecorder
 from minigpt.tracing.tracer import trace
 
 ROLLOUT, DISTANCE, RANDOM, EXACT = "rollout", "distance", "random", "exact"
@@ -140,6 +141,7 @@ def compare_measures(
     """
     left_out: dict[str, str] = {}
     if measures is None:
+        RowRecorder(model)  # an error for a model without attention
         n_positions = min(len(prompt) + sampling.max_new_tokens, model.config.context_length)
         left_out = _impossible(model, config, n_positions)
         measures = [name for name in measure_names() if name not in left_out]
