@@ -35,8 +35,9 @@ def resolve_model(spec: str | None, root: Path = ROOT) -> Path:
     if place := find_model(spec, root):
         return _model_in(place)
     places = _places(spec, root)
-    exists = any(map(os.path.exists, places))  # False for invalid names, where Path.exists raises
-    hub = None if exists or Path(spec).is_relative_to(root) else find_ring("checkpoint.tools.hub")
+    # False for invalid names, where Path.exists raises.
+    is_here = any(os.path.exists(place) or _holds_model(place.parent) for place in places)
+    hub = None if is_here or Path(spec).is_relative_to(root) else find_ring("checkpoint.tools.hub")
     if hub and hub.is_hub_name(spec):
         return hub.download_model(spec)
     if refusals := find_ring("checkpoint.tools.refusals"):

@@ -5,6 +5,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from minigpt.checkpoint.folder import RunFolder
@@ -64,6 +65,8 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     if is_name:
         nearby = [*names_in(Path()), *([SHIPPED] if shipped_model() else [])]
         advice = did_you_mean(spec, [*names_in(root), *nearby])
+    elif steps := [step for place in places for step in _steps_beside(place)]:
+        advice = f"That run has {', '.join(steps)}."
     if not advice:
         advice = remedy(Path(spec).name, names_in(root))
         if is_name:
@@ -75,6 +78,14 @@ def no_model(spec: str, places: Sequence[Path], root: Path) -> CheckpointError:
     where = f" in {str(root)!r}" if is_name else ""
     shown = spec if len(spec) <= 120 else f"{spec[:120]}..."
     return CheckpointError(f"there is no model {shown!r}{where}. {advice}")
+
+
+def _steps_beside(place: Path) -> list[str]:
+    """Return the names of a run's steps if a place would be a step of it, else nothing."""
+    run = RunFolder(place.parent)
+    with suppress(OSError, ValueError):  # no permission, or an impossible name
+        return [run.step_folder(step).name for step in run.steps()]
+    return []
 
 
 def _refused_file(path: Path, advice: str) -> str:
