@@ -197,6 +197,9 @@ def _parameter(
     def parse(text: str) -> Any:
         if metavar in ("TEXT", "PROMPT"):
             _require_utf8(flag, text)
+        if not text and metavar in ("FILE", "FOLDER", "DIR"):
+            # An unset shell variable, which Path would treat as the working directory.
+            raise ConfigError(f"{flag} is empty. Give a path.")
         if about.has_escapes:
             return _unescape(text)
         if choices:

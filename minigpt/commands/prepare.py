@@ -1,5 +1,6 @@
 """minigpt prepare; the command's docstring is its --help."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from minigpt.commands.options import Data, Fields, Json, Option, command
@@ -9,7 +10,6 @@ from minigpt.presets import default_run
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from rich.text import Text
 
@@ -23,7 +23,7 @@ _DEFAULTS = default_run().data
 def prepare(
     data: Data = None,
     *,
-    out: Annotated[str, Option("Folder for the tokens, empty or new", "Run", metavar="DIR")],
+    out: Annotated[Path, Option("Folder for the tokens, empty or new", "Run", metavar="DIR")],
     settings: Annotated[dict[str, Any], Fields(DataConfig, group="Run", defaults=_DEFAULTS)],
     from_: Annotated[
         str | None, Option("Model whose tokenizer to use: a folder or a run", "Run", "MODEL")
@@ -44,8 +44,6 @@ def prepare(
     """
     if "tokenizer" in settings and from_ is not None:
         raise ConfigError("--from brings its own tokenizer. Leave --tokenizer out.")
-    from pathlib import Path
-
     from minigpt import console
     from minigpt.commands import tables
     from minigpt.commands.display.progress import ProgressLine
@@ -56,7 +54,7 @@ def prepare(
 
     config = build(DataConfig, to_dict(_DEFAULTS) | ({"paths": data} if data else {}) | settings)
     note_without_effect(config, settings)
-    folder = Path(out).expanduser()
+    folder = out.expanduser()
     tokenizer = base_folder = None
     if from_ is not None:
         from minigpt.commands.train.finetune import read_base
@@ -82,13 +80,14 @@ def prepare(
         console.note(f"next    {command_line('train', str(folder), *model)}")
 
 
-def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any]:
+def _record(folder: Path, manifest: "Manifest", work: "Work") -> dict[str, Any]:
     return {
         "folder": folder,
         "n_documents": manifest.n_documents,
         "n_bytes": manifest.n_bytes,
         "n_tokens": manifest.n_tokens,
         "n_skipped": manifest.n_skipped,
+        "n_bad_rows": manifest.n_bad_rows,
         "bytes_per_token": manifest.n_bytes / manifest.n_tokens,
         "tokenizer": manifest.tokenizer,
         "n_shards": len(manifest.shards),
@@ -98,7 +97,7 @@ def _record(folder: "Path", manifest: "Manifest", work: "Work") -> dict[str, Any
     }
 
 
-def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text]":
+def _lines(folder: Path, manifest: "Manifest", work: "Work") -> "Iterator[Text]":
     from minigpt.commands.tables import fact_lines
     from minigpt.format import count, with_unit
     from minigpt.text.escape import one_line
@@ -111,7 +110,7 @@ def _lines(folder: "Path", manifest: "Manifest", work: "Work") -> "Iterator[Text
     return fact_lines(
         {
             "folder": one_line(str(folder)),
-            "text": f"{manifest.n_bytes:,} bytes, {count(manifest.n_documents, 'document')}",
+            "text": f"{count(manifest.n_bytes, 'byte')}, {count(manifest.n_documents, 'document')}",
             "tokens": f"{manifest.n_tokens:,} ({one_line(manifest.tokenizer)}), "
             f"{manifest.n_bytes / manifest.n_tokens:.3f} bytes/token",
             "speed": speed,

@@ -118,6 +118,13 @@ def test_a_bad_value_is_a_config_error(
     assert str(caught.value) == message
 
 
+def test_an_empty_path_is_refused_instead_of_meaning_the_working_directory(run: Run) -> None:
+    for words in (["prepare", "--out"], ["claims", "--out"], ["checkpoints", "import", "ckpt.pt"]):
+        result = run(*words, "")
+        assert result.code == 2
+        assert error_line(result).endswith(" is empty. Give a path.")
+
+
 def test_fields_contains_only_typed_options_nested_like_the_config() -> None:
     got: list[dict[str, Any]] = []
 

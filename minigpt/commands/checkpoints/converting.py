@@ -90,6 +90,8 @@ def import_(
     """
     from minigpt.checkpoint.tools.pickled import import_pickled
 
+    if not folder:
+        raise ConfigError("FOLDER is empty. Give a path.")
     if os.path.lexists(folder):
         raise ConfigError(f"{folder!r} exists already. Choose another FOLDER.")
     imported = import_pickled(
