@@ -269,6 +269,7 @@ def test_a_text_too_short_to_predict_is_refused(run: Run, tmp_path: Path) -> Non
     assert "too little text: the first of its tokens (1 here)" in error_line(letter)
     two = evaluated(run, *words, stdin=b"xy")
     assert (two["n_tokens"], two["n_bytes"]) == (1, 1)
+    assert "predicted   1 token, 1 byte\n" in run("evaluate", *words, stdin=b"xy").out
 
 
 def test_a_model_without_tokenizer_or_with_a_nan_loss_is_refused(run: Run, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_bad_row_is_refused_with_its_number_or_skipped_and_reported(run: Run) 
     assert line.startswith("line 3 of 'bad.jsonl' has no \"text\" string: it is null")
     assert "--skip-bad" in line
     facts, said = prepared(run, "bad.jsonl", "--skip-bad", "--out", "a")
-    assert facts["n_documents"] == 40
+    assert (facts["n_documents"], facts["n_bad_rows"]) == (40, 1)
     assert said.startswith("note   1 row was left out; the first: line 3 of 'bad.jsonl'")
 
 
@@ -87,6 +87,8 @@ def test_evaluate_reads_the_same_formats_as_training(run: Run, trained: Path) ->
         facts = evaluated(run, *words, *model)
         assert facts["nats_per_token"] == pytest.approx(good["nats_per_token"], rel=1e-6)
         assert (facts["n_tokens"], facts["n_bytes"]) == (good["n_tokens"], good["n_bytes"])
+        assert facts["n_bad_rows"] == ("--skip-bad" in words)
+    assert 'has no "" string' in error_line(run("evaluate", "good.jsonl", "--field", "", *model))
     wide = evaluated(run, "wide.txt", "--encoding", "utf-16", *model)
     assert wide["n_bytes"] == len("\n".join(TEXTS))
     assert "line 3" in error_line(run("evaluate", "bad.jsonl", *model))

@@ -18,7 +18,7 @@ class EvaluationConfig(Checked):
     val_fraction: float | None = option(None, "(0, 1)", group="Text", shown="all")
     """Fraction of the text to evaluate on: the part that training on it would validate on."""
     eval_tokens: int | None = option(None, "[1, inf)", group="Text", shown="all")
-    """Maximum number of tokens to predict, in evenly spaced windows."""
+    """Maximum number of tokens to predict, in evenly spaced windows, at least one."""
     format: Literal["text", "jsonl", "json", "csv", "parquet"] | None = option(
         None, group="Text", shown="by suffix or content"
     )

@@ -23,7 +23,7 @@ from minigpt.commands.train.explanations import slow_dtype_note
 from minigpt.config import DataConfig, ModelConfig, RunConfig
 from minigpt.errors import CheckpointError, ConfigError, DataError
 from minigpt.evaluation import evaluate, windows_at_once
-from minigpt.format import duration, short
+from minigpt.format import count, duration, short
 from minigpt.generation.loading import load
 from minigpt.model.device import inference_dtype, resolve_device
 from minigpt.rings import find_ring, ring
@@ -100,6 +100,7 @@ def measure(
         "n_tokens": result.n_tokens,
         "n_bytes": result.n_bytes,
         "n_skipped": data.manifest.n_skipped,
+        "n_bad_rows": getattr(data.manifest, "n_bad_rows", 0),  # of the ring of corpora
         **windows,
         "device": device.type,
         "dtype": str(dtype).removeprefix("torch."),
@@ -148,7 +149,8 @@ def _require_trained_on(data: PreparedData, text: DataConfig, folder: Path) -> N
 def _reading(config: EvaluationConfig) -> dict[str, Any]:
     """Return those given options that change how a text is read."""
     words = "format field encoding skip_bad special skip_unencodable chat loss_on chat_template"
-    return {name: getattr(config, name) for name in words.split() if getattr(config, name)}
+    given = {name: getattr(config, name) for name in words.split()}
+    return {name: value for name, value in given.items() if value not in (None, False)}
 
 
 def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | None]:
@@ -255,8 +257,8 @@ def lines(result: dict[str, Any]) -> Iterator[Text]:
             "loss": f"{result['nats_per_token']:.4f} nats/token, "
             f"{result['bits_per_byte']:.4f} bits/byte",
             "perplexity": f"{result['perplexity']:,.4g}",
-            "predicted": f"{result['n_tokens']:,} tokens, {result['n_bytes']:,} bytes",
-            "windows": f"{result['context_length']} tokens, stride {result['stride']}",
+            "predicted": ", ".join(count(result[f"n_{word}s"], word) for word in ("token", "byte")),
+            "windows": f"{count(result['context_length'], 'token')}, stride {result['stride']}",
             "speed": f"{short(result['tokens_per_s'])} tok/s, {time_} on {result['device']} "
             f"in {result['dtype']}" + (f", {quantize} weights" if quantize else ""),
         }
