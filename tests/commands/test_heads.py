@@ -144,10 +144,11 @@ def test_damaged_and_too_small_models_are_refused(run: Run, workplace: Path) -> 
     result = run("heads", "--model", str(workplace / "small"))
     assert result.code == 2
     assert "a context of at least 6 positions" in error_line(result)
-    model = small_model(vocab_size=257)
-    with torch.no_grad():
-        model.blocks[1].attention.query.weight[0, 0] = math.nan
-    write_model(workplace / "nan", model, BytesTokenizer())
-    result = run("heads", "--model", str(workplace / "nan"))
-    assert result.code == 4
-    assert "its weights are damaged" in error_line(result)
+    for damaged in ("blocks.1.attention.query.weight", "blocks.1.mlp.down.weight"):
+        model = small_model(vocab_size=257)
+        with torch.no_grad():
+            model.get_parameter(damaged)[0, 0] = math.nan
+        write_model(workplace / damaged, model, BytesTokenizer())
+        result = run("heads", "--model", str(workplace / damaged))
+        assert result.code == 4
+        assert "its weights are damaged" in error_line(result)

@@ -42,22 +42,23 @@ def head_roles(model: LanguageModel, *, seed: int = 0) -> tuple[tuple[Roles, ...
 
     Args: seed, of the random tokens.
     Raises: ConfigError if the model has no attention, or its context or vocabulary is too small for
-        a repeated sequence; CheckpointError for NaN or inf in the attention weights.
+        a repeated sequence; CheckpointError for NaN or inf in the attention weights or logits.
     """
     recorder = RowRecorder(model)
     recorder.needs_queries = True
     with torch.inference_mode():
-        model(repeated_sequences(model, seed=seed), recorder=recorder, logits_to_keep=1)
+        sequences = repeated_sequences(model, seed=seed)
+        logits = model(sequences, recorder=recorder, logits_to_keep=1)
         attention = recorder.attention
         assert attention.queries is not None
         assert attention.keys is not None
         heads = zip(model.attentions, attention.queries, attention.keys, strict=True)
         # One layer at a time, to keep only one layer's weights in memory.
         scores_LH5 = torch.stack([role_scores(one.score.weights(q, k)) for one, q, k in heads])
-    if not scores_LH5.isfinite().all():
+    if not (scores_LH5.isfinite().all() and logits.isfinite().all()):
         raise CheckpointError(
-            "the model's attention has NaN or inf, so its weights are damaged. Use another "
-            "checkpoint, or download it again."
+            "the model's attention or its logits have NaN or inf, so its weights are damaged. Use "
+            "another checkpoint, or download it again."
         )
 
     def roles(*scores: float) -> Roles:
