@@ -70,14 +70,16 @@ def main() -> None:
     arguments = parser.parse_args()
     words = ["--seed", "0", "--max-new-tokens", arguments.max_new_tokens]
     words += ["--num-samples", arguments.num_samples]
-    for pair in arguments.models:
-        name, _, model = pair.partition("=")
+    models = [pair.partition("=")[::2] for pair in arguments.models]
+    for name, model in models:  # before minutes of work
+        if not model or f"<!-- end {name} -->\n" not in PAGE.read_text(encoding="utf-8"):
+            parser.error(f"{name}={model}: give NAME, of a table in {PAGE.name}, and MODEL")
+    for name, model in models:
         found = compared(model, PROMPTS.get(name, "Once upon a time"), words)
         text = PAGE.read_text(encoding="utf-8")
         first, last = f"<!-- {name} -->\n", f"<!-- end {name} -->\n"
         before, _, rest = text.partition(first)
         _, _, after = rest.partition(last)
-        assert after, f"{PAGE} has no {first}"
         PAGE.write_text(f"{before}{first}\n{table(found)}\n\n{last}{after}", encoding="utf-8")
         print(f"{name}\n\n{table(found)}\n")
 
