@@ -227,6 +227,8 @@ def damages() -> dict[str, Callable[[list[Any]], Any]]:
         "unknown finish reason": setting(2, "finish_reason", to="<b>"),
         "empty effect": setting(2, "effects", to=[{}]),
         "missing row": setting(2, "rows", to=[]),
+        "a step lost in the middle": lambda lines: lines.pop(3),
+        "the last steps lost": lambda lines: lines.__delitem__(slice(-3, -1)),
         "missing field": lambda lines: lines[2].pop("certain_text"),
         "heads of the wrong shape": setting(2, "rows", 0, "heads", "sink", to=[[0.5]]),
         "heads that attend to the future": setting(
@@ -244,6 +246,19 @@ def test_a_damaged_trace_is_a_data_error_that_names_the_line(
     path = tmp_path / "t.jsonl"
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     with pytest.raises(DataError, match=r"^line \d+ of .*t\.jsonl.* is not valid in a trace"):
+        read_traces(path)
+
+
+@pytest.mark.parametrize("options", [{"prompt_rows": True}, {"max_new_tokens": 0}])
+def test_a_trace_that_lost_its_last_rows_of_the_prompt_is_a_data_error(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    path = written(tmp_path / "t.jsonl", small_trace(**options))
+    lines = path.read_text().splitlines(keepends=True)
+    n_steps = len(lines) - 2
+    assert len(read_traces(path)[0].steps) == n_steps
+    path.write_text("".join([*lines[:-2], lines[-1]]))
+    with pytest.raises(DataError, match=f"{n_steps - 1} of {n_steps} steps come before its"):
         read_traces(path)
 
 

@@ -180,6 +180,8 @@ class _Reader:
         end = findings.TraceFooter(len(self.tokens) - len(self.header.prompt), None, 0.0, None)
         if footer is not None:
             reason = footer["finish_reason"]
+            if reason != INTERRUPTED:
+                self._check_complete(_checked(footer["n_tokens"], int, "n_tokens"))
             end = _read(
                 findings.TraceFooter,
                 footer,
@@ -189,6 +191,15 @@ class _Reader:
                 workings=tuple(map(self._working, _objects({"workings": []} | footer, "workings"))),
             )
         return findings.Trace(self.header, tuple(self.steps), end)
+
+    def _check_complete(self, n_tokens: int) -> None:
+        """Refuse the footer of a trace that lost its last steps."""
+        n_expected = n_tokens
+        has_prompt_rows = self.steps and self.steps[0].token.position < len(self.header.prompt)
+        if has_prompt_rows or self.header.sampling.max_new_tokens == 0:
+            n_expected += len(self.header.prompt) - 1
+        if len(self.steps) != n_expected:
+            raise ValueError(f"{len(self.steps)} of {n_expected} steps come before its footer")
 
     def _working(self, value: dict[str, Any]) -> findings.HeadWorking:
         n_tokens, d_head = len(self.tokens), self.header.d_head
