@@ -332,6 +332,18 @@ def test_models_without_linear_logits_are_refused_by_name() -> None:
         MeasureRecorder(Scaled(small_model().config), measures=("logit",))
 
 
+@pytest.mark.parametrize("name", ["final_norm", "unembedding"])
+def test_a_hook_between_the_residual_stream_and_the_logits_is_refused(name: str) -> None:
+    model = small_model("llama", vocab_size=257, tie_embeddings=False)
+    options: Any = {"tokenizer": BytesTokenizer(), "seed": 1, "max_new_tokens": 1}
+    with (
+        getattr(model, name).register_forward_hook(lambda *call: call[2] * 2),
+        pytest.raises(ConfigError, match=f"the forward hooks of its {name} may change the logits"),
+    ):
+        minigpt.trace(model, "to", measure="logit", **options)
+    assert minigpt.trace(model, "to", measure="logit", **options).steps
+
+
 @pytest.mark.integration
 def test_sampling_does_not_depend_on_the_measure() -> None:
     plain = small_trace()

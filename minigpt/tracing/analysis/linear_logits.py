@@ -28,6 +28,10 @@ def why_not_linear(model: LanguageModel) -> str:
         return "it has no residual stream"
     if type(model).logits is not LanguageModel.logits:
         return "it overrides how logits are computed"
+    for name in ("final_norm", "unembedding"):
+        module = getattr(model, name)
+        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
+            return f"the forward hooks of its {name} may change the logits"
     norms = [model.final_norm, *(norm for norm in _branch_norms(model) if norm is not None)]
     others = [n for n in norms if not isinstance(n, nn.LayerNorm | RMSNorm)]
     return f"the scale of its norm {type(others[0]).__name__} is not known" if others else ""
