@@ -25,7 +25,7 @@ from minigpt.training.world import to_local
 
 LARGE_TEXT = 2.0
 """Training tokens per parameter from which a text counts as large."""
-SMALL_TEXT = 0.015
+SMALL_TEXT = 0.025
 """Training tokens per parameter below which a text counts as small."""
 EVAL_SHARE = 0.1
 """Maximum FLOPs of evaluation, as a fraction of those of training."""

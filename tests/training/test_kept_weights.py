@@ -270,6 +270,17 @@ def test_smaller_texts_get_more_dropout_and_fewer_steps() -> None:
     assert steps[-1] == math.inf
 
 
+@pytest.mark.parametrize(
+    ("kilobytes", "n_tokens", "dropout"), [(20, 14_772, 0.25), (60, 36_107, 0.1)]
+)
+def test_the_shortest_text_of_the_measurements_has_the_larger_dropout(
+    kilobytes: int, n_tokens: int, dropout: float
+) -> None:
+    """Compare with docs/training.md: training tokens of tiny Shakespeare's beginning for nano."""
+    n_parameters = 640_000 + 2 * 192 * (257 + kilobytes)
+    assert text_settings(n_tokens, n_parameters, 1024)["model"]["dropout"] == dropout
+
+
 def test_without_validation_text_the_best_step_is_the_latest(
     data: PreparedData, tmp_path: Path
 ) -> None:
