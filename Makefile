@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed-dev
 
 .PHONY: help demo docs test test-integration test-slow test-rings test-dist test-browser test-gpu torture check format bench clean
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /' | column -t -s :
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-18s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(RUNTIME): pyproject.toml setup.py constraints.txt install.py
 	@$(PYTHON) install.py

@@ -51,10 +51,10 @@ def main() -> None:
     extras = f"[{','.join(sys.argv[1:])}]" if sys.argv[1:] else ""
     requirements = ["--constraint", "constraints.txt", "--editable", f".{extras}"]
     say("Installing minigpt and PyTorch into .venv, once.")
-    if not PYTHON.with_suffix(".exe" if os.name == "nt" else "").exists():
-        run(sys.executable, "-m", "venv", VENV, check=True)
-    say("  installing uv, which installs the packages")
     pip = [PYTHON, "-m", "pip", "--disable-pip-version-check"]
+    if not has_pip() and (failed := run(sys.executable, "-m", "venv", VENV).returncode):
+        sys.exit(failed)  # it has printed the remedy, such as a package of Debian
+    say("  installing uv, which installs the packages")
     run(*pip, "install", "--quiet", "uv", stderr=subprocess.DEVNULL)
     listed = run(*pip, "config", "list", stdout=subprocess.PIPE, text=True)
     environment = uv_environment(listed.stdout) | os.environ
@@ -78,6 +78,13 @@ def main() -> None:
             say("  PyTorch's own index cannot be used; using PyTorch from your package index")
     say("uv failed; installing with pip.")
     sys.exit(run(*pip, "install", *requirements).returncode)
+
+
+def has_pip() -> bool:
+    """Return whether .venv has pip, which is missing if its creation was interrupted."""
+    is_there = PYTHON.with_suffix(".exe" if os.name == "nt" else "").exists()
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return is_there and not run(PYTHON, "-m", "pip", "--version", **quiet).returncode
 
 
 def install_with_progress(*words, env: dict[str, str]) -> bool:
@@ -128,4 +135,7 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

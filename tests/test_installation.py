@@ -172,6 +172,24 @@ def test_pip_output_is_shown_only_if_the_installation_fails(
     assert ("+ torch==2" in shown) != done
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell script in place of Python")
+def test_an_environment_without_pip_counts_as_interrupted(tmp_path: Path) -> None:
+    has_pip = runpy.run_path(str(ROOT / "install.py"))["has_pip"]
+    python = has_pip.__globals__["PYTHON"] = tmp_path / "python"
+    assert not has_pip()
+    for code in (0, 1):
+        python.write_text(f"#!/bin/sh\nexit {code}\n")
+        python.chmod(0o755)
+        assert has_pip() == (code == 0)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_help_shows_each_target_with_its_whole_description() -> None:
+    described = re.findall(r"^([a-z-]+):.*?## (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
+    assert [tuple(line.split(maxsplit=1)) for line in shown.stdout.splitlines()] == described
+
+
 def test_install_and_demo_need_the_standard_library_only() -> None:
     for name in ("install.py", "demo.py"):
         imported = re.findall(r"^(?:from|import) (\w+)", (ROOT / name).read_text(), re.MULTILINE)
