@@ -121,6 +121,14 @@ def test_a_second_ctrl_c_exits_immediately_and_keeps_the_checkpoints(
     assert run("train", "--resume", "--name", "a").code == 0
 
 
+def test_a_renamed_run_resumes_under_any_name_of_a_folder(run: Run) -> None:
+    assert run("train", "corpus.txt", "--name", "a", *TINY).code == 0
+    Path("checkpoints/a").rename("checkpoints/my ü run")
+    assert run("train", "--resume", "--name", "my ü run", "--max-steps", "5").code == 0
+    assert RunFolder(Path("checkpoints/my ü run")).steps() == [4, 5]
+    assert "is not a folder name" in run("train", "--resume", "--name", "../a").err
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_repeated_signal_still_saves_a_checkpoint(
     run: Run, monkeypatch: pytest.MonkeyPatch, name: str

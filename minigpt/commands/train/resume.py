@@ -51,10 +51,13 @@ def resumed_job(request: Request) -> Iterator[Job]:
     Raises: CheckpointError if there is none; ConfigError for a setting that cannot change.
     """
     name = request.name
+    names = names_in(ROOT)
     for path in given(request.overrides, "data", "paths") or ():
-        if not os.path.lexists(path) and path in names_in(ROOT):
+        if not os.path.lexists(path) and path in names:
             raise ConfigError(f"{path!r} is a run, not a text. Resume it with --name {path}.")
-    run = _newest_run() if name is None else RunFolder(ROOT / checked_name(name))
+    if name is not None and name not in names:  # a run may have been renamed
+        checked_name(name)
+    run = _newest_run() if name is None else RunFolder(ROOT / name)
     _require_checkpoint(run, hashes=False)
     with request.lock(run):
         saved = _saved_config(run)
