@@ -361,6 +361,25 @@ def test_settings_of_numpy_torch_and_pathlib_equal_those_of_python(text: Path) -
     assert minigpt.evaluate(run, stride=np.int64(32))["stride"] == 32
 
 
+def test_train_takes_a_validation_text_threads_and_a_logger_as_the_command_does(text: Path) -> None:
+    other = text.with_name("other.txt")
+    other.write_text("Once upon a time there was a king.\n" * 9)
+    n_threads: list[int] = []
+
+    def count(event: Any) -> None:
+        n_threads.append(torch.get_num_threads())
+
+    more: dict[str, Any] = {"report_to": "none", "threads": np.int64(1), "on_event": count}
+    run = minigpt.train(text, name="a", val=other, **TINY | more)
+    assert read_toml(run / "config.toml")["data"]["val"] == [str(other)]
+    assert set(n_threads) == {1}
+    for wrong, said in ({"threads": 0}, "threads must be"), ({"report_to": "x"}, "report_to 'x'"):
+        with pytest.raises(ConfigError, match=said):
+            minigpt.train(text, **TINY, **wrong)
+    with pytest.raises(ConfigError, match="threads must be"):
+        minigpt.evaluate(run, threads=0)
+
+
 def test_devices_and_dtypes_of_torch_equal_their_names(text: Path) -> None:
     place: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.bfloat16}
     run = minigpt.train(text, name="a", save_dtype=torch.float16, **TINY | place)

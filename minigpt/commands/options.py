@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import typer
 
 from minigpt.errors import ConfigError, require_choice
-from minigpt.fields import choices_in, option, parts_of, plain_key, require_within
+from minigpt.fields import Checked, choices_in, option, parts_of, plain_key, require_within
 from minigpt.presets import DEFAULT_PRESET, PRESETS
 from minigpt.rings import find_ring
 from minigpt.run_config import DataConfig, Device, Dtype, Quantization
@@ -281,7 +281,7 @@ THREADS = "[1, 1024]"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSource:
+class ModelSource(Checked):
     """Which model to load, and how to run it."""
 
     model: str | None = option(None, group="Model", metavar="PATH", shown="the newest run")

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from minigpt.commands.loading import use_threads
 from minigpt.commands.options import ModelSource
 from minigpt.commands.train.job import Request, open_job
 from minigpt.commands.train.run import Display, train_job
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
-from minigpt.errors import ConfigError, cut, nearest
+from minigpt.errors import ConfigError, cut, nearest, require_choice
 from minigpt.fields import plain_key
 from minigpt.generation.api import model_name, plain_value, torch_defaults
 from minigpt.rings import ring
@@ -33,6 +34,8 @@ def train(
     name: str | None = None,
     resume: bool = False,
     on_event: Callable[[Event], None] | None = None,
+    report_to: str | None = None,
+    threads: int | None = None,
     **settings: Any,
 ) -> Path:
     """Train a model from text, as ``minigpt train`` does, and return the folder of its run.
@@ -50,6 +53,7 @@ def train(
         name: name of the folder in checkpoints/. None derives one.
         resume: whether to continue that run, or the newest one.
         on_event: called with each event of training/events.py.
+        report_to, threads: as for the command.
         settings: fields of ModelConfig, TrainingConfig and DataConfig, preset, and from_ (a model
             to fine-tune).
     Returns: checkpoints/NAME, which ``minigpt.generate``, ``trace`` and ``evaluate`` accept.
@@ -61,14 +65,19 @@ def train(
         raise ConfigError(
             "minigpt.train runs in one process. Under torchrun, use the command minigpt train."
         )
-    paths = _texts(data)
+    paths = _texts("data", data)
     given = {"data": {"paths": paths}} if paths else {}
+    threads = build(ModelSource, {"threads": plain_value(threads)}).threads
+    if report_to is not None:
+        require_choice("report_to", report_to, ("tensorboard", "none"))
     name = plain_value(name)
     if not isinstance(name, str | None):
         raise ConfigError(f"name must be text: it is of type {type(name).__name__}.")
     request = Request(name, merge(given, _nested(settings)), 1, lambda progress: None)
-    with _TRAINING, _own_torch_state(), open_job(request, resume=resume) as job:
-        trainer, signal = train_job(job, _Listener(on_event))
+    with _TRAINING, _own_torch_state():
+        use_threads(threads)
+        with open_job(request, resume=resume) as job:
+            trainer, signal = train_job(job, _Listener(on_event), report_to)
     if signal:
         raise KeyboardInterrupt
     return trainer.folder.path
@@ -97,16 +106,16 @@ def evaluate(model: str | Path | None = None, data: Paths = (), **options: Any) 
     if unknown := next(iter(options.keys() - names), None):
         raise ConfigError(f"unknown setting {unknown}. {nearest(unknown, [*names, *sources])}")
     source = build(ModelSource, about | {"model": model_name(model)})
-    config = build(config_class, options | {"data": _texts(data)})
+    config = build(config_class, options | {"data": _texts("data", data)})
     with _own_torch_state():
         return ring("commands.evaluate.measuring").measure(config, source, is_quiet=True)
 
 
-def _texts(data: Paths) -> list[str]:
+def _texts(name: str, data: Paths) -> list[str]:
     paths = [data] if isinstance(data, str | Path) else data
     if not isinstance(paths, list | tuple) or not all(isinstance(p, str | Path) for p in paths):
         raise ConfigError(
-            f"data must be a path or a list of paths: it is {cut(data)}, of type "
+            f"{name} must be a path or a list of paths: it is {cut(data)}, of type "
             f"{type(data).__name__}."
         )
     return [str(path) for path in paths]
@@ -138,7 +147,7 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
     tops = [plain_key(f.name) for f in fields(RunConfig) if f.name not in _TABLES]
     nested: dict[str, Any] = {}
     for name, value in settings.items():
-        value = plain_value(value)
+        value = _texts(name, value) if name in ("paths", "val") else plain_value(value)
         if plain_key(name) in tops:
             nested[plain_key(name)] = value
         elif name in tables:
