@@ -13,7 +13,7 @@ from minigpt.text.escape import token_name
 from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import Row, Source, Token
 from minigpt.tracing.findings import TraceStep, shown_probability
-from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
+from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, encodable, fit, heat, percent
 
 _STEP_WIDTH = 4
 _BYTE_WIDTH = 4  # \xe2
@@ -59,15 +59,16 @@ class TraceLayout:
         vocab_size: int,
         n_positions: int,
         n_sources: int | None = None,
+        encoding: str = "utf-8",
     ) -> None:
         """Choose the widths of the columns.
 
         Args: width, of the terminal in cells, 40 or more; measures, of each row, in order;
             vocab_size, small for byte tokens; n_positions, the maximum number of positions;
             n_sources, the number of sources per token, wrapped if they do not fit, or None for as
-            many as fit in one line.
+            many as fit in one line; encoding, of the terminal.
         """
-        self.width, self.measures = width, measures
+        self.width, self.measures, self.encoding = width, measures, encoding
         self.position_width = max(3, len(str(n_positions - 1)))
         is_bytes = vocab_size <= 300
         # The widest columns that fit two sources, else the widest that fit one.
@@ -121,7 +122,7 @@ class TraceLayout:
         Args: names, of all tokens by position. Empty to show tokens as bytes.
         """
         row = step.row
-        name = fit(name_of(step.token, names), self.token_width)
+        name = fit(self.name_of(step.token, names), self.token_width)
         first: Line = [
             (f"{step.index + 1:>{_STEP_WIDTH}} ", "dim"),
             (name, "plain" if step.is_given else "token"),
@@ -147,7 +148,7 @@ class TraceLayout:
         return percent(rows[0].sink)
 
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
-        token = fit(name_of(source.token, names), self.source_token_width)
+        token = fit(self.name_of(source.token, names), self.source_token_width)
         drawn = f" {bar(source.weight, self.widths.bar)}" if self.widths.bar else ""
         return [
             (f" {source.token.position:>{self.position_width}} ", "dim"),
@@ -166,7 +167,7 @@ class TraceLayout:
     def _rest(self, rows: Sequence[Row], sources: Sequence[Source]) -> str:
         return percent(rows[0].rest or 0.0)
 
-
-def name_of(token: Token, names: Sequence[str]) -> str:
-    """Return the name to show for a token, or its bytes if there are no names."""
-    return names[token.position] if names else token_name(token.data)
+    def name_of(self, token: Token, names: Sequence[str]) -> str:
+        """Return the name to show for a token, or its bytes if there are no names."""
+        name = names[token.position] if names else token_name(token.data)
+        return encodable(name, self.encoding)

@@ -12,6 +12,7 @@ Line = list[Span]
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEAT_BOUNDS = (0.05, 0.12, 0.25, 0.5)
+_MARKS = "␣…⋯∅"
 BAR_WIDTH = 3
 SHARE_WIDTH = 3
 
@@ -39,6 +40,17 @@ def cell_len(text: str) -> int:
         return len(text)
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def encodable(text: str, encoding: str) -> str:
+    """Escape the characters that an encoding lacks, before the width of a text is measured.
+
+    Marks that ``print_lines`` replaces by others of the same width stay.
+    """
+    if text.isascii() or encoding == "utf-8":
+        return text
+    escaped = (c.encode(encoding, "backslashreplace").decode(encoding) for c in text)
+    return "".join(c if c in _MARKS else e for c, e in zip(text, escaped, strict=True))
 
 
 def fit(text: str, width: int) -> str:

@@ -11,7 +11,7 @@ from minigpt.tracing.events import Token
 from minigpt.tracing.findings import TraceFooter, TraceHeader
 from minigpt.tracing.head_lists import HeadSelection
 from minigpt.tracing.lines import TraceLayout
-from minigpt.tracing.spans import Line, cell_len, fit
+from minigpt.tracing.spans import Line, cell_len, encodable, fit
 from minigpt.tracing.wrapping import fit_end, fit_start, one_line_label, wrapped
 
 _LABEL_WIDTH = 9
@@ -33,7 +33,7 @@ _ENDINGS = {
 }
 
 
-def header_lines(header: TraceHeader, width: int) -> list[Line]:
+def header_lines(header: TraceHeader, width: int, encoding: str = "utf-8") -> list[Line]:
     """Return the lines above a trace: model, measure, options and the prompt's tokens."""
     room = width - _LABEL_WIDTH
     lines: list[Line] = [
@@ -46,7 +46,7 @@ def header_lines(header: TraceHeader, width: int) -> list[Line]:
         lines += wrapped(f"position {header.sink}, {header.sink_rule}", width, label="sink     ")
     if header.roles is not None or header.n_verified or header.against is not None:
         lines += ring("tracing.analysis.lines").header_lines(header, width)
-    lines += _prompt_lines(header.prompt, width)
+    lines += _prompt_lines(header.prompt, width, encoding)
     if header.sampling.max_new_tokens:
         text = f"from {len(header.prompt)} on: generated tokens"
         lines.append([(" " * _LABEL_WIDTH, "plain"), (fit_end(text, room), "dim")])
@@ -118,9 +118,10 @@ def _checks(footer: TraceFooter) -> str:
     return (f"; checks passed: {' and '.join(passed)}" if passed else "") + failed
 
 
-def _prompt_lines(prompt: Sequence[Token], width: int) -> list[Line]:
+def _prompt_lines(prompt: Sequence[Token], width: int, encoding: str) -> list[Line]:
     """List the tokens of the prompt with their positions in columns, omitting the middle."""
     names = JoinedTokens(token.data for token in prompt).names
+    names = [encodable(name, encoding) for name in names]
     room = max(width - _LABEL_WIDTH, 1)
     number_width = len(str(len(names) - 1))
     name_width = min(

@@ -1,5 +1,6 @@
 """Lines of a trace for a terminal."""
 
+import io
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,8 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from small_traces import HOSTILE, WIDTHS, cells, row_of, small_trace, step_of, text_of
 
+from minigpt.styles import print_lines
 from minigpt.tracing.analysis_config import Measure
 from minigpt.tracing.findings import Effect, TraceStep
 from minigpt.tracing.lines import TraceLayout, make_layout
@@ -88,6 +91,24 @@ def test_columns_are_aligned(width: int, measures: tuple[Measure, ...]) -> None:
             (line,) = layout.step(step_with(token, sources, measures, index=i))
             ends.add(cells(text_of(line)))
     assert len(ends) == 1
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("measures", [("weight",), BOTH])
+def test_columns_are_aligned_if_tokens_are_escaped_for_an_encoding(
+    encoding: str, measures: tuple[Measure, ...]
+) -> None:
+    layout = make_layout(
+        100, vocab_size=50_257, n_positions=1000, measures=measures, encoding=encoding
+    )
+    lines = [layout.heading()]
+    for i, token in enumerate(HOSTILE):
+        sources = (HOSTILE[i:] + HOSTILE)[: layout.n_sources]
+        lines += layout.step(step_with(token, sources, measures, index=i))
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding, errors="backslashreplace")
+    print_lines(Console(file=stream, width=100), lines)
+    assert len({len(line) for line in file.getvalue().splitlines()}) == 1
 
 
 def test_a_line_shows_the_numbers_of_its_step() -> None:

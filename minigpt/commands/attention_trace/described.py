@@ -94,7 +94,7 @@ class DescribedOutput(TraceOutput):
         if isinstance(event, TraceHeader):
             self._joined = JoinedTokens(token.data for token in event.prompt)
             self._header, self._n_rows = event, 0
-            lines = header_lines(event, width)
+            lines = header_lines(event, width, self.console.encoding)
             if self._is_named and _share_file(sys.stdout, sys.stderr):
                 del lines[0]  # the model, shown already
             lines += legend(self._layout, event)
@@ -130,8 +130,10 @@ def output_for(
     """Return the output for the traces of a prompt, and their config with what it needs."""
     shape = prompted.model.config
     end = len(prompted.prompt) + sampling.max_new_tokens
+    console = make_console(is_stderr=False)
     layout = make_layout(
-        make_console(is_stderr=False).width,
+        console.width,
+        encoding=console.encoding,
         vocab_size=shape.vocab_size,
         n_positions=min(shape.context_length, end),
         n_sources=config.n_sources,

@@ -271,6 +271,7 @@ class FileOutput(DescribedOutput):
         options = ring("tracing.views").ViewOptions(
             position=self._targets.position,
             width=self.console.width,
+            encoding=self.console.encoding,
             height=self.console.height - _LINES_BELOW if sys.stdout.isatty() else None,
             has_colour=self.console.color_system in ("256", "truecolor")
             and not self.console.no_color,

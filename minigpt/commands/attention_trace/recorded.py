@@ -20,7 +20,7 @@ from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import DIGITS, N_SOURCES
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.lines import make_layout
-from minigpt.tracing.spans import Line, bar, fit, heat, percent
+from minigpt.tracing.spans import Line, bar, encodable, fit, heat, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.wrapping import fit_start, one_line_label, wrapped
 
@@ -50,8 +50,10 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
     for trace in traces:
         if targets.position is not None:  # before a line is shown
             ring("tracing.views").ViewOptions(position=targets.position).step(trace)
+        console = make_console(is_stderr=False)
         layout = make_layout(
-            make_console(is_stderr=False).width,
+            console.width,
+            encoding=console.encoding,
             vocab_size=1 + max(token.id for token in trace.tokens),
             n_positions=len(trace.tokens),
             n_sources=n_sources,
@@ -82,9 +84,10 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     source = "top of first".ljust(5 + _TOKEN_WIDTH)
     is_weight = {one.header.measures[0], other.header.measures[0]} == {"weight"}
     differ = "moved" if is_weight else "differ"  # only attention weights move
+    names = [encodable(name, console.encoding) for name in one.joined.names]
     title = f"step {'token':<{_TOKEN_WIDTH}} {differ:<11} bits   ln p  {source}  top of second"
     lines += [[], [(title, "dim")]]
-    lines += [_line(number, diff, one.joined.names) for number, diff in enumerate(diffs, start=1)]
+    lines += [_line(number, diff, names) for number, diff in enumerate(diffs, start=1)]
     print_lines(console, [*lines, [], *wrapped(_summary(diffs, is_weight), console.width)])
 
 

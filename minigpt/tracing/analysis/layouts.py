@@ -13,7 +13,7 @@ from typing import Any
 from minigpt.tracing.analysis_config import Measure, facts_of
 from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import ROUNDING, Row, Source
-from minigpt.tracing.lines import ColumnWidths, TraceLayout, name_of
+from minigpt.tracing.lines import ColumnWidths, TraceLayout
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar
 
@@ -52,7 +52,7 @@ class SharesLayout(TraceLayout):
         if len(rows) == 1:
             return super()._source(source, rows, names)
         position = source.token.position
-        token = fit(name_of(source.token, names), self.source_token_width)
+        token = fit(self.name_of(source.token, names), self.source_token_width)
         spans = [(f" {position:>{self.position_width}} ", "dim"), (token, heat(source.weight))]
         for share in (source.weight, *(float(row.weights_S[position]) for row in rows[1:])):
             drawn = upright_bar(share) if self.widths.bar else ""
@@ -93,7 +93,7 @@ class SignedLayout(TraceLayout):
 
     def _source(self, source: Source, rows: Sequence[Row], names: Sequence[str]) -> Line:
         position, size = source.token.position, _relative_size(source.weight, rows[0])
-        token = fit(name_of(source.token, names), self.source_token_width)
+        token = fit(self.name_of(source.token, names), self.source_token_width)
         drawn = f" {bar(size, self.widths.bar)}" if self.widths.bar else ""
         return [
             (f" {position:>{self.position_width}} ", "dim"),

@@ -19,8 +19,8 @@ from minigpt.tracing.findings import (
     TraceStep,
     shown_probability,
 )
-from minigpt.tracing.lines import TraceLayout, name_of
-from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, fit, heat, percent
+from minigpt.tracing.lines import TraceLayout
+from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, encodable, fit, heat, percent
 from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar, wrapped
 
 _WITHOUT = "ln p without"
@@ -96,7 +96,7 @@ def candidate_lines(candidates: Sequence[Candidate], layout: TraceLayout) -> lis
         label = "" if first else "candidates"
         lines.append([(fit(label.rjust(layout.left_width), layout.left_width), "dim")])
         for one in candidates[first : first + per_line]:
-            token = fit(token_name(one.data), layout.token_width)
+            token = fit(encodable(token_name(one.data), layout.encoding), layout.token_width)
             p = shown_probability(one.log_probability)
             lines[-1].append((f" {token} {percent(p)}", heat(p)))
     return lines
@@ -167,7 +167,7 @@ def _largest_effects(effects: Sequence[Effect], layout: TraceLayout, names: Sequ
     for effect in effects:
         cell: Line = [
             (f" {effect.source.token.position:>{layout.position_width}} ", "dim"),
-            (fit(name_of(effect.source.token, names), layout.source_token_width), "token"),
+            (fit(layout.name_of(effect.source.token, names), layout.source_token_width), "token"),
             (f" {signed(effect.change)} ", _effect_heat(effect.change)),
         ]
         if len(line) > 1 and _width(line) + _width(cell) - 1 > layout.width:

@@ -27,6 +27,8 @@ class ViewOptions:
     """Position of the token whose row is shown. None for the last one."""
     width: int = 80
     """Width of the terminal, in cells."""
+    encoding: str = "utf-8"
+    """Encoding of the terminal."""
     height: int | None = None
     """Height of the terminal, in lines. None for no limit."""
     has_colour: bool = True

@@ -1,9 +1,11 @@
 """The logit lens of a trace: the most probable token after each layer, for each token."""
 
+from functools import partial
+
 from minigpt.errors import ConfigError
 from minigpt.text.escape import token_name
 from minigpt.tracing.findings import Trace, shown_probability
-from minigpt.tracing.spans import Line, fit, heat, percent
+from minigpt.tracing.spans import Line, encodable, fit, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.wrapping import upright_bar, wrapped
 
@@ -17,6 +19,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     Raises: ConfigError if the trace has no steps, or no lens.
     """
     require_steps(trace)
+    shown = partial(encodable, encoding=options.encoding)
     number_width = len(str(trace.steps[-1].token.position))
     left = number_width + _TOKEN_WIDTH + 7
     per_line = max(1, (options.width - left) // _CELL_WIDTH)
@@ -29,13 +32,15 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         lens = step.lens
         if lens is None:
             raise ConfigError("the trace has no lens. Trace again with --lens.")
-        name = fit(trace.joined.names[step.token.position], _TOKEN_WIDTH)
+        name = fit(shown(trace.joined.names[step.token.position]), _TOKEN_WIDTH)
         layer = "-" if lens.layer is None else str(lens.layer)
         cells: Line = []
         for [first, *_], p in zip(
             lens.top, map(shown_probability, lens.log_probabilities), strict=True
         ):
-            text = f"{upright_bar(p)}{fit(token_name(first.data), _TOKEN_WIDTH)} {percent(p)} "
+            text = (
+                f"{upright_bar(p)}{fit(shown(token_name(first.data)), _TOKEN_WIDTH)} {percent(p)} "
+            )
             cells.append((text, heat(p) if first.id == step.token.id else "dim"))
         start = f"{step.token.position:>{number_width}} {name} {layer:>4}"
         rows.append((start, "plain" if step.is_given else "token", cells))

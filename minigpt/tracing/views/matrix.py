@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minigpt.tracing.findings import Row, Trace
-from minigpt.tracing.spans import Line, cell_len, fit
+from minigpt.tracing.spans import Line, cell_len, encodable, fit
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
 from minigpt.tracing.wrapping import wrapped
@@ -54,7 +54,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         paint = signed_colour if is_signed else colour
     matrix = as_matrix(rows)
     n_rows, n_positions = matrix.shape
-    row_names = trace.joined.names[-n_rows:]
+    all_names = [encodable(name, options.encoding) for name in trace.joined.names]
+    row_names = all_names[-n_rows:]
     number_width = len(str(trace.steps[-1].token.position))
     token_width = min(_TOKEN_WIDTH, max(map(cell_len, row_names)))
     indent = " " * (number_width + token_width + 2)
@@ -67,7 +68,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     title = wrapped(f"{measured(trace.header, (rows[0].measure,))}.".capitalize(), width)
     names: list[str] = []
     if n_pooled == 1 and (height is None or height >= _MIN_HEIGHT_WITH_NAMES):
-        names = _column_names(trace.joined.names[:n_positions], cell_width)
+        names = _column_names(all_names[:n_positions], cell_width)
     n_lines = n_rows
     if height is not None:
         n_lines = _lines_left(trace, width, height - len(title) - len(names), n_pooled)

@@ -14,7 +14,7 @@ from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.config import DIGITS
 from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Row, Trace, TraceStep, shown_probability
-from minigpt.tracing.spans import Line, bar, cell_len, eighths, fit, heat, percent
+from minigpt.tracing.spans import Line, bar, cell_len, eighths, encodable, fit, heat, percent
 from minigpt.tracing.summary import measured
 from minigpt.tracing.views import DEFAULTS, ViewOptions
 from minigpt.tracing.views.matrix import scale_end
@@ -35,6 +35,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     step = options.step(trace)
     token, row = step.token, step.row
     texts = JoinedTokens((token.data for token in trace.tokens), escape=readable).texts
+    texts = [encodable(text, options.encoding) for text in texts]
     firsts = _first_tokens(trace.tokens, texts)
     shares_S = np.zeros_like(row.weights_S)
     np.add.at(shares_S, firsts[: len(shares_S)], row.weights_S)
@@ -56,7 +57,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         [],
         *wrapped(legend, options.width),
         *_candidates(step, options.width),
-        *_sources(trace, row, options.width),
+        *_sources(trace, row, options),
     ]
 
 
@@ -177,11 +178,11 @@ def _candidates(step: TraceStep, width: int) -> list[Line]:
     return wrapped(" | ".join(parts), width, "plain", label="candidates ") if parts else []
 
 
-def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
+def _sources(trace: Trace, row: Row, options: ViewOptions) -> list[Line]:
     """Return lines with the strongest positions except the sink, in as many columns as fit."""
     position_width = max(3, len(str(len(trace.tokens) - 1)))
     cell_width = position_width + _TOKEN_WIDTH + 10
-    per_line = max(1, (width + 1) // (cell_width + 1))
+    per_line = max(1, (options.width + 1) // (cell_width + 1))
     order = np.argsort(-np.abs(row.weights_S), kind="stable").tolist()
     largest = max(float(np.abs(row.weights_S).max()), 1e-9)
     lines: list[Line] = []
@@ -194,7 +195,7 @@ def _sources(trace: Trace, row: Row, width: int) -> list[Line]:
         if row.is_signed:
             shown = f"{signed(share)}  "
             style = _NEGATIVE if share < 0 else heat(share / largest)
-        text = fit(trace.joined.names[position], _TOKEN_WIDTH)
+        text = fit(encodable(trace.joined.names[position], options.encoding), _TOKEN_WIDTH)
         if not lines or len(lines[-1]) == 2 * per_line:
             lines.append([])
         lines[-1] += [
