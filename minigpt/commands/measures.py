@@ -102,6 +102,7 @@ def measures(
 
 def _table(comparison: "Comparison", width: int) -> "list[Line]":
     """Return a line for each ranking, with as many columns as fit."""
+    from minigpt.format import count
     from minigpt.tracing.analysis.faithfulness import CONTROLS
     from minigpt.tracing.wrapping import wrapped
 
@@ -118,8 +119,8 @@ def _table(comparison: "Comparison", width: int) -> "list[Line]":
             style = "dim" if result.name in CONTROLS else "plain"
             lines.append([(result.name.ljust(name_width) + cells.rstrip(), style)])
     about = (
-        f"{comparison.n_tokens} tokens, {comparison.mean_positions:.0f} positions each on average, "
-        f"{comparison.n_knockouts} knockouts; means, with 95% intervals in brackets."
+        f"{count(comparison.n_tokens, 'token')}, {comparison.mean_positions:.0f} positions each on "
+        f"average, {comparison.n_knockouts} knockouts; means, with 95% intervals in brackets."
     )
     return [*lines, [], *wrapped(about, width)]
 

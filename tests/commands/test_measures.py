@@ -35,7 +35,7 @@ def test_json_and_table_have_the_same_means(run: Run, folder: Path) -> None:
     assert f"model {folder}" in shown.err
     for one in facts["results"]:
         for interval in one["metrics"].values():
-            cell = "{mean:.2f} [{low:.2f}, {high:.2f}]".format(**interval)
+            cell = "{mean:z.2f} [{low:z.2f}, {high:z.2f}]".format(**interval)
             assert cell in shown.out
     exact = facts["results"][-1]["metrics"]
     assert exact["rank_correlation"]["mean"] == pytest.approx(1)
