@@ -39,7 +39,7 @@ CONFIG_FILE = "config.toml"
 METRICS_FILE = "metrics.jsonl"
 """Events of a run, one per line."""
 WEIGHTS_ONLY = "weights_only"
-"""Name of the fact that a step has no training_state/: a best step between two checkpoints."""
+"""Name of the fact that a checkpoint has no training_state/: a mean, or a best step between two."""
 
 _STEP = re.compile(r"step-(\d{6,})")
 _REPLACED = ".replaced-"

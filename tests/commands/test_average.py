@@ -53,6 +53,14 @@ def test_the_run_to_average_can_be_the_working_directory(
     assert (tiny.path.parent / "tiny-mean" / "config.json").exists()
 
 
+def test_a_run_does_not_resume_from_a_mean_among_its_steps(run: Run, tiny: RunFolder) -> None:
+    out = str(tiny.step_folder(9))
+    assert run("checkpoints", "average", "tiny", "--last", "2", "--out", out).code == 0
+    latest = tiny.latest()
+    assert latest is not None
+    assert latest.step == 4
+
+
 def test_json_has_the_steps_and_the_folder(run: Run) -> None:
     words = ("--last", "2", "--until", "3", "--out", "x/mean", "--json")
     result = run("checkpoints", "average", "tiny", *words)

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from minigpt import console
-from minigpt.checkpoint.folder import RunFolder, writing_folder
+from minigpt.checkpoint.folder import WEIGHTS_ONLY, RunFolder, writing_folder
 from minigpt.checkpoint.manifest import verify
 from minigpt.checkpoint.tools.inventory import Checkpoint, Entry, entry_of, run_named
 from minigpt.checkpoint.tools.pruning import prunable
@@ -153,7 +153,7 @@ def average(
     for folder in folders:
         verify(folder, hashes=True)
     mean = average(folders)
-    with writing_folder(out, {"mean_of_steps": steps}) as folder:
+    with writing_folder(out, {"mean_of_steps": steps, WEIGHTS_ONLY: True}) as folder:
         carried = ring("checkpoint.carried").read_carried(folders[-1])
         write_as = ring("checkpoint.rewriting").write_as
         write_as(folder, mean.model, mean.tokenizer, carried, save_dtype)
