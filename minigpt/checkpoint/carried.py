@@ -1,17 +1,18 @@
 """Settings and files of a base model's folder that fine-tuning keeps."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from minigpt.checkpoint.config_json import read_config_json
-from minigpt.checkpoint.model_folder import CONFIG, name_of
+from minigpt.checkpoint.model_folder import CONFIG, GENERATION_CONFIG, name_of
 from minigpt.checkpoint.stored_tensors import DTYPES, stored_tensors
 from minigpt.config import ModelConfig
-from minigpt.files import read_bytes, read_json, resource_errors
+from minigpt.files import read_bytes, read_json, resource_errors, to_json
 
 CARRIED = (
     "generation_config.json",
@@ -53,6 +54,17 @@ class Carried:
     def dtype(self) -> str:
         """Name of the dtype in which most tensors are stored."""
         return name_of(max(self.dtypes.values(), key=list(self.dtypes.values()).count))
+
+    def ending_at(self, ends: Sequence[int]) -> "Carried":
+        """Return a copy whose eos_token_id is these ids.
+
+        It is set where other programs look: in generation_config.json, else in config.json.
+        """
+        field = {"eos_token_id": list(ends)}
+        if GENERATION_CONFIG not in self.files:
+            return replace(self, config=self.config | field)
+        settings = json.loads(self.files[GENERATION_CONFIG]) | field
+        return replace(self, files=self.files | {GENERATION_CONFIG: to_json(settings)})
 
     def config_with(
         self, ours: Mapping[str, Any], model: ModelConfig, dtype: torch.dtype | None

@@ -1,6 +1,7 @@
 """Text <-> token ids: the Tokenizer interface, and bytes. Other vocabularies are in rings."""
 
 import base64
+import copy
 import hashlib
 import json
 import re
@@ -85,8 +86,13 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of ``to_dict`` without the name, which does not affect the ids."""
-        parts = {key: value for key, value in self.to_dict().items() if key != "name"}
+        """SHA-256 of the parts of ``to_dict`` that the ids of a text depend on.
+
+        These are not the name, nor the end-of-text ids after the first.
+        """
+        same = copy.copy(self)
+        same.end_of_text_ids = self.end_of_text_ids[:1]
+        parts = {key: value for key, value in same.to_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     @property

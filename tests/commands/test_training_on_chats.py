@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from calls import TINY, Run, error_line
 from small_models import small_model
+from transformers import GenerationConfig
 
 from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model, write_model
@@ -202,6 +203,38 @@ def test_fine_tuning_keeps_the_chat_template_of_the_base(run: Run, rows: Path, b
         facts[loss_on] = json.loads(run(*words).out)
     assert 0 < facts["completion"]["n_tokens"] < 0.6 * facts["all"]["n_tokens"]
     assert all(math.isfinite(fact["bits_per_byte"]) for fact in facts.values())
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_other_programs_end_answers_where_a_fine_tuned_template_does(
+    run: Run, rows: Path, base: Path, place: str
+) -> None:
+    if place == "config.json":
+        (base / "generation_config.json").unlink()
+    (base / "chat_template.jinja").rename("new.jinja")
+    steps, split = ["--max-steps", "2", "--context-length", "32"], ["--val-split", "tail"]
+    template = ["--chat", "--chat-template", "new.jinja"]
+    prepared = run("prepare", str(rows), "--from", "base", "--out", "folder", *split, *template)
+    assert prepared.code == 0, prepared.err
+    for name, call in {
+        "tuned": [str(rows), "--from", "base", *split, *template],
+        "prepared": ["folder", "--from", "tuned", "--chat"],  # tuned has one end more than base
+    }.items():
+        result = run("train", *call, *steps, "--name", name)
+        assert result.code == 0, result.err
+        theirs = GenerationConfig.from_pretrained(
+            f"checkpoints/{name}/step-000002", config_file_name=place
+        )
+        assert theirs.eos_token_id == [256, 258]
+        assert theirs.bos_token_id == 256
+    before = json.loads((base / place).read_text())
+    after = json.loads(Path("checkpoints/tuned/step-000002", place).read_text())
+    assert before == after | {"eos_token_id": 256}
+    resumed = run("train", "--resume", "--name", "tuned", "--max-steps", "4")
+    assert resumed.code == 0, resumed.err
+    again = json.loads(Path("checkpoints/tuned/step-000004", place).read_text())
+    assert again == after
 
 
 @pytest.mark.integration

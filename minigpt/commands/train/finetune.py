@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.train.job import LIMITS, Request, Start, one_budget, require_memory
 from minigpt.config import RunConfig
-from minigpt.errors import CheckpointError, ConfigError
+from minigpt.errors import CheckpointError, ConfigError, MinigptError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
@@ -102,7 +103,23 @@ def start_from_model(request: Request) -> Start:
         chat_model=base.folder,
     )
     notes = _budget_notes(config, request.overrides, data)
-    return Start(config, data, base.name, base.model, read_carried(base.folder), notes)
+    carried = read_carried(base.folder)
+    ends = base.tokenizer.end_of_text_ids
+    new_end = _end_of_turn(base, data.manifest.chat_template)
+    if ends and new_end is not None and new_end not in ends:  # a first one also separates documents
+        carried = carried.ending_at([*ends, new_end])
+    return Start(config, data, base.name, base.model, carried, notes)
+
+
+def _end_of_turn(base: Base, source: str) -> int | None:
+    """Return the id after an answer of a chat template, given as Jinja; None if it has none."""
+    if not source:
+        return None
+    chats = ring("text.chat")
+    tokens = chats.named_tokens(chats.tokenizer_settings(base.folder))
+    with suppress(MinigptError):  # the template may refuse the messages used to find it
+        return chats.ChatTemplate(source, tokens, "").end_of_turn(base.tokenizer)
+    return None
 
 
 def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
