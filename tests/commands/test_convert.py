@@ -66,7 +66,7 @@ def test_export_refuses_bad_input_in_one_line(run: Run) -> None:
 
     refused(2, "'there.gguf' exists already", "tiny", "--gguf", "there.gguf")
     refused(2, "unknown --type 'q4'", "tiny", "--gguf", "a.gguf", "--type", "q4")
-    refused(2, "'.' exists already", "tiny", "--gguf", "")
+    refused(2, "--gguf is empty. Give a path.", "tiny", "--gguf", "")
     refused(4, "Did you mean tiny?", "tine", "--gguf", "a.gguf")
     refused(6, "there.gguf", "tiny", "--gguf", "there.gguf/a.gguf")
     assert Path("there.gguf").read_text() == "mine"
