@@ -88,6 +88,19 @@ def test_maps_follow_a_change_of_theme_and_paper_is_light(opened: Opened) -> Non
     assert maps(page, media="print")[1:] == light[1:]  # the large map is as wide as the paper
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_forced_colours_keep_the_bars(opened: Opened, scheme: str) -> None:
+    page = opened(random_trace(), color_scheme=scheme).page
+    style = "getComputedStyle(document.querySelector('{}')).{}"
+    bars = [
+        style.format("#strip .bar", "backgroundColor"),
+        style.format("#sources .share", "backgroundImage"),
+    ]
+    usual = [page.evaluate(bar) for bar in bars]
+    page.emulate_media(color_scheme=scheme, forced_colors="active")
+    assert [page.evaluate(bar) for bar in bars] == usual
+
+
 def test_a_printed_page_has_all_tokens_with_their_shades(opened: Opened) -> None:
     page = opened(random_trace(24, 1000, n_layer=3, n_head=30)).page
     cut = """() => ["#strip", "#grid-frame"].filter((name) => {
