@@ -7,15 +7,16 @@ memory bandwidth, while a matmul of one row reaches half of it.
 Shapes: B rows, I inputs, O outputs; N blocks of W outputs each.
 """
 
+from functools import cache
 from threading import get_ident
 
 import torch
 from torch import Tensor
 
-MAX_ROWS = 16
+MAX_ROWS, _MAX_ROWS_OF_AVX2 = 16, 10
 """Number of rows up to which a table, read once per row, is no slower than converting it for a
-matmul, or than a bfloat16 matmul without bfloat16 instructions (measured: 1, 2, 4, 16)."""
-
+matmul, or than a bfloat16 matmul without bfloat16 instructions. Measured: 1, 2, 4 and 16 with
+AVX512; 2 to 16 with AVX2, where 12 rows take 1.1 and 16 rows 1.3 to 1.6 times as long."""
 _MAX_WIDTH, _MAX_WIDTH_OF_AVX2 = 256, 112
 """Widest block whose sums stay in registers, of AVX512 and of AVX2. With wider ones, GPT-2 is read
 a third slower; with 256 on AVX2, it takes 1.1 (float32) to 1.5 times as long (int8)."""
@@ -26,6 +27,16 @@ _ZERO = 128  # int8 is stored as uint8; the kernel computes scale * value + offs
 def has_matvec_kernels(device: torch.device) -> bool:
     """Return whether embedding_bag has fast kernels on this device."""
     return device.type == "cpu" and "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@cache
+def max_rows() -> int:
+    """Return the number of rows up to which a table is the fastest product on this CPU."""
+    return MAX_ROWS if _has_avx512() else _MAX_ROWS_OF_AVX2
+
+
+def _has_avx512() -> bool:
+    return bool(torch.cpu.get_capabilities().get("avx512_f", False))
 
 
 def has_slow_matvec(device: torch.device) -> bool:
@@ -153,8 +164,7 @@ def split_into_blocks(n_outputs: int, n_threads: int) -> tuple[int, int]:
 
     If possible, the number of blocks is a multiple of the threads, with the least padding.
     """
-    has_avx512 = torch.cpu.get_capabilities().get("avx512_f", False)
-    least = -(-n_outputs // (_MAX_WIDTH if has_avx512 else _MAX_WIDTH_OF_AVX2))
+    least = -(-n_outputs // (_MAX_WIDTH if _has_avx512() else _MAX_WIDTH_OF_AVX2))
     most = max(least, n_outputs // _MIN_WIDTH)
     multiples = [n for n in range(least, most + 1) if n % n_threads == 0] or [least]
     widths = [(-(-n_outputs // n // 16) * 16, n) for n in multiples]

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from minigpt.generation.fast.matvec import (
-    MAX_ROWS,
     MatvecTable,
     has_matvec_kernels,
     has_slow_matvec,
+    max_rows,
 )
 from minigpt.generation.fast.prompts import linear
 from minigpt.generation.fast.quantize import WeightOnlyLinear
@@ -66,12 +66,12 @@ def make_product(layers: Sequence[nn.Module], *, copies: bool = True) -> Product
             table = MatvecTable(*[layer.weight for layer in quantized])
         scale_O = _concatenated([layer.scale for layer in quantized])
         is_as_wide = table.dtype == quantized[0].dtype
-        max_rows = max_table_rows(table.dtype) if is_as_wide else MAX_ROWS
-        return TableProduct(table, scale_O, bias_O, max_rows)
+        n_rows = max_table_rows(table.dtype) if is_as_wide else max_rows()
+        return TableProduct(table, n_rows, scale_O, bias_O)
     weights = _weights(layers)
-    max_rows = max_table_rows(weights[0].dtype)
-    if max_rows and copies:
-        return TableProduct(MatvecTable(*weights), bias_O=bias_O, max_rows=max_rows)
+    n_rows = max_table_rows(weights[0].dtype)
+    if n_rows and copies:
+        return TableProduct(MatvecTable(*weights), n_rows, bias_O=bias_O)
     weight_IO = _transposed_view(weights)
     if weight_IO is None:
         if not copies:
@@ -113,7 +113,7 @@ def max_table_rows(dtype: torch.dtype) -> int:
     if not has_matvec_kernels(device):
         return 0
     if dtype == torch.bfloat16:
-        return _MAX_ROWS_OF_FAST_MATMUL if has_fast_bfloat16(device) else MAX_ROWS
+        return _MAX_ROWS_OF_FAST_MATMUL if has_fast_bfloat16(device) else max_rows()
     return _MAX_ROWS_OF_FAST_MATMUL if has_slow_matvec(device) else 0
 
 
@@ -164,10 +164,11 @@ class TableProduct(Product):
     def __init__(
         self,
         table: MatvecTable,
+        max_rows: int,
         scale_O: Tensor | None = None,
         bias_O: Tensor | None = None,
-        max_rows: int = MAX_ROWS,
     ) -> None:
+        """Args: max_rows, the number of rows up to which the table is read once per row."""
         self.table, self.max_rows = table, max_rows
         # Always bias + sums * scale in one call, in which two scalars would be slow.
         no_scale = torch.ones(table.n_outputs, dtype=table.dtype)

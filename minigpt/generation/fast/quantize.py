@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minigpt.config import ModelConfig
 from minigpt.errors import ConfigError
-from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable
+from minigpt.generation.fast.matvec import MAX_ROWS, MatvecTable, max_rows
 from minigpt.generation.fast.prompts import linear
 from minigpt.model.language_model import LanguageModel
 
@@ -78,7 +78,7 @@ class WeightOnlyLinear(nn.Module):
         self.table, self._start, self._weight = table, start, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cuda" and self.scale is not None and _is_few(x):
+        if x.device.type == "cuda" and self.scale is not None and _is_few(x, MAX_ROWS):
             # The kernel reads the weight once for each row, and converts it in registers. It
             # assumes that float32 rows are contiguous, without checking the strides.
             x_BI = x.flatten(0, -2).contiguous()
@@ -101,14 +101,14 @@ class WeightOnlyLinear(nn.Module):
 
     def _from_table(self, x_BI: Tensor) -> Tensor:
         assert self.table is not None
-        if _is_few(x_BI) and self.out_features == self.table.n_outputs:
+        if _is_few(x_BI, max_rows()) and self.out_features == self.table.n_outputs:
             return self.table.product(x_BI).to(x_BI.dtype)
         return self.table.matmul(x_BI, self._start, self._start + self.out_features)
 
 
-def _is_few(x: Tensor) -> bool:
-    """Return whether x (..., I) can use the kernels for few rows, which have no gradient."""
-    return x.numel() <= MAX_ROWS * x.shape[-1] and not x.requires_grad
+def _is_few(x: Tensor, n_rows: int) -> bool:
+    """Return whether x (..., I) can use kernels for up to n rows, which have no gradient."""
+    return x.numel() <= n_rows * x.shape[-1] and not x.requires_grad
 
 
 class WeightOnlyEmbedding(nn.Module):
