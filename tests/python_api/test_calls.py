@@ -85,7 +85,7 @@ def test_the_version_is_that_of_the_installed_distribution() -> None:
 
 @pytest.mark.integration
 def test_the_code_of_the_page_about_python_runs(text: Path) -> None:
-    page = Path(__file__).resolve().parents[1] / "docs/python.md"
+    page = Path(__file__).resolve().parents[2] / "docs/python.md"
     text.rename("my-book.txt")
     names: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
