@@ -186,7 +186,9 @@ def test_an_environment_without_pip_counts_as_interrupted(tmp_path: Path) -> Non
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_help_shows_each_target_with_its_whole_description() -> None:
     described = re.findall(r"^([a-z-]+):.*?## (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True)
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert [tuple(line.split(maxsplit=1)) for line in shown.stdout.splitlines()] == described
 
 
