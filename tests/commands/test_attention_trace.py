@@ -51,6 +51,7 @@ def test_the_alternative_token_is_named_once_for_all_samples(run: Run) -> None:
     assert result.err.count("compared with b, the first of 2 tokens") == 1
 
 
+@pytest.mark.integration
 def test_lines_in_a_pipe_have_no_control_bytes(run: Run) -> None:
     out = run("attention-trace", "a\x1b[31m\tb", "--temperature", "50", "--num-samples", "3").out
     assert all(line.isprintable() for line in out.split("\n"))
@@ -144,6 +145,7 @@ def test_zero_new_tokens_trace_only_the_given_text(run: Run) -> None:
     assert (footer["n_tokens"], footer["finish_reason"]) == (0, "length")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("measure", ["weight", "both", "logit"])
 @pytest.mark.parametrize("view", ["lines", "text", "matrix", "heads"])
 def test_queries_before_the_sink_have_no_attention_on_it(
@@ -271,6 +273,7 @@ def test_invalid_interventions_are_usage_errors(
     assert says in result.err
 
 
+@pytest.mark.integration
 def test_defaults_are_40_new_tokens_for_a_trace_and_256_for_generate(run: Run) -> None:
     import minigpt
 

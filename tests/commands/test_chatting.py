@@ -93,6 +93,7 @@ def test_a_message_longer_than_the_context_is_refused_and_the_chat_continues(
     assert result.err.count("the model sees 128") == 2
 
 
+@pytest.mark.integration
 def test_an_answer_ends_with_the_end_of_turn_token(run: Run, folder: Path) -> None:
     words = ["generate", "--chat", "--model", "model", "Hi", "--max-new-tokens", "100", "--json"]
     # A temperature at which every token is sampled soon.

@@ -378,6 +378,7 @@ def test_help_lists_the_commands_and_fits_80_columns(run: Run) -> None:
     assert result.code == 2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "words", [["--help"], ["show", "--help"], ["list"], ["prune", "tiny", "--yes"]]
 )

@@ -212,6 +212,7 @@ def test_more_seeds_and_variants_are_added_to_the_existing_runs(run: Run) -> Non
     assert found == {"dot": 2, "lstm": 2}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -70,6 +70,7 @@ def test_a_dry_run_reports_whether_the_run_is_compiled(run: Run) -> None:
         assert json.loads(run(*call, "--json").out)["is_compiled"] is bool(expected)
 
 
+@pytest.mark.integration
 def test_a_dry_run_of_a_resumed_run_plans_the_remaining_steps(run: Run, trained: Path) -> None:
     shutil.copytree(trained / "checkpoints", "checkpoints")
     before = {path: path.stat().st_mtime_ns for path in Path("checkpoints").rglob("*")}

@@ -153,6 +153,7 @@ def test_bits_per_byte_counts_the_bytes_of_the_text_for_any_tokenizer(
     assert facts["n_tokens"] == len(tokens) + 2
 
 
+@pytest.mark.integration
 def test_evaluate_reads_text_from_paths_globs_and_standard_input(run: Run) -> None:
     text = Path("corpus.txt").read_bytes()
     given = [["corpus.txt"], ["--data", "corpus.txt"], ["corp*.txt"], ["-"]]
@@ -172,6 +173,7 @@ def test_the_loss_does_not_depend_on_the_batch_size(run: Run) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+@pytest.mark.integration
 def test_windows_are_at_most_1024_tokens_by_default(run: Run, tmp_path: Path) -> None:
     model = small_model(vocab_size=257, context_length=5000, n_layer=1)
     write_model(tmp_path / "m", model, BytesTokenizer())

@@ -368,6 +368,7 @@ def test_an_unusable_base_model_is_refused_in_one_line(
     assert not list(Path().glob("checkpoints/*/step-*"))
 
 
+@pytest.mark.integration
 def test_model_settings_equal_to_those_of_the_base_are_accepted(run: Run, at_text: Path) -> None:
     words = ["--n-layer", "2", "--tokenizer", "gpt2", "--family", "gpt2"]
     assert run("train", "text.txt", "--from", "gpt2", *SHORT, *words).code == 0

@@ -180,6 +180,7 @@ def test_logprobs_are_in_the_json_and_on_stderr(run: Run) -> None:
     assert all(step["best"][0]["token"] == step["token"] for step in greedy)
 
 
+@pytest.mark.integration
 def test_a_sliding_window_is_reported(run: Run) -> None:
     words = ["generate", "x" * 60, "--temperature", "0", "--overflow", "slide"]
     result = run(*words, "--max-new-tokens", "50")

@@ -33,6 +33,7 @@ def found(run: Run, *words: str) -> dict[str, Any]:
     return facts
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("quantize", [False, True])
 def test_json_has_the_scores_tag_and_cost_of_each_head(
     run: Run, folder: Path, quantize: bool

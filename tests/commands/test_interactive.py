@@ -26,6 +26,7 @@ def answer(run: Run, said: str) -> str:
     return str(json.loads(result.out)["text"])
 
 
+@pytest.mark.integration
 def test_each_line_continues_the_conversation(run: Run) -> None:
     first = answer(run, "The king")
     second = answer(run, f"The king{first} said")

@@ -107,6 +107,7 @@ def test_an_svg_has_the_points_and_the_literal_names(run: Run, runs: Path) -> No
     assert Path("losses.svg").read_bytes() == first, "equal curves must give equal bytes"
 
 
+@pytest.mark.integration
 def test_a_png_shows_losses_falling_from_the_upper_left_to_the_lower_right(
     run: Run, runs: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_val_validates_on_a_separate_text(run: Run) -> None:
     assert "for training, a separate text for" in (best.folder / "README.md").read_text()
 
 
+@pytest.mark.integration
 def test_a_prepared_folder_is_trained_with_its_split_and_evaluated_entirely(
     run: Run, trained: Path
 ) -> None:

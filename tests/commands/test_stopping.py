@@ -48,6 +48,7 @@ def test_stop_signals_include_those_of_batch_systems() -> None:
     assert {signal.SIGTERM, signal.SIGUSR1} <= set(signals)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_a_checkpoint_and_resuming_gives_the_same_bits(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -251,6 +252,7 @@ def test_a_nan_is_reported_with_its_step_and_can_be_skipped_on_resume(
     assert [line["step"] for line in lines if line["event"] == "step"] == [1, 2, 4]
 
 
+@pytest.mark.integration
 def test_a_fine_tuning_run_that_stops_immediately_is_evaluated_once(
     run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def test_suggested_commands_fit_a_short_context(run: Run) -> None:
     assert all(run(*words).code == 0 for words in proposed(result.err, "next"))
 
 
+@pytest.mark.integration
 def test_without_held_out_text_samples_start_like_the_training_text(run: Run) -> None:
     words = (*TINY, "--tokenizer", "bytes", "--val-fraction", "0", "--sample-every", "2")
     result = run("train", "corpus.txt", *words)
@@ -154,6 +155,7 @@ def test_setting_one_training_limit_replaces_the_other(run: Run) -> None:
     assert (training["max_steps"], training["max_minutes"]) == (50, 0.0)
 
 
+@pytest.mark.integration
 def test_derived_run_names_contain_text_and_preset_and_never_collide(run: Run) -> None:
     Path("odd name;$(x).v2.txt").write_text(Path("corpus.txt").read_text())
     words = ["train", "odd name;$(x).v2.txt", *TINY, "--max-steps", "1"]

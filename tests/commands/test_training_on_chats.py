@@ -191,6 +191,7 @@ def test_a_model_trained_from_scratch_on_chats_can_chat(run: Run, rows: Path) ->
     assert json.loads(out)["n_prompt_tokens"] == len("User:\nSay 4\n\nAssistant:\n")
 
 
+@pytest.mark.integration
 def test_fine_tuning_keeps_the_chat_template_of_the_base(run: Run, rows: Path, base: Path) -> None:
     words = ["--from", "base", "--max-steps", "2", "--context-length", "32", "--val-split", "tail"]
     result = run("train", str(rows), "--chat", "--name", "tuned", *words)
@@ -262,6 +263,7 @@ def test_a_base_without_a_template_is_reported(run: Run, rows: Path, base: Path)
         assert "has no chat template" not in result.err
 
 
+@pytest.mark.integration
 def test_training_on_prepared_chats_equals_training_on_the_rows(run: Run, rows: Path) -> None:
     words = ["--chat", "--val-split", "tail", "--tokenizer", "bytes"]
     assert run("prepare", str(rows), "--out", "folder", *words).code == 0

@@ -53,6 +53,7 @@ TINY = Size(
 )
 
 
+@pytest.mark.integration
 def test_training_with_one_seed_is_deterministic_and_reports_rising_progress() -> None:
     config = equal_size_config("lstm", 16, context_length=128)
     first, second = (

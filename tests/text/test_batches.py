@@ -64,6 +64,7 @@ def test_the_order_of_windows_looks_random() -> None:
     assert (np.diff(starts) == 1).sum() < 8
 
 
+@pytest.mark.integration
 def test_each_window_is_equally_likely_to_come_first_over_seeds() -> None:
     firsts = [window_starts(9 * 11, 9, 1, seed=seed, step=0)[0] // 9 for seed in range(1000)]
     counts = np.bincount(firsts, minlength=10)

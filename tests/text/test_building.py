@@ -110,6 +110,7 @@ def test_tokens_equal_a_plain_loop_for_any_number_of_workers(
     assert (manifest.n_documents, manifest.n_tokens) == (len(texts), len(expected))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("val_fraction", [0.1, 0.7])
 def test_no_merge_is_learned_from_validation_text(
     val_fraction: float, data: DataConfig, texts: list[str], monkeypatch: pytest.MonkeyPatch
@@ -238,6 +239,7 @@ def test_resumed_preparation_keeps_only_intact_shards(
     ]
 
 
+@pytest.mark.integration
 def test_an_interrupted_preparation_with_another_vocabulary_starts_over(
     prepared: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

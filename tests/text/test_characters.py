@@ -69,6 +69,7 @@ def test_mostly_ascii_text_gets_only_byte_merges() -> None:
     assert train_bpe([text], 280).token_bytes(256) == b"at"
 
 
+@pytest.mark.integration
 def test_a_fixed_vocabulary_size_reserves_half_for_merges() -> None:
     tokenizer = train_bpe([text_in("Chinese")], 512)
     assert tokenizer.vocab_size == 512

@@ -165,6 +165,7 @@ def test_a_file_is_synced_before_it_replaces_another(tmp_path: Path) -> None:
     assert names == ["open", "fsync", "replace", "fsync"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "kept", ["no pointer", "old pointers", "torn temporary folder", "nothing new"]
 )
@@ -200,6 +201,7 @@ def test_a_power_cut_leaves_the_old_checkpoint_or_the_complete_new_one(
     assert differing(weights(folder), weights(straight)) == []
 
 
+@pytest.mark.integration
 def test_reordered_writes_of_a_disk_are_detected(
     begun: Path, data: PreparedData, tmp_path: Path
 ) -> None:

@@ -272,6 +272,7 @@ def import_or_refuse(folder: Path, content: bytes) -> None:
     assert not (folder / "new").exists()
 
 
+@pytest.mark.integration
 @QUIET
 @given(st.binary(max_size=200) | values.map(lambda value: pickle.dumps(repr(value))))
 def test_any_bytes_as_a_pickle_are_refused(tmp_path: Path, content: bytes) -> None:

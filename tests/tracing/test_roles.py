@@ -190,6 +190,7 @@ def test_ablating_the_induction_head_costs_the_most(copier: GPT) -> None:
     assert effects[PREVIOUS] > math.log(CONTEXT // 2), "induction needs the previous-token head"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["key", "value"])
 def test_a_copied_token_needs_its_source_and_not_the_controls(copier: GPT, kind: str) -> None:
     ranks = {bytes([b]): b for b in range(256)}

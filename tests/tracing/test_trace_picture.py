@@ -192,6 +192,7 @@ def test_every_format_is_drawn_without_a_warning(
     assert pictures.show(with_tokens(trace, HOSTILE[9:]), options).startswith(start)
 
 
+@pytest.mark.integration
 def test_matplotlib_settings_of_the_user_do_not_change_pictures(trace: Trace) -> None:
     from matplotlib import rc_context
 

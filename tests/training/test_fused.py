@@ -129,6 +129,7 @@ def test_cross_entropy_reuses_one_buffer_for_all_blocks() -> None:
     assert large.count() == 2  # including the gradient
 
 
+@pytest.mark.integration
 def test_a_run_with_the_fused_loss_has_the_losses_of_the_modules(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

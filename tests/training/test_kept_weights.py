@@ -71,6 +71,7 @@ def test_best_has_the_lowest_loss_of_all_evaluations_not_only_of_checkpoints(
     assert latest.step == 120
 
 
+@pytest.mark.integration
 def test_averaged_weights_equal_a_plain_loop_and_are_saved_only_if_better(
     data: PreparedData, tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def test_parameters_by_part_add_up_to_the_model(layout: str) -> None:
         assert parts.get("output", 0) == (0 if shape.tie_embeddings else 257 * 32)
 
 
+@pytest.mark.integration
 def test_the_plan_equals_the_run(data: PreparedData, tmp_path: Path) -> None:
     config = config_of(max_steps=0, max_epochs=0.5, micro_batch_size=3, context_warmup_length=4)
     plan = make_plan(config, data)

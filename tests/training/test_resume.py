@@ -252,6 +252,7 @@ def test_a_full_disk_while_the_state_is_written_is_a_resource_error(
     assert latest.step == 2
 
 
+@pytest.mark.integration
 def test_the_state_stores_the_training_time(
     data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_larger_budget_does_not_restart_the_context_warm_up(
     assert longer.context_length == 16
 
 
+@pytest.mark.integration
 def test_without_a_recorded_learning_rate_a_run_resumes_on_the_schedule(
     data: PreparedData, tmp_path: Path
 ) -> None:
