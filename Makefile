@@ -23,7 +23,7 @@ demo: $(RUNTIME) ## Tell a tale with the model that ships and trace it; train on
 test: $(INSTALLED) ## Run the tests, in as many processes as there are cores
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not integration and not slow and not torture and not dist and not browser and not gpu'
 
-test-integration: $(INSTALLED) ## Run the tests of a third of a second and more: whole runs, other libraries
+test-integration: $(INSTALLED) ## Run the tests of 0.3 seconds and more: whole runs, other libraries
 	$(BIN)/python -m pytest -n auto --dist worksteal -m 'integration and not slow and not gpu'
 
 test-slow: $(INSTALLED) ## Run the tests of ten seconds and more: compiled graphs, kill and resume

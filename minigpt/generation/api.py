@@ -322,8 +322,11 @@ def model_and_tokenizer(
             f"{type(tokenizer).__name__}. To use that of another folder, copy its tokenizer.json "
             "and tokenizer_config.json into the model's folder."
         )
-    given: dict[str, Any] = {"device": plain_value(device), "dtype": plain_value(dtype)}
-    given |= {"quantize": quantize}
+    given: dict[str, Any] = {
+        "device": plain_value(device),
+        "dtype": plain_value(dtype),
+        "quantize": quantize,
+    }
     if isinstance(model, LanguageModel | LoadedModel):
         for name, value in given.items():
             if value not in ("auto", None):

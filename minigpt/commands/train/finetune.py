@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from minigpt.checkpoint.model_folder import read_model
 from minigpt.checkpoint.resolve import resolve_model
 from minigpt.commands.train.job import LIMITS, Request, Start, one_budget, require_memory
 from minigpt.config import RunConfig
-from minigpt.errors import CheckpointError, ConfigError, MinigptError
+from minigpt.errors import CheckpointError, ConfigError
 from minigpt.evaluation import LOGITS_AT_ONCE
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
@@ -105,21 +104,20 @@ def start_from_model(request: Request) -> Start:
     notes = _budget_notes(config, request.overrides, data)
     carried = read_carried(base.folder)
     ends = base.tokenizer.end_of_text_ids
-    new_end = _end_of_turn(base, data.manifest.chat_template)
-    if ends and new_end is not None and new_end not in ends:  # a first one also separates documents
-        carried = carried.ending_at([*ends, new_end])
+    with_turns = _ends_with_turns(base, data.manifest.chat_template)
+    if ends and with_turns != ends:  # a first one also separates documents
+        carried = carried.ending_at(with_turns)
     return Start(config, data, base.name, base.model, carried, notes)
 
 
-def _end_of_turn(base: Base, source: str) -> int | None:
-    """Return the id after an answer of a chat template, given as Jinja; None if it has none."""
-    if not source:
-        return None
+def _ends_with_turns(base: Base, template: str) -> tuple[int, ...]:
+    """Return the end-of-text ids and those that end a turn of a template in Jinja, if any."""
+    if not template:
+        return base.tokenizer.end_of_text_ids
     chats = ring("text.chat")
     tokens = chats.named_tokens(chats.tokenizer_settings(base.folder))
-    with suppress(MinigptError):  # the template may refuse the messages used to find it
-        return chats.ChatTemplate(source, tokens, "").end_of_turn(base.tokenizer)
-    return None
+    ending: Tokenizer = chats.ending_turns(base.tokenizer, chats.ChatTemplate(template, tokens, ""))
+    return ending.end_of_text_ids
 
 
 def finetuning_config(overrides: Mapping[str, Any], base: Base) -> RunConfig:
