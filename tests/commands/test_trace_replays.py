@@ -1,5 +1,6 @@
 """minigpt attention-trace --replay and --diff, and descriptions of signed rows."""
 
+import gzip
 import re
 from collections.abc import Callable
 from itertools import product
@@ -80,6 +81,15 @@ def test_a_replay_with_dense_rows_chooses_heads_without_the_model(run: Run, tmp_
     assert missing.code == 3
     page = run("attention-trace", "--replay", path, "--dense", rows, "--html", str(tmp_path / "h"))
     assert page.code == 0
+
+
+def test_a_compressed_trace_is_refused_without_names_of_codecs(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl.gz"
+    path.write_bytes(gzip.compress(b"{}" * 100))
+    refused = run("attention-trace", "--replay", str(path))
+    assert refused.code == 3
+    assert "is not a trace: it is not UTF-8 text" in refused.err
+    assert "codec" not in refused.err
 
 
 def test_diff_compares_two_files(run: Run, tmp_path: Path) -> None:

@@ -53,8 +53,13 @@ def read_traces(path: Path) -> list[findings.Trace]:
             traces = list(_traces(path, file))
     except FileNotFoundError:
         raise DataError(f"there is no file {str(path)!r}. Name a file written by --out.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (isinstance(error, OSError) and error.strerror) or error
+    except UnicodeDecodeError:
+        raise DataError(
+            f"{str(path)!r} is not a trace: it is not UTF-8 text. Name a file of --out, which is "
+            "not compressed."
+        ) from None
+    except OSError as error:
+        reason = error.strerror or error
         raise DataError(f"{str(path)!r} is not a trace: {reason}. Name a file of --out.") from None
     if not traces:
         raise DataError(f"{str(path)!r} is empty. Name a file written by --out.")
