@@ -38,6 +38,15 @@ def write_result(text: str) -> None:
     sys.stdout.flush()
 
 
+def outlive_reader() -> None:
+    """Drop output once the reader of stdout is gone, as with ``| head``, instead of ending.
+
+    For a command that has files to write too.
+    """
+    if _streams:
+        sys.stdout = _streams.Unfailing(sys.stdout, BrokenPipeError)
+
+
 def note(text: str) -> None:
     """Print a one-line note to stderr, wrapped if that is a terminal."""
     lines = _streams.wrapped(one_line(text)) if _streams else [one_line(text)]

@@ -88,20 +88,21 @@ def silence(stream: IO[str]) -> None:
 class Unfailing:
     """Wrapper of a stream that drops all output once a write has failed."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
+    def __init__(self, stream: IO[str], failure: type[OSError] = OSError) -> None:
+        """Args: failure, the error of a write that is caught."""
+        self._stream, self._failure = stream, failure
 
     def write(self, text: str) -> int:
         try:
             self._stream.write(text)
-        except OSError:
+        except self._failure:
             silence(self._stream)
         return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except OSError:
+        except self._failure:
             silence(self._stream)
 
     def __getattr__(self, name: str) -> Any:

@@ -45,6 +45,21 @@ def test_a_replay_that_only_writes_files_prints_no_trace(run: Run, place: Path) 
     assert run("attention-trace", "--replay", "t.jsonl", "--svg", "s.svg", "--json").out
 
 
+@pytest.mark.parametrize("more", [[], ["--json"], ["--view", "text"]])
+def test_files_are_written_although_the_reader_of_stdout_is_gone(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch, more: list[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        result = run(*TRACE, "--out", "o.jsonl", "--html", "h.html", *more)
+    assert result.code == 0
+    n_lines = len((place / "t.jsonl").read_text().splitlines())
+    assert len((place / "o.jsonl").read_text().splitlines()) == n_lines
+    assert (place / "h.html").stat().st_size
+
+
 def broken(monkeypatch: pytest.MonkeyPatch, where: str, error: type[BaseException]) -> None:
     """Make one of the tracer's functions raise an error."""
     from minigpt.tracing import tracer

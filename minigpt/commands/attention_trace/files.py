@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from minigpt.checkpoint.stored_tensors import weight_files
 from minigpt.commands.attention_trace.described import DescribedOutput
 from minigpt.commands.attention_trace.targets import LINES, Targets
-from minigpt.console import note, write_result
+from minigpt.console import note, outlive_reader, write_result
 from minigpt.errors import ConfigError
 from minigpt.files import open_regular, resource_errors, write_atomically, writing_aside
 from minigpt.places import require_writable
@@ -160,6 +160,8 @@ class FileOutput(DescribedOutput):
         super().__init__(layout, model=model)
         if model is not None:
             _check_model(targets, model)
+        if targets.drawings or targets.dense or (targets.out and not _is_stdout(targets)):
+            outlive_reader()
         is_quiet |= _is_stdout(targets)  # the lines of --out are the result
         self._targets = targets
         self._digest = weights_sha256(model) if model is not None and targets.out else None

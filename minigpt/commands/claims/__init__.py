@@ -44,6 +44,7 @@ def claims(
 
     if out is not None:
         prepare_folder(out)
+        console.outlive_reader()
     from minigpt.model.device import resolve_device
     from minigpt.studies.claims.learning import QUICK, Progress, Size
     from minigpt.studies.claims.study import Study

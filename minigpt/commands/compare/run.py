@@ -19,7 +19,7 @@ from minigpt.commands.train.display import TrainingDisplay
 from minigpt.commands.train.job import Job, checked_name, fresh_names, settings_of, with_vocabulary
 from minigpt.commands.train.run import train_job
 from minigpt.config import DataConfig, RunConfig
-from minigpt.console import note
+from minigpt.console import note, outlive_reader
 from minigpt.errors import ConfigError, DivergedError
 from minigpt.figures import require_matplotlib
 from minigpt.format import short
@@ -66,6 +66,7 @@ def run_comparison(config: ComparisonConfig, overrides: dict[str, Any], *, is_js
     """
     if config.out is not None:
         require_matplotlib(config.out, PICTURES, what="--out")
+        outlive_reader()
     base, budget, runs, data = _planned(config, overrides)
     signal_number = _train(runs, data)
     finished = [run for run in runs if _is_finished(run)]

@@ -35,6 +35,7 @@ def plot(
 
     if out is not None:
         require_matplotlib(out, curves.PICTURES, what="--out")
+        console.outlive_reader()
     folders = [find_run(run) for run in runs] if runs else [find_run(None)]
     found = [read_curves(folder) for folder in dict.fromkeys(folders)]
     if len({one.tokenizer for one in found}) > 1:
