@@ -96,9 +96,9 @@ class Trainer(Run):
                 model = self.world.full_model(self.model)
                 if model is not None:
                     yield SampleEvent(self.step, model.to(self.device))
-        if self.saved_step != self.step:
             if self.is_early_stop_due:
                 yield self.early_stop.event(self)
+        if self.saved_step != self.step:
             yield from self.checkpoints.evaluate_and_save()
 
     def take_step(self) -> bool:

@@ -132,10 +132,12 @@ def test_a_run_with_average_and_patience_resumes_with_the_same_bits(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("save_every", [0, 5])
 def test_a_run_whose_loss_rises_stops_early_and_saves_its_best_weights(
-    short: PreparedData, tmp_path: Path
+    save_every: int, short: PreparedData, tmp_path: Path
 ) -> None:
-    config = config_of(eval_every=5, patience=3.0, **OVERFITTING | {"max_steps": 1000})
+    limits = {"patience": 3.0, "save_every": save_every, "max_steps": 1000}
+    config = config_of(eval_every=5, **OVERFITTING | limits)
     trainer = trainer_of(config, short, tmp_path)
     events = list(trainer.run())
     (stop,) = [event for event in events if isinstance(event, EarlyStopEvent)]
