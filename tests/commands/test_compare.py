@@ -57,6 +57,25 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, n_steps: int) -> None:
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(
+    ("budget", "settings", "notes"),
+    [
+        ("steps:2", ["max_steps=9", "max_epochs=1.0"], ["max_steps", "max_epochs"]),
+        ("steps", ["max_steps=2", "max_minutes=1.0"], ["max_minutes"]),
+        ("steps:2", ["shard=true"], ["shard"]),
+        ("steps:2", ["optimizer=adamw", "momentum=0.5"], ["momentum"]),
+    ],
+)
+def test_a_setting_without_effect_on_a_comparison_is_named(
+    budget: str, settings: list[str], notes: list[str], run: Run
+) -> None:
+    words = [word for setting in settings for word in ("--set", f"training.{setting}")]
+    result = run("compare", *TINY, "--variants", "dot", "--seeds", "1", "--budget", budget, *words)
+    assert result.code == 0
+    assert re.findall(r"training\.(\w+) has no effect", result.err) == notes
+
+
+@pytest.mark.integration
 def test_table_json_and_metrics_agree(run: Run) -> None:
     result = run("compare", *TINY, "--variants", "dot,lstm,lstm-attention", "--budget", "steps:4")
     assert result.code == 0, result.err

@@ -16,7 +16,15 @@ from minigpt.commands.plot.curves import PICTURES, validation_curves, write_pict
 from minigpt.commands.process import command_line, with_text_again
 from minigpt.commands.tables import aligned, line_width, show, write_json
 from minigpt.commands.train.display import TrainingDisplay
-from minigpt.commands.train.job import Job, checked_name, fresh_names, settings_of, with_vocabulary
+from minigpt.commands.train.job import (
+    LIMITS,
+    Job,
+    checked_name,
+    fresh_names,
+    notes_on,
+    settings_of,
+    with_vocabulary,
+)
 from minigpt.commands.train.run import train_job
 from minigpt.config import DataConfig, RunConfig
 from minigpt.console import note, outlive_reader
@@ -107,6 +115,8 @@ def _planned(
     base = with_vocabulary(settings, data.tokenizer.vocab_size)
     if overfitting := find_ring("training.overfitting"):
         base = overfitting.with_text_settings(base, overrides, data)
+    for line in [*notes_on(base, overrides), *_without_effect(config.budget, overrides)]:
+        note(f"note   {line}")
     base = replace(base, data=data.manifest.with_split(base.data))
     base = replace(base, training=replace(base.training, patience=0.0))
     if not base.data.val_fraction:
@@ -123,6 +133,17 @@ def _planned(
         require_memory(run.config, resolve_device(run.config.training.device))
         _require_same(run, data)
     return base, budget, runs, data
+
+
+def _without_effect(budget: str, overrides: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for each given setting that a comparison does not use."""
+    # Without a number, steps and flops are those of the given steps or epochs.
+    is_own = ":" in budget or budget == "seconds"
+    for name in LIMITS if is_own else ("max_minutes",):
+        if given(overrides, "training", name):
+            yield f"training.{name} has no effect, because --budget {budget} is the only limit"
+    if given(overrides, "training", "shard"):
+        yield "training.shard has no effect, because compare trains in one process"
 
 
 def _evaluated_often(config: RunConfig) -> RunConfig:
