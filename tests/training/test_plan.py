@@ -35,8 +35,10 @@ def test_parameters_by_part_add_up_to_the_model(layout: str) -> None:
 
 
 @pytest.mark.integration
-def test_the_plan_equals_the_run(data: PreparedData, tmp_path: Path) -> None:
-    config = config_of(max_steps=0, max_epochs=0.5, micro_batch_size=3, context_warmup_length=4)
+@pytest.mark.parametrize("save_dtype", ["auto", "bfloat16"])
+def test_the_plan_equals_the_run(save_dtype: str, data: PreparedData, tmp_path: Path) -> None:
+    limits = {"max_steps": 0, "max_epochs": 0.5, "save_dtype": save_dtype}
+    config = config_of(micro_batch_size=3, context_warmup_length=4, **limits)
     plan = make_plan(config, data)
     trainer = trainer_of(config, data, tmp_path / "run")
     flops, n_passes = 0, 0

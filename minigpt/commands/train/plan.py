@@ -34,7 +34,8 @@ def plan_training(
                 notes = *job.notes, *job.data.manifest.notes(), slow_dtype_note(device, dtype)
                 for line in filter(None, notes):
                     display.note(line)
-                plan = make_plan(job.config, job.data, world, done)
+                base_dtype = job.carried.dtype if job.carried else "float32"
+                plan = make_plan(job.config, job.data, world, done, base_dtype)
         if is_json:
             write_json(plan)
         else:

@@ -43,14 +43,19 @@ _GROWTH = 4
 
 
 def make_plan(
-    config: RunConfig, data: PreparedData, world: World = ALONE, done: TrainingState | None = None
+    config: RunConfig,
+    data: PreparedData,
+    world: World = ALONE,
+    done: TrainingState | None = None,
+    base_dtype: str = "float32",
 ) -> dict[str, Any]:
     """Plan a run: sizes, counts and estimates, with a few timed steps of a new model.
 
     The steps are timed in this process alone, uncompiled, on about a second's worth of tokens; the
     time of a full step is extrapolated by its FLOPs.
 
-    Args: done, the state that the run resumes from; None for a new run.
+    Args: done, the state that the run resumes from; None for a new run; base_dtype, of the weights
+        that the run is fine-tuned from.
     Returns: the facts that ``--json`` prints; None for unknown properties of the hardware.
     Raises: DataError if the corpus is too short; ConfigError if the batch cannot be divided.
     """
@@ -74,6 +79,8 @@ def make_plan(
     peak = peak_flops(device, dtype)
     peak = peak * world.size if peak else None
     n_parameters = parameter_count(config.model)
+    saved_dtype = base_dtype if training.save_dtype == "auto" else training.save_dtype
+    is_rounded = saved_dtype in ("bfloat16", "float16")  # the float32 weights are saved too
     training_s = flop_s * flops / world.size + (max_steps - done.step) * update_s
     is_compiled = bool(training.compile)
     if compiling := find_ring("training.compiling"):
@@ -91,7 +98,8 @@ def make_plan(
         "memory": memory,
         "machine_bytes": available,
         "checkpoint_bytes": 4
-        * (n_parameters * (2 if training.average else 1) + optimizer_values(config)),
+        * (n_parameters * (2 if training.average else 1) + optimizer_values(config))
+        + 2 * n_parameters * is_rounded,
         "step_s": step_s,
         "training_s": training_s,  # of the remaining steps, without evaluation and saving
         "is_compiled": is_compiled,
