@@ -5,7 +5,8 @@
     python benchmarks/small_texts.py ... --seconds 30 60 600 --cpu-time
 
 With --cpu-time, the seconds are CPU time, so that other load on the machine does not shrink a
-budget. On an idle machine with one thread, they equal wall-clock time.
+budget. On an idle machine with one thread, they equal wall-clock time. --tokenizers compares
+vocabularies.
 
 Each text is the beginning of a file (.txt, or .jsonl.xz with a field "text"), each row a run of
 minigpt train with that budget and all defaults. `left` is the validation loss of the model that the
@@ -39,8 +40,9 @@ from minigpt.training.events import EvalEvent, StepEvent
 from minigpt.training.overfitting import EarlyStopEvent, with_text_settings
 from minigpt.training.trainer import Trainer
 
-HEAD = ["text", "budget", "steps", "epochs", "dropout", "left", "any step", "worse", "budget +"]
-SIDES = ["---"] + ["---:"] * (len(HEAD) - 1)
+NUMBERS = ["budget", "steps", "epochs", "dropout", "left", "any step", "worse", "budget +"]
+HEAD = ["text", "tokenizer", *NUMBERS]
+SIDES = ["---"] * 2 + ["---:"] * len(NUMBERS)
 
 
 def beginning(path: Path, n_bytes: int) -> bytes:
@@ -56,9 +58,10 @@ def beginning(path: Path, n_bytes: int) -> bytes:
     return text[:n_bytes].decode(errors="ignore").encode()
 
 
-def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
+def measure(path: Path, tokenizer: str, budget: dict[str, Any], every: int) -> dict[str, Any]:
     """Train once with the defaults of minigpt train, and return the results."""
-    overrides = {"data": {"paths": [str(path)]}, "training": budget | {"log_every": every}}
+    data_settings = {"paths": [str(path)], "tokenizer": tokenizer}
+    overrides = {"data": data_settings, "training": budget | {"log_every": every}}
     settings = settings_of(overrides)
     data = prepare(with_vocabulary(settings, 1).data)
     config = with_vocabulary(settings, data.tokenizer.vocab_size)
@@ -88,6 +91,7 @@ def measure(path: Path, budget: dict[str, Any], every: int) -> dict[str, Any]:
         left = evaluate(model, windows, data.tokenizer.token_byte_lengths)
     per_byte = left.n_tokens / left.n_bytes
     return {
+        "tokenizer": data.tokenizer.name,
         "steps": f"{trainer.step}{stopped}",
         "epochs": trainer.epochs(trainer.step),
         "dropout": config.model.dropout,
@@ -104,6 +108,7 @@ def main() -> None:
     parser.add_argument("--kilobytes", type=int, nargs="+", default=[20, 60, 200, 1000, 3000])
     parser.add_argument("--steps", type=int, nargs="+", default=[])
     parser.add_argument("--seconds", type=float, nargs="+", default=[])
+    parser.add_argument("--tokenizers", nargs="+", default=["bpe"])
     parser.add_argument("--every", type=int, default=10, help="steps between measured ones")
     parser.add_argument("--cpu-time", action="store_true", help="budgets in seconds of CPU time")
     args = parser.parse_args()
@@ -118,28 +123,35 @@ def main() -> None:
     print(f"| {' | '.join([*HEAD, 'model left', 'evaluation'])} |")
     print(f"| {' | '.join([*SIDES, '---', '---:'])} |")
     for kilobytes in args.kilobytes:
-        smallest = math.inf
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{args.data.name.split('.')[0]}-{kilobytes}.txt"
             path.write_bytes(beginning(args.data, 1000 * kilobytes))
-            for budget in budgets:
-                run = measure(path, budget, args.every)
-                seconds = budget.get("max_minutes", 0) * 60
-                row = [
-                    f"{path.stem} KB",
-                    f"{seconds:g} s" if seconds else f"{budget['max_steps']} steps",
-                    run["steps"],
-                    f"{run['epochs']:.1f}",
-                    f"{run['dropout']:g}",
-                    f"{run['left']:.4f}",
-                    f"{run['any_step']:.4f}",
-                    f"{run['left'] - run['any_step']:+.4f}",
-                    "" if smallest == math.inf else f"{run['left'] - smallest:+.4f}",
-                    run["what"],
-                    f"{run['eval_share']:.0%}",
-                ]
-                smallest = min(smallest, run["left"])
-                print(f"| {' | '.join(row)} |", flush=True)
+            for tokenizer in args.tokenizers:
+                print_rows(path, tokenizer, budgets, args.every)
+
+
+def print_rows(path: Path, tokenizer: str, budgets: list[dict[str, Any]], every: int) -> None:
+    """Print a row for each budget."""
+    smallest = math.inf
+    for budget in budgets:
+        run = measure(path, tokenizer, budget, every)
+        seconds = budget.get("max_minutes", 0) * 60
+        row = [
+            f"{path.stem} KB",
+            run["tokenizer"],
+            f"{seconds:g} s" if seconds else f"{budget['max_steps']} steps",
+            run["steps"],
+            f"{run['epochs']:.1f}",
+            f"{run['dropout']:g}",
+            f"{run['left']:.4f}",
+            f"{run['any_step']:.4f}",
+            f"{run['left'] - run['any_step']:+.4f}",
+            "" if smallest == math.inf else f"{run['left'] - smallest:+.4f}",
+            run["what"],
+            f"{run['eval_share']:.0%}",
+        ]
+        smallest = min(smallest, run["left"])
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":
