@@ -250,6 +250,10 @@ class Chat:
         """Add the assistant's answer to the last ``ask``."""
         self._turns = [*self._asked, {"role": "assistant", "content": text}]
 
+    def restart(self) -> None:
+        """Drop all turns; the system message stays."""
+        self._turns = []
+
 
 def ending_turns(tokenizer: Tokenizer, template: ChatTemplate) -> Tokenizer:
     """Return a copy of the tokenizer whose end-of-text tokens include those that end a turn."""

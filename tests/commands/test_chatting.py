@@ -84,6 +84,14 @@ def test_a_full_context_drops_the_oldest_turns_and_reports_it(run: Run, folder: 
     assert "--overflow slide" in stopped.err
 
 
+def test_without_a_sliding_window_a_full_context_starts_a_new_chat(run: Run, folder: Path) -> None:
+    words = ["generate", "--chat", "--interactive", "--model", "model", *GREEDY, "200"]
+    result = run(*words, "--system", "s", "--ignore-eos", stdin=b"first\nsecond\n")
+    assert result.err.count("the next text starts a new one") == 2
+    second = run(*words, "--system", "s", "--ignore-eos", stdin=b"second\n")
+    assert [fact["text"] for fact in facts(result.out)][1] == facts(second.out)[0]["text"]
+
+
 def test_a_message_longer_than_the_context_is_refused_and_the_chat_continues(
     run: Run, folder: Path
 ) -> None:

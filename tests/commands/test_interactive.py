@@ -14,6 +14,7 @@ import pytest
 from calls import ROOT, Run, error_line
 
 from minigpt.commands.generate import samples
+from minigpt.generation.conversation import Conversation
 
 pytestmark = pytest.mark.usefixtures("in_trained")
 
@@ -114,6 +115,26 @@ def test_ctrl_c_stops_the_answer_but_not_the_program(
     assert result.out == f"{first[:3]}\n{second}\n"
     assert "3 tokens" in result.err
     assert "; interrupted" in result.err
+
+
+def test_ctrl_c_stops_the_processing_of_a_text_but_not_the_program(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, calls = Conversation.prefill, []
+
+    def press(self: Conversation, n_cached: int = 0) -> None:
+        calls.append(n_cached)
+        if len(calls) in (1, 3):
+            signal.raise_signal(signal.SIGINT)
+        prefill(self, n_cached)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Conversation, "prefill", press)
+        result = run(*WORDS, stdin=b"lost\nThe\n old\n king\n")
+    assert result.code == 0
+    assert result.err.count("interrupted\n") == 2
+    first = answer(run, "The")
+    assert result.out == f"{first}\n{answer(run, f'The{first} old king')}\n"
 
 
 def test_conflicting_options_are_refused(run: Run) -> None:

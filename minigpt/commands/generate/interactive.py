@@ -96,6 +96,10 @@ def converse(
         except DataError as error:  # too long; the next one may fit
             note(str(error))
             continue
+        except KeyboardInterrupt:  # while a long text is processed
+            _break_line()
+            note("interrupted")
+            continue
         steps = decoder.generate(sampling, seed=seed, end_of_text=tokenizer.end_of_text_ids)
         answer: list[str] = []
         display.show(
@@ -110,6 +114,8 @@ def converse(
         if decoder.is_full and sampling.overflow == "stop":
             note("the context window is full: the next text starts a new one; see --overflow slide")
             decoder = None
+            if chat is not None:
+                chat.restart()
         seed += 1
 
 
