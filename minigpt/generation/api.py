@@ -17,7 +17,7 @@ from minigpt.checkpoint.resolve import resolve_model
 from minigpt.config import SamplingConfig
 from minigpt.errors import ConfigError, cut, nearest
 from minigpt.generation import loading
-from minigpt.generation.decoder import Decoder, fresh_seed
+from minigpt.generation.decoder import Decoder, check_prompt, fresh_seed
 from minigpt.generation.forcing import forced_ids
 from minigpt.generation.loading import encode_prompt, make_decoder, require_new_tokens, tokenizer_of
 from minigpt.generation.samples import stream_samples
@@ -70,13 +70,14 @@ def load(
     Raises: CheckpointError for a model that is missing or damaged; ConfigError for a device or
         quantization that is unknown or not available.
     """
-    loaded = loading.load(
-        resolve_model(model_name(model)),
-        device=plain_value(device),
-        dtype=plain_value(dtype),
-        quantize=quantize,
-        for_decoding=for_decoding,
-    )
+    with torch_modes():
+        loaded = loading.load(
+            resolve_model(model_name(model)),
+            device=plain_value(device),
+            dtype=plain_value(dtype),
+            quantize=quantize,
+            for_decoding=for_decoding,
+        )
     return replace(loaded, tokenizer=tokenizer_of(loaded))
 
 
@@ -142,11 +143,14 @@ def generate(
     )
     prompts, _ = prompts_of(prompt)
     encoded = [encode(one) for one in prompts]
+    for ids, _ in encoded:
+        check_prompt(ids, network.config, config.overflow)
     forced = [forced_ids(ending, config, network, ids, special=special) for ids, ending in encoded]
 
     def decoder_of(ids: list[int]) -> Decoder:
         changed, _ = intervened(network, interventions, ids, encode, tokenizer, source)
-        return make_decoder(changed, ids, config, compile=compile)
+        with torch_modes():
+            return make_decoder(changed, ids, config, compile=compile)
 
     first_decoder = decoder_of(encoded[0][0])
 
@@ -159,22 +163,41 @@ def generate(
             ):
                 yield replace(item, sample=first + item.sample)
 
-    return steps()
+    return _in_modes(steps())
+
+
+def _in_modes(items: Iterator[TextStep]) -> Iterator[TextStep]:
+    """Yield items that are computed in ``torch_modes``; in between, the caller's modes hold."""
+    while True:
+        with torch_modes():
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
 
 
 @contextmanager
-def torch_defaults() -> Iterator[None]:
-    """Use float32 and the CPU by default, and no autocast; restore the caller's settings."""
-    dtype = torch.get_default_dtype()
+def torch_modes() -> Iterator[None]:
+    """Use the CPU by default, and no autocast; restore the caller's modes of this thread."""
     with ExitStack() as stack:
         # A context of torch.device makes each call of torch slower.
         if torch.get_default_device().type != "cpu":
             stack.enter_context(torch.device("cpu"))
         for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
         yield
+
+
+@contextmanager
+def torch_defaults() -> Iterator[None]:
+    """Use ``torch_modes`` and float32 by default; restore the caller's settings."""
+    dtype = torch.get_default_dtype()
+    with torch_modes():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -> dict[str, Any]:
@@ -251,7 +274,8 @@ def intervened(
     def encode_source(text: str) -> list[int]:
         return encode(text)[0] if source is None else ids
 
-    return ring("tracing.interventions").intervene(model, config, prompt, encode_source)
+    with torch_modes():
+        return ring("tracing.interventions").intervene(model, config, prompt, encode_source)
 
 
 def prompts_of(prompt: Prompts) -> tuple[list[Prompt], bool]:
@@ -345,7 +369,8 @@ def model_and_tokenizer(
         return model, tokenizer, ""
     if not isinstance(model, LoadedModel):
         folder = resolve_model(model_name(model))
-        model = loading.load(folder, for_decoding=True, compile=compile, n_rows=n_rows, **given)
+        with torch_modes():
+            model = loading.load(folder, for_decoding=True, compile=compile, n_rows=n_rows, **given)
     return model.model, tokenizer or tokenizer_of(model), str(model.folder)
 
 

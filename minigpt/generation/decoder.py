@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minigpt.config import SamplingConfig
+from minigpt.config import ModelConfig, SamplingConfig
 from minigpt.errors import CheckpointError, DataError
 from minigpt.generation.forward import make_forward
 from minigpt.generation.sampling import Sampler
@@ -50,6 +50,29 @@ def fresh_seed() -> int:
     return secrets.randbelow(2**32)
 
 
+def check_prompt(prompt: Sequence[int], config: ModelConfig, overflow: str | None) -> None:
+    """Check that a model can continue a prompt.
+
+    Args: overflow, as in SamplingConfig; None if the caller cannot choose it.
+    Raises: DataError if the prompt is empty, has unknown token ids, or is longer than the context
+        and its window does not slide.
+    """
+    if not prompt:
+        raise DataError("the prompt is empty. Give at least one character of text.")
+    if len(prompt) > config.context_length and overflow != "slide":
+        slide = "use --overflow slide, " if overflow else ""
+        raise DataError(
+            f"the prompt has {len(prompt)} tokens, but the model sees {config.context_length}. "
+            f"Shorten the prompt, {slide}or train with a larger --context-length."
+        )
+    n_tokens = config.vocab_size
+    if unknown := [token for token in prompt if not 0 <= token < n_tokens]:
+        raise DataError(
+            f"the prompt has the token id {unknown[0]}: the model's are 0 to {n_tokens - 1}. "
+            "Encode the prompt with the model's own tokenizer."
+        )
+
+
 class Decoder:
     """A model and its cache, filled with a prompt that ``generate`` and ``batch`` continue."""
 
@@ -68,24 +91,16 @@ class Decoder:
 
         Args: max_new_tokens, the maximum for ``generate``, None for the full context; n_rows, the
             maximum number of seeds for ``batch``; compile, as for ``fast.is_compiled``; overflow,
-            as in SamplingConfig: here it only changes the remedy in the error for a prompt that is
-            longer than the context.
-        Raises: ConfigError if compiling is requested but not possible; DataError if the prompt is
-            empty, longer than the context, or has unknown token ids.
+            as for ``check_prompt``.
+        Raises: ConfigError if compiling is requested but not possible; DataError as
+            ``check_prompt``.
         """
         self.context_length = model.config.context_length
-        if not prompt:
-            raise DataError("the prompt is empty. Give at least one character of text.")
-        self.prompt = self._in_view(prompt, overflow)
+        check_prompt(prompt, model.config, overflow)
+        self.prompt = self._in_view(prompt)
         """Prompt tokens in the context window."""
         self.n_prompt = len(prompt)
         """Number of prompt tokens, including those that have left the window."""
-        n_tokens = model.config.vocab_size
-        if unknown := [token for token in prompt if not 0 <= token < n_tokens]:
-            raise DataError(
-                f"the prompt has the token id {unknown[0]}: the model's are 0 to {n_tokens - 1}. "
-                "Encode the prompt with the model's own tokenizer."
-            )
         self.model = model
         self.recorder = recorder
         self.n_rows = n_rows
@@ -193,14 +208,8 @@ class Decoder:
         # A copy, because the next forward pass may overwrite its output.
         self.prompt_logits = self.logits(self.prompt[n_cached:]).clone()
 
-    def _in_view(self, prompt: Sequence[int], overflow: str | None) -> list[int]:
-        """Return the prompt's tokens in the context window: all, or DataError if too many."""
-        if len(prompt) > self.context_length:
-            slide = "use --overflow slide, " if overflow else ""
-            raise DataError(
-                f"the prompt has {len(prompt)} tokens, but the model sees {self.context_length}. "
-                f"Shorten the prompt, {slide}or train with a larger --context-length."
-            )
+    def _in_view(self, prompt: Sequence[int]) -> list[int]:
+        """Return the prompt's tokens in the context window."""
         return list(prompt)
 
     def _begin(self, n_rows: int) -> Tensor:

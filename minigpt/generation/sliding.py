@@ -46,12 +46,12 @@ class Window:
 class SlidingDecoder(Decoder):
     """A decoder that records the tokens in its window, and slides it if ``overflow`` is slide."""
 
-    def _in_view(self, prompt: Sequence[int], overflow: str | None) -> list[int]:
-        window = Window({0: list(prompt)})
-        if len(window) > self.context_length and overflow == "slide":
+    def _in_view(self, prompt: Sequence[int]) -> list[int]:
+        window = Window({0: super()._in_view(prompt)})
+        if len(window) > self.context_length:
             window.slide(self.context_length)
         self._start = self._window = window
-        return super()._in_view(window.rows[0], overflow)
+        return window.rows[0]
 
     def batch(
         self, config: SamplingConfig, *, seeds: Sequence[int], **options: Any

@@ -105,6 +105,12 @@ def test_more_samples_than_rows_are_decoded_in_several_batches() -> None:
             DataError,
             "99 tokens, but the model sees",
         ),
+        (
+            MODEL,
+            {"tokenizer": BYTES, "prompt": ["x", "x" * 99]},
+            DataError,
+            "99 tokens, but the model sees",
+        ),
         (MODEL, {"tokenizer": BYTES, "prompt": []}, DataError, "the prompt is empty"),
         (MODEL, {"tokenizer": BYTES, "prompt": [-1]}, DataError, "the token id -1"),
         (MODEL, {"tokenizer": BYTES, "prompt": [9999]}, DataError, "the token id 9999"),

@@ -120,6 +120,22 @@ def test_the_callers_autocast_changes_no_trace() -> None:
         assert trace() == expected
 
 
+@pytest.mark.parametrize("options", [{}, {"num_samples": 2, "ablate": "4.1"}], ids=str)
+def test_a_default_device_and_autocast_change_no_text(options: dict[str, Any]) -> None:
+    def text() -> list[str]:
+        loaded = minigpt.load("storyteller", for_decoding=True)
+        steps = minigpt.generate(loaded, "The fox", max_new_tokens=4, seed=1, **options)
+        return [step.text for step in steps]
+
+    expected = text()
+    with torch.device("meta"), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert text() == expected
+        steps = minigpt.generate("storyteller", "The fox", max_new_tokens=2)
+        next(steps)
+        assert torch.empty(0).device.type == "meta"  # the caller's, between steps
+        assert torch.is_autocast_enabled("cpu")
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_a_default_dtype_of_torch_changes_no_text_or_trace(dtype: torch.dtype) -> None:
