@@ -110,8 +110,8 @@ class PassCollector:
         has_residual = self._recorder.needs_residual
         if has_residual and len(self.residual_BC) != 2 * len(self._weights_BHS) + 1:
             raise ConfigError(
-                "this model's blocks do not report their residual stream (add_residual). "
-                "Choose a measure that does not need it, or another model."
+                "this model does not report its residual stream (add_residual), which --lens and "
+                "--measure logit need. Leave them out, or choose another model."
             )
         if values_LBGSD is None:
             values_LBGSD = torch.stack(self._values_BGSD)
