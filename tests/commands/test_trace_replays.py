@@ -26,6 +26,16 @@ def test_replay_prints_the_same_as_the_live_trace(run: Run, tmp_path: Path) -> N
     assert run("attention-trace", "--replay", path, "--json").out == Path(path).read_text()
 
 
+def test_a_file_of_several_traces_is_refused_where_one_is_needed(run: Run, tmp_path: Path) -> None:
+    path = str(tmp_path / "t.jsonl")
+    assert run(*TRACE, "--num-samples", "2", "--out", path).code == 0
+    for option in ("--html", "--dense"):
+        result = run("attention-trace", "--replay", path, option, str(tmp_path / "other"))
+        assert (result.code, result.out) == (2, "")
+        message = f"{option} takes one trace, but {path!r} has 2. Trace without --num-samples."
+        assert result.err == f"error: {message}\n"
+
+
 @pytest.mark.parametrize("show", [percent, bar, heat, signed])
 def test_numbers_are_shown_the_same_live_and_from_a_file(show: Callable[[float], str]) -> None:
     near = (0.005, 0.0149999996, 0.0150000004, 0.4500000004, 2.2499999997, 0.0499999998, 0.125)

@@ -55,9 +55,11 @@ def check_files(
         if path is None:
             continue
         if name != "out" and n_samples > 1:
-            raise ConfigError(
-                f"--{name} writes one trace, but there are {n_samples}. Leave --num-samples out."
-            )
+            what, remedy = "writes one trace, but there are", "Leave --num-samples out"
+            if replayed is not None:
+                what = f"takes one trace, but {str(replayed)!r} has"
+                remedy = "Trace without --num-samples"
+            raise ConfigError(f"--{name} {what} {n_samples}. {remedy}.")
         _check_name(name, path)
         if name == "dense" and replayed is not None:  # it is read
             options[os.path.realpath(path)] = "--dense"
