@@ -1,14 +1,14 @@
 """The grid of layers and heads shows the numbers of each head."""
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 from small_traces import cells, roles_of, small_trace, text_of
 
 from minigpt.errors import ConfigError
-from minigpt.tracing.findings import Roles, Trace
+from minigpt.tracing.findings import HeadRows, Roles, Trace
 from minigpt.tracing.spans import Line, percent
 from minigpt.tracing.views import ViewOptions
 from minigpt.tracing.views.heads import roles_grid, roles_table, show
@@ -69,6 +69,23 @@ def test_cells_are_means_over_the_steps(trace: Trace, width: int, has_roles: boo
         if roles is not None:
             assert cell[0] == (roles[layer][head].tag or "·")
     assert f"{len(trace.steps)} tokens by weight" in " ".join(map(text_of, lines))
+
+
+def test_columns_do_not_touch_with_over_100_heads_and_over_10_bits(trace: Trace) -> None:
+    step = trace.steps[0]
+    assert step.row.heads is not None
+    repeated = {f.name: getattr(step.row.heads, f.name).repeat(28, 1) for f in fields(HeadRows)}
+    heads = replace(HeadRows(**repeated), entropy=np.full((2, 112), 10.8, np.float32))
+    row = replace(step.row, heads=heads, weights_S=np.zeros(1800, np.float32))
+    steps = (replace(step, rows=(row,)),)
+    lines = [
+        *map(text_of, show(replace(trace, header=replace(trace.header, n_head=112), steps=steps)))
+    ]
+    titles = [i for i, line in enumerate(lines) if line.startswith("layer")]
+    names = [name for i in titles for name in re.findall(r"\bh(?:ead )?\d+\b", lines[i])]
+    assert len(names) == 112
+    numbers = [number for i in titles for number in re.findall(r"\b10\.8\b", lines[i + 1])]
+    assert len(numbers) == 112
 
 
 def test_a_trace_without_rows_of_heads_is_refused() -> None:

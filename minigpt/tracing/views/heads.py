@@ -36,14 +36,15 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     entropy_LH = np.mean([heads.entropy for heads in kept], axis=0)
     sink_LH = np.mean([heads.sink for heads in kept], axis=0)
     is_signed = rows[0].is_signed
-    width = _CELL_WIDTH + (SIGNED_WIDTH - SHARE_WIDTH) * is_signed
     max_bits = float(np.log2(np.mean([len(row.weights_S) for row in rows])))
+    bits_width = len(f"{max_bits:.1f}")
+    width = _CELL_WIDTH - 3 + bits_width + (SIGNED_WIDTH - SHARE_WIDTH) * is_signed
 
     def cell(layer: int, head: int) -> list[Line]:
         entropy, sink = float(entropy_LH[layer, head]), float(sink_LH[layer, head])
         focus = 1 - entropy / max_bits if max_bits > 0 else 1.0
         of_sink = (signed(sink), "plain") if is_signed else (percent(sink), heat(sink))
-        numbers: Line = [(f"{entropy:3.1f} ", heat(focus)), of_sink]
+        numbers: Line = [(f"{entropy:{bits_width}.1f} ", heat(focus)), of_sink]
         if header.roles is None:
             return [numbers]
         return [_tag(header.roles[layer][head], _CELL_WIDTH - 1), numbers]
@@ -122,7 +123,7 @@ def _blocks(grid: Sequence[Sequence[list[Line]]], width: int, cell_width: int) -
     n_fitting = max(1, (width - label_width) // cell_width)
     n_blocks = -(-n_head // n_fitting)
     per_block = -(-n_head // n_blocks)
-    noun = "head " if cell_width > 7 else "h"
+    noun = "head " if cell_width > len(f"head {n_head - 1}") else "h"
     lines: list[Line] = []
     for first in range(0, n_head, per_block):
         heads = range(first, min(first + per_block, n_head))
