@@ -115,6 +115,9 @@ def test_diff_compares_two_files(run: Run, tmp_path: Path) -> None:
     facts = objects(run("attention-trace", "--diff", first, second, "--json"))
     assert len(facts) == 6
     assert all(0 < step["moved"] < 1 for step in facts)
+    run(*TRACE, "--out", first, "--measure", "both")  # only the first measure is compared
+    lines = run("attention-trace", "--diff", first, second).out.splitlines()
+    assert "weight, mean of all" in lines[0]
     same = run("attention-trace", "--diff", first, first, "--json")
     assert {step["moved"] for step in objects(same)} == {0}
 

@@ -77,9 +77,11 @@ def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
     console = make_console(is_stderr=False)
     lines: list[Line] = []
     for label, trace in (("first    ", one), ("second   ", other)):
-        name = f"{one_line_label(trace.header.model)}: {measured(trace.header)}"
-        if trace.header.intervention is not None:
-            name += f"; {one_line_label(str(trace.header.intervention))}"
+        header = trace.header
+        compared = measured(header, header.measures[:1])
+        name = f"{one_line_label(header.model)}: {compared}"
+        if header.intervention is not None:
+            name += f"; {one_line_label(str(header.intervention))}"
         lines.append([(label, "dim"), (fit_start(name, console.width - len(label)), "plain")])
     source = "top of first".ljust(5 + _TOKEN_WIDTH)
     is_weight = {one.header.measures[0], other.header.measures[0]} == {"weight"}
