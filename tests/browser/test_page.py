@@ -107,6 +107,28 @@ def test_several_heads_are_reduced_by_mean_or_max(
     assert "All positions are shaded" in page.text("#listed")
 
 
+def test_the_numbers_of_several_heads_are_not_named_as_those_of_the_traced_row(
+    opened: Opened,
+) -> None:
+    page = opened(random_trace())
+    page.click(12)
+    for measure, words in (
+        ("weight", "mean of all heads"),
+        ("norm", "mean of the shares in all heads"),
+    ):
+        page.choose("measure", measure)
+        page.choose("reduction", "traced")
+        assert re.search(r"; entropy [\d.]+ bits", page.text("#listed"))
+        page.choose("reduction", "mean")
+        assert page.text("#listed").startswith(f"{measure}, {words}: ")
+        assert re.search(r"; mean entropy of the heads [\d.]+ bits", page.text("#listed"))
+        page.choose("layer", "1")
+        page.choose("head", "2")
+        assert re.search(r"; entropy [\d.]+ bits", page.text("#listed"))
+        page.choose("layer", "")
+        page.choose("head", "")
+
+
 def test_the_table_names_the_sink_and_the_position_of_the_query(opened: Opened) -> None:
     trace = random_trace()
     page = opened(trace)

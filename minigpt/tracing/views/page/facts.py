@@ -11,7 +11,7 @@ from minigpt.tracing.summary import measured
 
 _REDUCTIONS = {
     "mean": "at each position, the mean of the heads",
-    "max": "at each position, the largest of the heads: a row does not sum to 1",
+    "max": "at each position, the largest of the heads: a row of weights does not sum to 1",
     "rollout": "attention multiplied through the layers (Abnar & Zuidema 2020)",
 }
 

@@ -188,7 +188,9 @@ class Page {
     const { measure, layer, head, reduction } = this.view;
     if (reduction === "traced") return this.trace.traced[measure];
     if (layer !== null && head !== null) return `${measure} of head ${layer}.${head}`;
-    const how = `${measure}, ${this.scale === null ? reduction : "sum"} of`;
+    // As traced, norms are reduced before a row is normalized; here, each head has shares of its own.
+    const what = this.scale !== null ? "sum of" : measure === "weight" ? `${reduction} of` : `${reduction} of the shares in`;
+    const how = `${measure}, ${what}`;
     if (layer !== null) return `${how} the heads of layer ${layer}`;
     return head === null ? `${how} all heads` : `${how} head ${head} of every layer`;
   }

@@ -57,9 +57,10 @@ function listedText(trace, view, row, step) {
     : isSigned ? `Listed: ${kept}.` : `Listed: ${percent(row.listed)} of the row (${kept}).`;
   if (isSigned) return signedText(trace, view, step, facts, part);
   if (!sumsToOne(view, facts)) return part;
+  const isMean = view.reduction !== "traced" && headsOf(trace, view).length > 1;
   return (
     `${percent(facts.sink)} on the sink, ${percent(facts.own)} on the query's own position, ` +
-    `${percent(facts.prompt)} on the prompt; entropy ${facts.entropy.toFixed(2)} bits, ` +
+    `${percent(facts.prompt)} on the prompt; ${isMean ? "mean entropy of the heads" : "entropy"} ${facts.entropy.toFixed(2)} bits, ` +
     `on average ${facts.distance.toFixed(1)} tokens back. ${part}`
   );
 }
@@ -82,6 +83,7 @@ function sumsToOne(view, facts) {
 
 function gridText(position, most) {
   const where = position === null ? "mean over all rows" : `at token ${position}`;
+  if (most === 0) return `Entropy in bits, ${where}: 0, because the row has a single position. Click a head to see its row.`;
   return `Entropy in bits, ${where}: 0 if all of the row is on one token, ${most.toFixed(1)} (strongest shade) if it is uniform. Click a head to see its row.`;
 }
 
