@@ -11,10 +11,14 @@ from small_traces import small_trace
 import minigpt
 from minigpt.errors import ConfigError
 from minigpt.model.gpt import GPT
+from minigpt.text.escape import token_name
 from minigpt.text.tokenizer import BytesTokenizer
+from minigpt.tracing.analysis.lines import lens_lines
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.file import to_json_line
 from minigpt.tracing.findings import Trace
+from minigpt.tracing.lines import make_layout
+from minigpt.tracing.spans import cell_len
 from minigpt.tracing.views import ViewOptions, lens
 
 TOKENIZER = BytesTokenizer()
@@ -86,6 +90,22 @@ def test_the_logit_lens_survives_the_trace_file(tmp_path: Path) -> None:
         shown = lens.show(read, ViewOptions(width=width))
         assert shown == lens.show(trace, ViewOptions(width=width))
         assert all(sum(len(text) for text, _ in line) <= width for line in shown)
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_the_layer_of_the_first_choice_is_named_at_every_width(width: int) -> None:
+    shown = small_trace(lens=True)
+    layout = make_layout(width, measures=("weight",), vocab_size=50_000, n_positions=99)
+    for step in shown.steps:
+        assert step.lens is not None
+        lines = lens_lines(step.lens, layout)
+        assert all(sum(cell_len(text) for text, _ in line) <= width for line in lines)
+        words = " ".join("".join(text for text, _ in line).strip() for line in lines)
+        expected = f"first choice from layer {step.lens.layer} on"
+        if step.lens.layer is None:
+            name = token_name(step.lens.top[-1][0].data)
+            expected = f"not the first choice, which is {name} ("
+        assert expected in words
 
 
 def test_showing_a_missing_lens_names_the_option() -> None:

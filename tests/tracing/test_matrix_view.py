@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from small_traces import HOSTILE, cells, small_trace, text_of, with_tokens
 
 from minigpt.errors import ConfigError
+from minigpt.tracing.events import Token
 from minigpt.tracing.findings import Trace
 from minigpt.tracing.spans import Line
 from minigpt.tracing.views import ViewOptions
@@ -227,6 +228,12 @@ def test_signed_cells_are_blue_or_orange_by_their_sign(signed_trace: Trace) -> N
     (legend,) = [text for text in map(text_of, lines) if text.startswith(f"{-scale:+.3g} ")]
     beyond = max(float(np.abs(row).max()) for row in rows) > scale
     assert legend.endswith(f" {scale:+.3g}{' or beyond' if beyond else ''}")
+
+
+def test_the_title_keeps_the_capitals_of_the_token_of_against(signed_trace: Trace) -> None:
+    header = replace(signed_trace.header, against=Token(7, 0, b" The"))
+    text = " ".join(map(text_of, show(replace(signed_trace, header=header))))
+    assert text.startswith("Logit against ␣The in logits")
 
 
 def test_signed_half_blocks_show_two_rows_per_line(signed_trace: Trace) -> None:

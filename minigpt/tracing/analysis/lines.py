@@ -21,7 +21,7 @@ from minigpt.tracing.findings import (
 )
 from minigpt.tracing.lines import TraceLayout
 from minigpt.tracing.spans import SHARE_WIDTH, Line, cell_len, encodable, fit, heat, percent
-from minigpt.tracing.wrapping import SIGNED_WIDTH, fit_end, signed, upright_bar, wrapped
+from minigpt.tracing.wrapping import SIGNED_WIDTH, signed, upright_bar, wrapped
 
 _WITHOUT = "ln p without"
 _ALONE = "kept alone"
@@ -109,7 +109,8 @@ def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
     summary = f" first choice from layer {lens.layer} on"
     if lens.layer is None:
         p = shown_probability(last.log_probability)
-        summary = f" not the first choice, which is {token_name(last.data)} ({percent(p).strip()})"
+        name = encodable(token_name(last.data), layout.encoding)
+        summary = f" not the first choice, which is {name} ({percent(p).strip()})"
     lines: list[Line] = []
     for first in range(0, len(lens.top), room):
         label = "" if first else "lens"
@@ -117,8 +118,10 @@ def lens_lines(lens: Lens, layout: TraceLayout) -> list[Line]:
         for p in map(shown_probability, lens.log_probabilities[first : first + room]):
             lines[-1].append((upright_bar(p) if p >= 1 / 16 else "▁", heat(p)))
     used = layout.left_width + 1 + (len(lens.top) - 1) % room + 1
-    lines[-1].append((fit_end(summary, max(layout.width - used, 1)), "dim"))
-    return lines
+    if used + cell_len(summary) <= layout.width:
+        lines[-1].append((summary, "dim"))
+        return lines
+    return lines + wrapped(summary.strip(), layout.width, label=" " * (layout.left_width + 1))
 
 
 def effect_lines(step: TraceStep, layout: TraceLayout, names: Sequence[str] = ()) -> list[Line]:

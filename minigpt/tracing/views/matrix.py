@@ -65,7 +65,8 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     columns = _pool(matrix, n_pooled)
     scale = scale_end(columns, trace.header.sink // n_pooled)
 
-    title = wrapped(f"{measured(trace.header, (rows[0].measure,))}.".capitalize(), width)
+    what = measured(trace.header, (rows[0].measure,))
+    title = wrapped(f"{what[:1].upper()}{what[1:]}.", width)  # capitalize() would change a token
     names: list[str] = []
     if n_pooled == 1 and (height is None or height >= _MIN_HEIGHT_WITH_NAMES):
         names = _column_names(all_names[:n_positions], cell_width)
