@@ -177,12 +177,13 @@ def test_heads_and_prompts_may_be_arrays_or_lists_of_arrays() -> None:
         ]
 
 
-def test_names_and_data_of_a_wrong_type_are_refused(text: Path) -> None:
+def test_arguments_that_cannot_be_used_are_refused(text: Path) -> None:
     cases: list[tuple[Any, str]] = [
         (lambda: minigpt.train(text, name=3), "name must be text: it is of type int"),  # type: ignore[arg-type]
         (lambda: minigpt.train(3), "data must be a path or a list of paths: it is 3"),  # type: ignore[arg-type]
         (lambda: minigpt.evaluate("a", b"x"), "of type bytes"),  # type: ignore[arg-type]
         (lambda: minigpt.train(text, from_=MODEL), "from must name a model: it is of type GPT"),
+        (lambda: minigpt.train(text, shard=True), "but this is the only one. Start them with"),
     ]
     for call, message in cases:
         with pytest.raises(ConfigError, match=message) as caught:

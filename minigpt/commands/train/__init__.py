@@ -1,6 +1,5 @@
 """minigpt train; --help is the command's docstring and its text in help/texts.py."""
 
-import os
 from typing import Annotated, Any, Literal
 
 from minigpt.commands.options import (
@@ -14,10 +13,9 @@ from minigpt.commands.options import (
     command,
 )
 from minigpt.config import RunConfig
-from minigpt.errors import ConfigError
 from minigpt.presets import default_run
 from minigpt.rings import ring
-from minigpt.settings import given, layered, read_config_file
+from minigpt.settings import layered, read_config_file
 
 _GROUP = "Run"
 
@@ -58,11 +56,6 @@ def train(
     if "from" in layered(file, settings, assignments=set_):
         settings = ring("commands.train.finetune").with_sequence_length(settings)
     overrides = layered(file, settings, data, preset, set_)
-    if given(overrides, "training", "shard") and not os.environ.get("WORLD_SIZE"):
-        raise ConfigError(
-            "--shard shards the model over several processes, but this is the only one. Start "
-            "them with torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."
-        )
     if report_to == "tensorboard":
         ring("training.metrics").summary_writer()  # before any long work
     if dry_run:

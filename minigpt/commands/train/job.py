@@ -1,5 +1,6 @@
 """Open the run of a minigpt train call, new or resumed, and resolve its settings."""
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -92,6 +93,11 @@ class Job:
 
 def open_job(request: Request, *, resume: bool) -> AbstractContextManager[Job]:
     """Return the context of a new, fine-tuned or resumed run, which holds the run's lock."""
+    if given(request.overrides, "training", "shard") and not os.environ.get("WORLD_SIZE"):
+        raise ConfigError(
+            "--shard shards the model over several processes, but this is the only one. Start "
+            "them with torchrun --nproc-per-node N -m minigpt train ..., or leave --shard out."
+        )
     if not resume:
         return _new_job(request)
     return ring("commands.train.resume").resumed_job(request)
