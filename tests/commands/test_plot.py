@@ -184,11 +184,14 @@ def test_a_running_run_is_plotted_up_to_now(run: Run, runs: Path) -> None:
 
 def test_plotting_runs_with_different_tokenizers_prints_a_note(run: Run, runs: Path) -> None:
     config = runs / "other/config.toml"
-    config.write_text(config.read_text().replace('"bytes"', '"bpe:300"'))
+    config.write_text(config.read_text().replace('"bytes"', '"bpe:257"'))
     result = run("plot", "tiny", "other")
     assert result.code == 0
     assert "different tokenizers" in result.err
     assert "different tokenizers" not in result.out
+    config = runs / "tiny/config.toml"  # a run, and one that was fine-tuned from it
+    config.write_text(config.read_text().replace('"bytes"', '"bpe"'))
+    assert "different tokenizers" not in run("plot", "tiny", "other").err
 
 
 def test_an_ascii_stdout_gets_an_ascii_chart(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,7 @@ class LossCurves:
 
     folder: Path
     tokenizer: str | None
-    """Name of the tokenizer, or None if config.toml cannot be read. Losses per token cannot be
+    """Name of the tokenizer, ``bpe`` with its size, or None if config.toml cannot be read. Losses per token cannot be
     compared between tokenizers."""
     train: tuple[LossPoint, ...]
     """Losses of one batch each."""
@@ -85,7 +85,10 @@ def read_curves(run: Path) -> LossCurves:
             "writes a new one."
         ) from None
     train, val = map(tuple, curves.values())
-    return LossCurves(run, config.data.tokenizer if config else None, train, val)
+    tokenizer = config.data.tokenizer if config else None
+    if config and tokenizer == "bpe":  # a model fine-tuned from this one names it with its size
+        tokenizer = f"bpe:{config.model.vocab_size}"
+    return LossCurves(run, tokenizer, train, val)
 
 
 def _add_point(
