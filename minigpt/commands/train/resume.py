@@ -211,6 +211,6 @@ def resumed_notes(trainer: Trainer) -> Iterator[str]:
     is_limited = lr_scale(training, trainer.progress) > trainer.lr_scale
     if seam and seam.step == trainer.step and is_limited:
         yield (
-            f"the learning rate continues from {training.lr * seam.lr_scale:.1e} and rises by "
-            f"at most {MAX_LR_RISE - 1:.0%} per step until it reaches the new budget's schedule"
+            f"the learning rate rises from {training.lr * seam.lr_scale:.1e} by at most "
+            f"{MAX_LR_RISE - 1:.0%} per step until it reaches the new budget's schedule"
         )
