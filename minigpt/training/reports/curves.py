@@ -37,8 +37,8 @@ class LossCurves:
 
     folder: Path
     tokenizer: str | None
-    """Name of the tokenizer, ``bpe`` with its size, or None if config.toml cannot be read. Losses per token cannot be
-    compared between tokenizers."""
+    """Name of the tokenizer, ``bpe`` with its size, or None if config.toml cannot be read. Losses
+    per token cannot be compared between tokenizers."""
     train: tuple[LossPoint, ...]
     """Losses of one batch each."""
     val: tuple[LossPoint, ...]
