@@ -83,6 +83,12 @@ def test_evaluate_reproduces_the_loss_with_documents_bpe_and_dropout(
     facts = evaluated(run, *given, *AS_TRAINED)
     assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
     assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
+    # More of its documents: the text is still the one that it was trained on.
+    more = evaluated(run, "--model", "other", "--val-fraction", "0.6")
+    assert (more["val_split"], more["n_tokens"] > facts["n_tokens"]) == ("documents", True)
+    Path("docs.jsonl").write_text("\n".join(lines[1:]))
+    changed = run("evaluate", "--model", "other", "--val-fraction", "0.6")
+    assert "has changed" in error_line(changed)
 
 
 @pytest.mark.integration

@@ -126,7 +126,10 @@ def _read(
             raise
         raise DataError(f"the run's own text: {error} If it has moved, give DATA.") from None
     if not config.data and not _reading(config):  # read as in training: to the same tokens
-        _require_trained_on(data, text, folder)
+        own, trained_on = _own_text(folder), data
+        if text.val_fraction != own.val_fraction:  # perhaps with other documents held out
+            trained_on = prepare(own, tokenizer=tokenizer, chat_model=folder)
+        _require_trained_on(trained_on, text, folder)
     for line in data.manifest.notes():
         progress.note(f"note   {line}")
     return data
@@ -161,18 +164,23 @@ def _text(config: EvaluationConfig, folder: Path) -> tuple[DataConfig, float | N
         # Without a share, the text is not split, so its documents stay in order.
         paths = {"paths": list(config.data), "val_fraction": share or 0.0}
         return build(DataConfig, paths | reading), share
-    try:
-        data = build(RunConfig, read_toml(folder.parent / CONFIG_FILE)).data
-    except ConfigError:  # a model from elsewhere
-        raise DataError(
-            f"{str(folder)!r} is not a step of a run, so it has no text of its own. Give DATA."
-        ) from None
+    data = _own_text(folder)
     if "-" in data.paths:
         raise DataError("the run's own text came from standard input. Give it as DATA.")
     if not (share or data.val_fraction):
         raise DataError("the run trained on all of its text and validates on none. Give DATA.")
     data = replace(data, val_fraction=share or data.val_fraction, **reading)
     return data, data.val_fraction
+
+
+def _own_text(folder: Path) -> DataConfig:
+    """Return the text that the run of a checkpoint was trained on."""
+    try:
+        return build(RunConfig, read_toml(folder.parent / CONFIG_FILE)).data
+    except ConfigError:  # a model from elsewhere
+        raise DataError(
+            f"{str(folder)!r} is not a step of a run, so it has no text of its own. Give DATA."
+        ) from None
 
 
 def _windows(
