@@ -20,12 +20,13 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("minigpt")
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: Path, remedy: str = "") -> None:
     """Check that a file can be written, before the long computation of its content.
 
+    Args: remedy, as for ``resource_errors``.
     Raises: ResourceError if it, or its folder, cannot be written.
     """
-    with resource_errors(path):
+    with resource_errors(path, remedy):
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         if not path.exists() or path.is_file():

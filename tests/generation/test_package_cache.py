@@ -1,5 +1,6 @@
 """Compiled code in the cache is executed only if it is complete and owned by the user."""
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from minigpt.errors import ResourceError
-from minigpt.generation.fast.packages import cached_package
+from minigpt.generation.fast.packages import cached_package, find_package
 from minigpt.places import CACHE_VARIABLE
 
 
@@ -39,6 +40,27 @@ def test_a_damaged_package_is_replaced(folder: Path, damage: bytes) -> None:
     path.write_bytes(damage)
     assert cached_package("a key", writer(b"code, again")).read_bytes() == b"code, again"
     assert len(list(folder.iterdir())) == 1
+
+
+def refused(path: Path, **_: object) -> None:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def test_a_damaged_package_that_cannot_be_deleted_is_not_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cached_package("a key", writer(b"code")).write_bytes(b"damaged")
+    monkeypatch.setattr(Path, "unlink", refused)
+    assert find_package("a key") is None
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_compiling(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.mkdir(0o700)
+    monkeypatch.setattr(Path, "touch", refused)
+    with pytest.raises(ResourceError, match=f"or set {CACHE_VARIABLE} to a folder"):
+        cached_package("a key", never)
 
 
 def test_a_symlink_is_not_followed(folder: Path, tmp_path: Path) -> None:

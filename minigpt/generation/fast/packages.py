@@ -15,13 +15,16 @@ from pathlib import Path
 
 from minigpt.errors import ResourceError
 from minigpt.files import make_folder, resource_errors, writing_aside
-from minigpt.places import CACHE_VARIABLE, OTHER_CACHE, cache_folder
+from minigpt.places import CACHE_VARIABLE, OTHER_CACHE, cache_folder, require_writable
 
 _MAX_PACKAGES = 32  # of some MB each
 
 
 def find_package(key: str) -> Path | None:
-    """Return the package of a key in the cache, and delete it if it is damaged; None if missing."""
+    """Return the package of a key in the cache; None if missing or damaged.
+
+    Deletes a damaged one, if the folder can be written.
+    """
     folder = _folder()
     if not folder.is_dir() or not _is_ours(folder):
         return None
@@ -30,7 +33,8 @@ def find_package(key: str) -> Path | None:
             with suppress(OSError):
                 os.utime(path)
             return path
-        path.unlink()  # damaged, or not ours
+        with suppress(OSError):
+            path.unlink()  # damaged, or not ours
     return None
 
 
@@ -49,6 +53,7 @@ def cached_package(key: str, compile_to: Callable[[Path], None]) -> Path:
         )
     if found := find_package(key):
         return found
+    require_writable(folder / _name(key), OTHER_CACHE)  # compiling takes a minute
     with tempfile.TemporaryDirectory() as aside:
         compiled = Path(aside) / "model.pt2"
         compile_to(compiled)
