@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from calls import ROOT, TRACE, Run, objects
+from safetensors.numpy import load_file
 
 pytestmark = pytest.mark.usefixtures("in_trained")
 
@@ -71,6 +72,21 @@ CTRL_C_PLACES = {
 """Name of a place -> a function, the call of it that is interrupted, and the observed rows."""
 
 
+def interrupted(
+    folder: Path, words: list[str], place: str, number: str
+) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder, with a signal at a place such as those of CTRL_C_PLACES."""
+    program = CTRL_C_IN_A_ROW.replace("SIGNUMBER", number).replace("PLACE", place)
+    return subprocess.run(
+        [sys.executable, "-c", program, *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize(
@@ -88,15 +104,7 @@ def test_a_signal_loses_no_observed_row(
     out = tmp_path / "t.jsonl"
     words = [*TRACE, "--ignore-eos", *more, "--out", str(out)]
     function, n_rows = CTRL_C_PLACES[place]
-    program = CTRL_C_IN_A_ROW.replace("SIGNUMBER", number).replace("PLACE", function)
-    ended = subprocess.run(
-        [sys.executable, "-c", program, *words],
-        cwd=trained,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ended = interrupted(trained, words, function, number)
     assert ended.returncode == 128 + getattr(signal, number)
     _, *steps, footer = map(json.loads, out.read_text().splitlines())
     assert [step["step"] for step in steps] == list(range(1, n_rows + 1))
@@ -111,3 +119,16 @@ def test_a_signal_loses_no_observed_row(
         assert footer["worst_row_sum_error"] < 1e-5
     assert "Traceback" not in ended.stderr
     assert f"wrote {out}\n" in ended.stderr
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_a_signal_keeps_the_dense_rows_of_the_tokens_so_far(
+    trained: Path, tmp_path: Path, number: str
+) -> None:
+    dense = tmp_path / "t.rows"
+    place, n_rows = CTRL_C_PLACES["while a token is decoded"]
+    ended = interrupted(trained, [*TRACE, "--ignore-eos", "--dense", str(dense)], place, number)
+    assert ended.returncode == 128 + getattr(signal, number)
+    assert f"wrote {dense}\n" in ended.stderr
+    assert len(load_file(dense)["offsets"]) == n_rows + 1

@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -144,6 +144,13 @@ def _check_model(targets: Targets, model: Path) -> None:
             raise ConfigError(f"--{name}: {str(path)!r} is a file of the model. Choose another.")
 
 
+@contextmanager
+def _noting(path: Path) -> Iterator[None]:
+    """Note on stderr that a file was written, unless there was an error."""
+    yield
+    note(f"wrote {path}")
+
+
 class FileOutput(DescribedOutput):
     """Shows traces as lines, as JSON or in a view, and writes their files."""
 
@@ -199,10 +206,15 @@ class FileOutput(DescribedOutput):
             if a file cannot be written.
         """
         self._events = []
+        is_complete = False
+        stopped: SystemExit | None = None
         with self._rows:
-            is_complete = super().show(events)
-        if self.dense is not None:
-            note(f"wrote {self._targets.dense}")
+            try:
+                is_complete = super().show(events)
+            except SystemExit as error:  # a signal: the rows so far are worth keeping
+                stopped = error
+        if stopped is not None:
+            raise stopped
         return is_complete
 
     def show_lines(self, event: Any) -> None:
@@ -217,6 +229,7 @@ class FileOutput(DescribedOutput):
                     n_head=event.n_head,
                     metadata={"model": event.model[-1000:], "seed": str(event.seed)},
                 )
+                self._rows.enter_context(_noting(self._targets.dense))
                 self._add = self._rows.enter_context(writing)
         if self._is_kept:
             self._events.append(event)
