@@ -116,7 +116,7 @@ def test_the_grid_of_roles_has_every_head_and_fits(width: int, n_layer: int, n_h
 def test_the_table_of_roles_has_every_score(width: int) -> None:
     roles = random_roles(3, 5)
     heading, *lines = roles_table(roles, width)
-    assert [name[:4] for name in text_of(heading).split()[1:6]] == [name[:4] for name in NAMES]
+    assert [name[:3] for name in text_of(heading).split()[1:6]] == [name[:3] for name in NAMES]
     assert len(lines) == 15
     for i, line in enumerate(lines):
         text = text_of(line)
@@ -127,3 +127,12 @@ def test_the_table_of_roles_has_every_score(width: int) -> None:
             percent(getattr(role, name)).strip() for name in NAMES
         ]
         assert text.endswith(role.tag)
+
+
+def test_the_table_has_the_role_beside_the_effect_at_40_columns() -> None:
+    roles = random_roles(2, 3)
+    heading, *lines = roles_table(roles, 40, np.full((2, 3), -1.5, np.float32))
+    assert text_of(heading).endswith(" logit role")
+    for line, role in zip(lines, [role for layer in roles for role in layer], strict=True):
+        assert cells(text_of(line)) <= 40
+        assert text_of(line).endswith(f" -1.50 {role.tag}")

@@ -90,8 +90,9 @@ def roles_table(
 
     Args: as for ``roles_grid``.
     """
-    is_wide = width >= 6 + len(ROLE_SCORES) * _COLUMN_WIDTH + 5 + _EFFECT_WIDTH
-    column = _COLUMN_WIDTH if is_wide else _NARROW_COLUMN_WIDTH
+    room = (width - 6 - 5 - _EFFECT_WIDTH) // len(ROLE_SCORES)  # beside the head and its role
+    is_wide = room >= _COLUMN_WIDTH
+    column = _COLUMN_WIDTH if is_wide else min(max(room, SHARE_WIDTH + 1), _NARROW_COLUMN_WIDTH)
     names = "".join(name[: column - 1].ljust(column) for name in ROLE_SCORES)
     logit = "" if logits_LH is None else "logit".ljust(_EFFECT_WIDTH)
     lines: list[Line] = [[(f"head  {names}{logit}role", "dim")]]
