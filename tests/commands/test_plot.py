@@ -13,6 +13,7 @@ from calls import Run, error_line
 
 from minigpt.commands.plot.chart import y_limits
 
+HEAD = "run steps training validation bits/byte at step"
 HOSTILE = "_e\x1b[31m$x^$<b>"
 
 
@@ -39,7 +40,7 @@ def test_the_table_lists_each_run_with_its_losses(run: Run, runs: Path) -> None:
     assert "\x1b" not in result.out
     step, evaluation = events(runs, "step")[-1], events(runs, "eval")[-1]
     rows = result.out.splitlines()[-3:]
-    assert " ".join(rows[0].split()) == "run steps training validation bits/byte at step"
+    assert " ".join(rows[0].split()) == HEAD
     for row, mark, name in zip(rows[1:], "●■", ["tiny", "other"], strict=True):
         assert row.split() == [
             mark,
@@ -53,6 +54,27 @@ def test_the_table_lists_each_run_with_its_losses(run: Run, runs: Path) -> None:
     chart = result.out.partition("└")[0]
     assert chart.count("■") == len(events(runs, "eval"))
     assert re.search("[\u2801-\u28ff]", chart)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(40, "run steps validation at step"), (60, HEAD)])
+def test_title_and_table_fit_a_narrow_terminal(
+    width: int, columns: str, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("minigpt.console._PIPE_WIDTH", width)
+    lines = run("plot", "tiny", "other").out.splitlines()
+    assert max(map(len, lines)) <= width
+    title = "nats/token: a line for training batches, marks for the validation text"
+    assert " ".join(lines[:2]) == title
+    assert " ".join(lines[-3].split()) == columns
+    assert lines[-1].split()[-1] == "4"
+
+
+def test_the_steps_of_a_run_include_those_before_its_last_evaluation(run: Run, runs: Path) -> None:
+    event = events(runs, "eval")[-1] | {"step": 7, "val_loss": 1.0}
+    with (runs / "tiny/metrics.jsonl").open("a") as file:
+        file.write(json.dumps(event) + "\n")
+    row = run("plot", "tiny").out.splitlines()[-1].split()
+    assert (row[2], row[-1]) == ("7", "7")
 
 
 def test_the_default_is_the_newest_run(run: Run, runs: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -29,6 +30,8 @@ _PICTURE_INCHES = (8.0, 4.5)
 _UNKNOWN = "-"
 _TITLE = "nats/token: a line for training batches, marks for the validation text"
 _HEAD = ("run", "steps", "training", "validation", "bits/byte", "at step")
+_LEAST_NEEDED = ("training", "bits/byte")  # columns that a narrow terminal does not show
+_MIN_NAME = 8
 
 
 @dataclass(frozen=True)
@@ -112,19 +115,27 @@ def show_chart(runs: Sequence[LossCurves], axis: str) -> None:
         style, mark = f"bold {one.colour}", marks[one.number % len(marks)]
         series += [Series(one.train, one.colour), Series(one.val, style, mark)]
         rows.append([Text.assemble((mark, style), f" {one.name}"), *map(Text, _summary(run))])
-    table = list(aligned(rows, ["left"] + ["right"] * (len(_HEAD) - 1), console.width))
+    columns = list(zip(*rows, strict=True))
+    for name in _LEAST_NEEDED:
+        if _MIN_NAME + sum(2 + max(map(len, column)) for column in columns[1:]) > console.width:
+            columns = [column for column in columns if column[0].plain != name]
+    rows = list(map(list, zip(*columns, strict=True)))
+    table = list(aligned(rows, ["left"] + ["right"] * (len(columns) - 1), console.width))
+    title = [Text(line, "dim") for line in wrap(_TITLE, console.width)]
     # Chart, table and the next prompt fit on the screen.
-    room = console.height - len(table) - 3 if console.is_terminal else _CHART_LINES
+    room = console.height - len(table) - len(title) - 2 if console.is_terminal else _CHART_LINES
     height = min(max(room, _FEWEST_LINES), _CHART_LINES)
     chart = draw_chart(series, console.width, height, x_unit=axis, is_ascii=is_ascii)
-    show([Text(_TITLE, "dim"), *chart, Text(), *table])
+    show([*title, *chart, Text(), *table])
 
 
 def _summary(run: LossCurves) -> Iterator[str]:
-    """Yield a row of the table: a run's last training loss and best validation loss."""
+    """Yield a row of the table: a run's steps, last training loss and best validation loss."""
+    # The last evaluation may follow a step whose loss was not logged.
+    ends = [points[-1].steps for points in (run.train, run.val) if points]
     last = run.train[-1] if run.train else None
     best = min(run.val, key=lambda point: point.loss, default=None)
-    yield f"{last.steps:,}" if last else _UNKNOWN
+    yield f"{max(ends):,}" if ends else _UNKNOWN
     yield f"{last.loss:.4f}" if last else _UNKNOWN
     yield f"{best.loss:.4f}" if best else _UNKNOWN
     yield f"{best.bits_per_byte:.4f}" if best and best.bits_per_byte is not None else _UNKNOWN
