@@ -410,3 +410,14 @@ def test_a_run_without_a_checkpoint_to_resume_from_is_not_said_to_resume(run: Ru
     assert "no checkpoint to resume from, so give this one another --name" in line
     resumed = run("train", "--resume", "--name", "a")
     assert (resumed.code, "another --name" in error_line(resumed)) == (4, True)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_is_started_again(
+    run: Run, at_trained: Path
+) -> None:
+    (at_trained / "checkpoints/killed").mkdir()
+    shutil.copy(at_trained / "checkpoints/tiny/config.toml", at_trained / "checkpoints/killed")
+    resumed = run("train", "--resume", "--name", "killed")
+    assert resumed.code == 4
+    assert "Start it again without --resume." in error_line(resumed)
+    assert run("train", "corpus.txt", "--name", "killed", *TINY).code == 0

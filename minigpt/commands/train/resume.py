@@ -138,9 +138,11 @@ def _require_checkpoint(run: RunFolder, *, hashes: bool) -> Pointer:
         )
     if latest is None:
         names = [path.name for path in models_in(ROOT) if RunFolder(path).steps()]
+        remedy = nearest(run.path.name, names) if names else "Start one without --resume."
+        if (run.path / CONFIG_FILE).exists():  # it ended before its first checkpoint
+            remedy = "Start it again without --resume."
         raise CheckpointError(
-            f"the run {run.path.name!r} has no checkpoint to resume from. "
-            f"{nearest(run.path.name, names) if names else 'Start one without --resume.'}"
+            f"the run {run.path.name!r} has no checkpoint to resume from. {remedy}"
         )
     if refusals := find_ring("checkpoint.tools.refusals"):
         refusals.warn_of_damage(run, latest.step, hashes=hashes)
