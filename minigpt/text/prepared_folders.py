@@ -170,8 +170,8 @@ def _is_finished(folder: Path, identity: str) -> bool:
         found = read_record(path)["identity"]
     if found != identity:
         raise ConfigError(
-            f"the folder {str(folder)!r} contains another text, or tokens of another tokenizer. "
-            "Delete it, or name another --out."
+            f"the folder {str(folder)!r} contains tokens of another text, tokenizer or validation "
+            "split. Delete it, or name another --out."
         )
     return is_finished
 
