@@ -36,6 +36,15 @@ def test_a_file_of_several_traces_is_refused_where_one_is_needed(run: Run, tmp_p
         assert result.err == f"error: {message}\n"
 
 
+def test_a_replay_shows_more_sources_than_the_file_has(run: Run, tmp_path: Path) -> None:
+    path = str(tmp_path / "t.jsonl")
+    words = [*TRACE, "--seed", "1", "--measure", "both"]
+    live = run(*words, "--n-sources", "7")
+    run(*words, "--n-sources", "2", "--out", path)
+    again = run("attention-trace", "--replay", path, "--n-sources", "7")
+    assert (again.code, again.out) == (0, live.out)
+
+
 @pytest.mark.parametrize("show", [percent, bar, heat, signed])
 def test_numbers_are_shown_the_same_live_and_from_a_file(show: Callable[[float], str]) -> None:
     near = (0.005, 0.0149999996, 0.0150000004, 0.4500000004, 2.2499999997, 0.0499999998, 0.125)

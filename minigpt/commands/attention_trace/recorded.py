@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+
 from minigpt.commands.attention_trace.files import FileOutput, check_files
 from minigpt.commands.attention_trace.targets import Targets
 from minigpt.console import make_console, write_result
@@ -18,7 +20,8 @@ from minigpt.tracing.analysis.diff import StepDiff, diff_traces
 from minigpt.tracing.analysis.reader import read_traces
 from minigpt.tracing.analysis_config import AnalysisConfig
 from minigpt.tracing.config import DIGITS, N_SOURCES
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.events import Source
+from minigpt.tracing.findings import Trace, TraceStep
 from minigpt.tracing.lines import make_layout
 from minigpt.tracing.spans import Line, bar, encodable, fit, heat, percent
 from minigpt.tracing.summary import measured
@@ -59,8 +62,21 @@ def replay(path: Path, targets: Targets, config: AnalysisConfig) -> None:
             n_sources=n_sources,
             measures=trace.header.measures,
         )
+        steps = [_with_sources(trace, step, n_sources or 0) for step in trace.steps]
         with FileOutput(replace(targets, dense=None), layout, is_quiet=is_quiet) as output:
-            output.show(iter([trace.header, *trace.steps, trace.footer]))
+            output.show(iter([trace.header, *steps, trace.footer]))
+
+
+def _with_sources(trace: Trace, step: TraceStep, n_sources: int) -> TraceStep:
+    """Return a step with at least this number of sources, if its rows have as many positions."""
+    rows = []
+    for row in step.rows:
+        others = {trace.header.sink, *(source.token.position for source in row.sources)}
+        order = np.argsort(-np.abs(row.weights_S), kind="stable").tolist()
+        more = [Source(trace.tokens[p], float(row.weights_S[p])) for p in order if p not in others]
+        n_missing = max(0, n_sources - len(row.sources))
+        rows.append(replace(row, sources=(*row.sources, *more[:n_missing])))
+    return replace(step, rows=tuple(rows))
 
 
 def show_diff(first: Path, second: Path, *, as_json: bool) -> None:
