@@ -67,6 +67,11 @@ def test_explicit_settings_override_those_derived_from_the_text(run: Run) -> Non
     assert saved["model"]["dropout"] == 0
     assert (saved["training"]["patience"], saved["training"]["max_epochs"]) == (0, 1)
     assert saved["training"]["eval_every"] == 7
+    result = run("train", "corpus.txt", "--name", "short", *SHAPE, "--max-epochs", "0.1")
+    assert "epochs (--max-epochs)" not in result.err  # it is not a limit that was measured
+    limits = ["--max-steps", "2", "--set", "training.max_epochs=0", "--dropout", "0.3"]
+    result = run("train", "corpus.txt", *SHAPE, *limits, "--set", "training.dropout_start=1.0")
+    assert "for a text of this size" not in result.err
 
 
 @pytest.mark.integration

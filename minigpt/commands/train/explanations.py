@@ -103,14 +103,20 @@ def _budget(trainer: Trainer) -> str:
 
 
 def _limits(trainer: Trainer) -> Iterator[str]:
-    """Yield the settings that were chosen against overfitting."""
-    model, training = trainer.config.model, trainer.config.training
-    if model.dropout and training.dropout_start:
+    """Yield the settings that were chosen against overfitting, unless the user chose others."""
+    config, n_train_tokens = trainer.config, len(trainer.train_tokens)
+    model, training, overfitting = config.model, config.training, find_ring("training.overfitting")
+    if config.from_ is not None or not overfitting:
+        return
+    n_parameters = parameter_count(model)
+    chosen = overfitting.text_settings(n_train_tokens, n_parameters, config.step_tokens)
+    if training.dropout_start and model.dropout == chosen.get("model", {}).get("dropout"):
         yield (
             f"no dropout in the first {training.dropout_start:g} epochs, then {model.dropout:g}, "
             "for a text of this size (--dropout)"
         )
-    if training.dropout_start and _ends_by_epochs(trainer) and not trainer.step:
+    is_chosen = training.max_epochs == chosen["training"].get("max_epochs")
+    if is_chosen and _ends_by_epochs(trainer) and not trainer.step:
         yield (
             f"at most {count(training.max_epochs, 'epoch')} (--max-epochs): more did not lower the "
             "validation loss of texts of this size (docs/training.md)"
