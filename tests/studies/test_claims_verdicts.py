@@ -35,6 +35,7 @@ def curves(**ends: tuple[float, float]) -> list[AccuracyCurve]:
         ((0.84, 0.81), (1.0, 1.0), "not borne out", "learned in part, equally well near and far"),
         ((1.0, 0.99), (1.0, 1.0), "not borne out", "recall, lstm: 100% right at distance 8, 99%"),
         ((0.99, 0.30), (1.0, 0.4), "not borne out", "it loses what is far away"),
+        ((0.22, 0.16), (0.34, 0.42), "not borne out", "42% at 512: not learned, near or far"),
     ],
 )
 def test_long_range_is_borne_out_if_only_attention_answers_from_far_away(
