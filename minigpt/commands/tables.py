@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from textwrap import wrap
 from typing import Any
 
 from rich.text import Text
@@ -37,10 +38,31 @@ def aligned(
         yield line
 
 
+def fitting(
+    rows: Sequence[Sequence[Text]], width: int | None, optional: Sequence[str]
+) -> list[Sequence[Text]]:
+    """Drop optional columns until the rows fit a narrow terminal.
+
+    Args: rows, the first with the titles; width, as for ``aligned``; optional, titles of the
+        columns to drop, in this order.
+    """
+    columns = list(zip(*rows, strict=True))
+    for title in optional:
+        others = sum(len(_GAP) + max(cell.cell_len for cell in column) for column in columns[1:])
+        if width is not None and _SHORTEST + others > width:
+            columns = [column for column in columns if column[0].plain != title]
+    return list(zip(*columns, strict=True))
+
+
 def fact_lines(facts: Mapping[str, str]) -> Iterator[Text]:
-    """Yield a line for each fact, its name first."""
-    rows = [[Text(name, "dim"), Text(fact)] for name, fact in facts.items()]
-    yield from aligned(rows, ["left"] * 2)
+    """Yield the lines of each fact, its name first, wrapped at spaces on a terminal."""
+    indent, width = max(map(len, facts)) + len(_GAP), line_width()
+    for name, fact in facts.items():
+        is_wrapped = width is not None and indent + len(fact) > width
+        lines = wrap(fact, max(width - indent, 1)) if is_wrapped and width else []
+        first, *more = lines or [fact]
+        yield Text.assemble((name.ljust(indent), "dim"), first)
+        yield from (Text(" " * indent + line) for line in more)
 
 
 def line_width() -> int | None:

@@ -18,7 +18,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.tools import inspection
 from minigpt.checkpoint.tools.inspection import describe
 from minigpt.checkpoint.tools.inventory import take_inventory
-from minigpt.commands import app
+from minigpt.commands import app, tables
 from minigpt.commands.checkpoints.views import inventory_lines, model_lines
 
 NAMES = ["list", "show", "verify", "prune", "average", "export", "import"]
@@ -128,6 +128,25 @@ def test_the_list_fits_80_columns(runs: Path, run: Run) -> None:
     assert all(line.cell_len <= 80 for line in lines)
     assert any("…" in line.plain for line in list(model_lines(facts, 50)))
     assert not any("…" in line.plain for line in model_lines(facts, None))
+
+
+@pytest.mark.parametrize("width", [40, 60])
+def test_a_narrow_terminal_shows_losses_and_marks_of_checkpoints(runs: Path, width: int) -> None:
+    lines = list(map(str, inventory_lines(take_inventory(runs / "checkpoints"), width)))
+    assert max(map(len, lines)) <= width
+    assert lines[0].split()[:2] == ["step", "nats/token"]
+    assert any(line.endswith("latest") for line in lines)
+
+
+def test_facts_are_wrapped_at_spaces_below_their_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = {"MLP": "gated", "attention": "scaled_dot, 6 heads of 32, 2 key/value heads"}
+    monkeypatch.setattr(tables, "line_width", lambda: 30)
+    assert list(map(str, tables.fact_lines(facts))) == [
+        "MLP        gated",
+        "attention  scaled_dot, 6 heads",
+        "           of 32, 2 key/value",
+        "           heads",
+    ]
 
 
 def test_show_lists_every_tensor_in_json_and_identical_blocks_once(run: Run, runs: Path) -> None:

@@ -26,7 +26,10 @@ def inventory_lines(entries: Sequence["Entry"], width: int | None) -> Iterator[T
     head = ["step", "nats/token", "bits/byte", "size", "written", ""]
     rows = [[Text(word, "dim") for word in head]]
     rows += [_row(checkpoint) for entry in entries for checkpoint in entry.checkpoints]
-    lines = tables.aligned(rows, ["right"] * 4 + ["left"] * 2, width)
+    room = None if width is None else width - len(_INDENT)
+    shown = tables.fitting(rows, room, ("written", "bits/byte", "size"))
+    sides = ["left" if title.plain in ("written", "") else "right" for title in shown[0]]
+    lines = tables.aligned(shown, sides, room)
     yield Text(_INDENT) + next(lines)
     for entry in entries:
         layouts = [checkpoint.layout for checkpoint in entry.checkpoints if checkpoint.layout]

@@ -3,7 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -48,7 +50,9 @@ def show_finding(finding: Finding, *, as_json: bool) -> None:
     tables.show(tables.aligned([[Text(cell) for cell in row] for row in finding.table], sides))
     verdict = finding.verdict
     tables.show([Text(f"{verdict.claim}: {verdict.outcome}", style="bold")])
-    tables.show([*(Text(f"- {reason}") for reason in verdict.reasons), Text()])
+    width = tables.line_width() or max(map(len, verdict.reasons), default=0) + 2
+    lines = (wrap(f"- {reason}", width, subsequent_indent="  ") for reason in verdict.reasons)
+    tables.show([*map(Text, chain.from_iterable(lines)), Text()])
 
 
 def write_findings(folder: Path, findings: Sequence[Finding]) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from minigpt.checkpoint.resolve import ROOT
 from minigpt.commands.plot.chart import Point, Series, draw_chart, y_limits
-from minigpt.commands.tables import aligned, show
+from minigpt.commands.tables import aligned, fitting, show
 from minigpt.console import make_console
 from minigpt.errors import CheckpointError, ConfigError
 from minigpt.figures import write_figure
@@ -30,8 +30,6 @@ _PICTURE_INCHES = (8.0, 4.5)
 _UNKNOWN = "-"
 _TITLE = "nats/token: a line for training batches, marks for the validation text"
 _HEAD = ("run", "steps", "training", "validation", "bits/byte", "at step")
-_LEAST_NEEDED = ("training", "bits/byte")  # columns that a narrow terminal does not show
-_MIN_NAME = 8
 
 
 @dataclass(frozen=True)
@@ -115,12 +113,8 @@ def show_chart(runs: Sequence[LossCurves], axis: str) -> None:
         style, mark = f"bold {one.colour}", marks[one.number % len(marks)]
         series += [Series(one.train, one.colour), Series(one.val, style, mark)]
         rows.append([Text.assemble((mark, style), f" {one.name}"), *map(Text, _summary(run))])
-    columns = list(zip(*rows, strict=True))
-    for name in _LEAST_NEEDED:
-        if _MIN_NAME + sum(2 + max(map(len, column)) for column in columns[1:]) > console.width:
-            columns = [column for column in columns if column[0].plain != name]
-    rows = list(map(list, zip(*columns, strict=True)))
-    table = list(aligned(rows, ["left"] + ["right"] * (len(columns) - 1), console.width))
+    shown = fitting(rows, console.width, ("training", "bits/byte"))
+    table = list(aligned(shown, ["left"] + ["right"] * (len(shown[0]) - 1), console.width))
     title = [Text(line, "dim") for line in wrap(_TITLE, console.width)]
     # Chart, table and the next prompt fit on the screen.
     room = console.height - len(table) - len(title) - 2 if console.is_terminal else _CHART_LINES
