@@ -3,6 +3,7 @@
 stdout carries the result, stderr everything else.
 """
 
+import errno
 import sys
 
 from rich.console import Console
@@ -39,12 +40,13 @@ def write_result(text: str) -> None:
 
 
 def outlive_reader() -> None:
-    """Drop output once the reader of stdout is gone, as with ``| head``, instead of ending.
+    """Drop output once the reader of stdout is gone, as with ``| head``, or its terminal is closed.
 
     For a command that has files to write too.
     """
     if _streams:
-        sys.stdout = _streams.Unfailing(sys.stdout, BrokenPipeError)
+        gone = {errno.EPIPE, errno.EIO} if sys.stdout.isatty() else {errno.EPIPE}
+        sys.stdout = _streams.Unfailing(sys.stdout, gone)
 
 
 def note(text: str) -> None:

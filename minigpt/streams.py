@@ -4,7 +4,8 @@ import os
 import re
 import sys
 import unicodedata
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 _WORDS = re.compile(
@@ -88,21 +89,26 @@ def silence(stream: IO[str]) -> None:
 class Unfailing:
     """Wrapper of a stream that drops all output once a write has failed."""
 
-    def __init__(self, stream: IO[str], failure: type[OSError] = OSError) -> None:
-        """Args: failure, the error of a write that is caught."""
-        self._stream, self._failure = stream, failure
+    def __init__(self, stream: IO[str], errors: Collection[int] = ()) -> None:
+        """Args: errors, the numbers of the OSErrors that are caught; empty for all."""
+        self._stream, self._errors = stream, errors
 
     def write(self, text: str) -> int:
-        try:
+        with self._failing():
             self._stream.write(text)
-        except self._failure:
-            silence(self._stream)
         return len(text)
 
     def flush(self) -> None:
-        try:
+        with self._failing():
             self._stream.flush()
-        except self._failure:
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self._errors and error.errno not in self._errors:
+                raise
             silence(self._stream)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Delay Ctrl-C and SIGTERM until rows are computed or shown."""
+"""Delay Ctrl-C, SIGTERM and SIGHUP until rows are computed or shown."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 
 @contextmanager
 def delay_signals() -> Iterator[None]:
-    """Delay Ctrl-C and SIGTERM until the end of a block; a second signal is not delayed.
+    """Delay these signals until the end of a block; a second signal is not delayed.
 
     Only the main thread receives signals.
     """
@@ -27,7 +27,8 @@ def delay_signals() -> Iterator[None]:
             signal.raise_signal(waiting[-1])
 
     is_main = threading.current_thread() is threading.main_thread()
-    kinds = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if is_main else ()
+    kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
     # None means a handler that was not installed from Python, which it cannot restore.
     handlers = {n: signal.signal(n, receive) for n in kinds if signal.getsignal(n) is not None}
     try:

@@ -81,10 +81,12 @@ def run(workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["minigpt", *words])
         monkeypatch.setattr(sys, "stdin", TextIOWrapper(BytesIO(stdin)))
         capfd.readouterr()
-        terminate = signal.getsignal(signal.SIGTERM)
+        numbers = signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has no SIGHUP
+        before = {number: signal.getsignal(number) for number in numbers}
         with pytest.raises(SystemExit) as ended:
             main()
-        signal.signal(signal.SIGTERM, terminate)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         out, err = capfd.readouterr()
         assert isinstance(ended.value.code, int)
         return Result(ended.value.code, out, err)

@@ -1,4 +1,4 @@
-"""minigpt attention-trace stopped by Ctrl-C or SIGTERM loses no observed row."""
+"""minigpt attention-trace stopped by Ctrl-C, SIGTERM or SIGHUP loses no observed row."""
 
 import json
 import os
@@ -132,3 +132,42 @@ def test_a_signal_keeps_the_dense_rows_of_the_tokens_so_far(
     assert ended.returncode == 128 + getattr(signal, number)
     assert f"wrote {dense}\n" in ended.stderr
     assert len(load_file(dense)["offsets"]) == n_rows + 1
+
+
+CLOSED_TERMINAL = """
+import os, pty, signal
+from minigpt.commands import main
+from minigpt.commands.attention_trace.described import DescribedOutput
+
+terminal, stdout = pty.openpty()
+os.dup2(stdout, 1)
+os.close(stdout)
+real, events = DescribedOutput.show_lines, []
+
+def close(output, event):
+    events.append(event)
+    if len(events) == 4:
+        os.close(terminal)
+        os.kill(os.getpid(), signal.SIGHUP)
+    real(output, event)
+
+DescribedOutput.show_lines = close
+main()
+"""
+
+
+def test_a_closed_terminal_loses_no_observed_row(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.jsonl"
+    ended = subprocess.run(
+        [sys.executable, "-c", CLOSED_TERMINAL, *TRACE, "--ignore-eos", "--out", str(out)],
+        cwd=trained,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 128 + signal.SIGHUP
+    assert f"wrote {out}\n" in ended.stderr
+    _, *steps, footer = map(json.loads, out.read_text().splitlines())
+    assert len(steps) >= 3
+    assert footer["finish_reason"] == "interrupted"

@@ -16,6 +16,7 @@ from minigpt.remedies import disk_message
 from minigpt.streams import close_streams, open_streams, wrapped
 from minigpt.text.escape import printable
 
+_HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 _OUT_OF_MEMORY = (
     "can't allocate memory",  # the CPU's allocator
     "CUDA error: out of memory",  # memory outside torch's allocator: contexts, graphs, kernels
@@ -39,6 +40,8 @@ def handling_failures() -> Iterator[None]:
     """Keep streams usable and clean up after signals in the block; show warnings in one line."""
     open_streams()
     signal.signal(signal.SIGTERM, _interrupt)
+    if _HANGUP and signal.getsignal(_HANGUP) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(_HANGUP, _interrupt)
     on_ctrl_c = signal.getsignal(signal.SIGINT)
     if on_ctrl_c != signal.SIG_IGN:
         signal.signal(signal.SIGINT, _interrupt)
@@ -70,6 +73,8 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
         os._exit(128 + number)
     if number == signal.SIGINT:
         raise KeyboardInterrupt
+    if number == _HANGUP:  # sent by the shell and the terminal
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(128 + number)
 
 
