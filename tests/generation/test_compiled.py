@@ -291,6 +291,33 @@ def test_identical_layers_share_kernels_without_size_checks_or_aliases(
     assert n_kernels[1] <= n_kernels[0] + 2
 
 
+@pytest.mark.integration  # imports the compiler and lowers the graph
+@pytest.mark.parametrize("layout", ["gpt2", "qwen3"])
+def test_no_weights_become_numbers_in_the_code_which_other_checkpoints_use_too(
+    layout: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler would inline vectors of up to 8 numbers; nothing is compiled."""
+    from torch._inductor.codecache import AotCodeCompiler
+
+    class Stopped(BaseException):
+        pass
+
+    def stop(graph: Any, *_: Any, **__: Any) -> None:
+        in_package.extend(graph.constants.values())
+        raise Stopped
+
+    in_package: list[Tensor] = []
+    monkeypatch.setattr(AotCodeCompiler, "compile", stop)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    shape = {"n_layer": 1, "d_model": 8, "n_head": 2, "d_head": 4, "d_mlp": 8}
+    model = small_model(layout, **shape)
+    with pytest.raises(Stopped):
+        CompiledForward(model, capacity=24)
+    stored = {tensor.data_ptr() for tensor in in_package}
+    weights = {name: w for name, w in model.named_parameters() if w.data_ptr() not in stored}
+    assert weights == {}
+
+
 @pytest.mark.integration  # imports the exporter
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_linear_layer_is_one_node_of_the_exported_graph(layout: str) -> None:

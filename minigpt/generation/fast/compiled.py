@@ -43,6 +43,8 @@ _CUDA_VIEW = 256  # on CUDA: to a power of two, at least this, as each has its o
 
 _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
+    # Vectors of up to 8 weights would become numbers in the code, which other checkpoints use too.
+    "always_keep_tensor_constants": True,
     # Would only speed up later compilations.
     "aot_inductor.precompile_headers": False,
     "size_asserts": False,
