@@ -29,7 +29,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"unknown setting {where}{key[:80]}. {nearest(key[:80], fields)}")
+            remedy = _of_other_table(cls, where, key) or nearest(key[:80], fields)
+            raise ConfigError(f"unknown setting {where}{key[:80]}. {remedy}")
         name = fields[key].name
         checked[name] = _checked(hints[name], value, f"{where}{key}")
     for key, f in fields.items():
@@ -37,6 +38,18 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if is_required and f.name not in checked:
             raise ConfigError(f"the setting {where}{key} is missing.")
     return cls(**checked)
+
+
+def _of_other_table(cls: type, where: str, key: str) -> str:
+    """Return a suggestion if another table of a run's settings has the key; else empty."""
+    tables = typing.get_type_hints(RunConfig)
+    if cls in (RunConfig, tables.get(where.rstrip("."))):
+        for name, table in tables.items():
+            if dataclasses.is_dataclass(table) and key in (
+                f.name for f in dataclasses.fields(table)
+            ):
+                return f"Did you mean {name}.{key}?"
+    return ""
 
 
 def _checked(hint: Any, value: Any, name: str) -> Any:

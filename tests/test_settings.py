@@ -45,6 +45,8 @@ def test_a_run_config_survives_a_round_trip_through_toml(
     ("values", "message"),
     [
         ({"model": {"n_layers": 3}}, "unknown setting model.n_layers. Did you mean n_layer?"),
+        ({"lr": 0.1}, "unknown setting lr. Did you mean training.lr?"),
+        ({"model": {"lr": 0.1}}, "unknown setting model.lr. Did you mean training.lr?"),
         ({"trainning": {}}, "unknown setting trainning. Did you mean training?"),
         ({"model": {"n_layer": 2.5}}, "model.n_layer must be of type int: it is 2.5."),
         ({"model": {"n_layer": True}}, "model.n_layer must be of type int: it is True."),
