@@ -45,9 +45,8 @@ def _of_other_table(cls: type, where: str, key: str) -> str:
     tables = typing.get_type_hints(RunConfig)
     if cls in (RunConfig, tables.get(where.rstrip("."))):
         for name, table in tables.items():
-            if dataclasses.is_dataclass(table) and key in (
-                f.name for f in dataclasses.fields(table)
-            ):
+            parts = dataclasses.fields(table) if dataclasses.is_dataclass(table) else ()
+            if any(part.name == key for part in parts):
                 return f"Did you mean {name}.{key}?"
     return ""
 
