@@ -341,6 +341,8 @@ def test_every_score_can_be_trained_and_traced_from_the_command_line(
     assert 'attention = "additive"' in Path("checkpoints/other/config.toml").read_text()
     error = error_line(run("train", "--resume", "--attention", "dot"))
     assert "--resume cannot change --attention: it is 'additive' in this run" in error
+    error = error_line(run("train", "--resume", "--set", "training.eval_tokens=9"))
+    assert "--resume cannot change training.eval_tokens: it is " in error
     assert run("train", "--resume", "--max-steps", "3").code == 0
     ending = ["The king", "--temperature", "0", "--max-new-tokens", "5", "--json"]
     generated = json.loads(run("generate", *ending).out)

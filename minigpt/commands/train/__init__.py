@@ -47,7 +47,8 @@ def train(
     metrics.jsonl. Ctrl-C saves a checkpoint and prints the command that resumes the run.
 
     Later settings win: preset, --config, options, --set. With --resume, the model, the text, the
-    seed, the batch size and the optimizer stay unchanged; everything else may change.
+    seed, the batch size, the optimizer and training.eval_tokens stay unchanged; everything else
+    may change.
     """
     from minigpt.commands.loading import use_threads
 

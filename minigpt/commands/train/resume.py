@@ -41,6 +41,7 @@ _FIXED = (
     "training.batch_size",
     "training.sequence_length",
     "training.optimizer",
+    "training.eval_tokens",  # the losses of its checkpoints are compared
 )
 
 
