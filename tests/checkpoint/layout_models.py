@@ -127,7 +127,7 @@ OTHER_FAMILIES = {
         },
         "max_position_embeddings": 1024,
     },
-    "llama-yarn": _LLAMA | {"rope_scaling": _YARN | {"beta_fast": 4.0, "attention_factor": 1.3}},
+    "llama-yarn": _LLAMA | {"rope_scaling": _YARN | {"beta_slow": 0.1, "attention_factor": 1.3}},
     "llama-yarn-exact": _LLAMA | {"rope_scaling": _YARN | {"truncate": False, "factor": 8.0}},
     "qwen2-yarn": _SHAPE
     | {"model_type": "qwen2", "rope_scaling": _YARN | {"mscale": 0.7, "mscale_all_dim": 0.5}},

@@ -59,7 +59,19 @@ REFUSED_FEATURES = {
                 "truncate": False,
             }
         },
-        "yarn with truncate false",
+        "yarn with beta_fast 32, beta_slow 1 and truncate false",
+    ),
+    "betas": (
+        "olmo2-yarn",
+        {
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "beta_slow": 0.5,
+            }
+        },
+        "yarn with beta_fast 32, beta_slow 0.5 and truncate true, by 4",
     ),
     "longrope": ("olmo2", LONG_ROPE, "rope_scaling longrope in the olmo2 layout"),
     "scale": ("gemma2", {"query_pre_attn_scalar": 20}, "query_pre_attn_scalar 20"),

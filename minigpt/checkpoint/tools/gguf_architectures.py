@@ -202,11 +202,12 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
                 "rope_scaling dynamic", "llama.cpp does not change frequencies with the length"
             )
         return
-    is_native = kind == "linear" or (kind == "yarn" and config.rope_truncate)
-    if not is_native:
-        what = "yarn with truncate false" if kind == "yarn" else kind
+    if not _is_native(config):
+        if kind == "yarn":
+            kind += f" with beta_fast {config.rope_beta_fast:g}, beta_slow "
+            kind += f"{config.rope_beta_slow:g} and truncate {str(config.rope_truncate).lower()}"
         raise _refusal(
-            f"rope_scaling {what}, by {config.rope_scaling_factor:g}, {layout}",
+            f"rope_scaling {kind}, by {config.rope_scaling_factor:g}, {layout}",
             "llama.cpp does not support it",
         )
 
@@ -293,8 +294,6 @@ def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
         writer.add_rope_scaling_type(RopeScalingType.YARN)
         writer.add_rope_scaling_factor(factor)
         writer.add_rope_scaling_orig_ctx_len(config.rope_original_context)
-        writer.add_rope_scaling_yarn_beta_fast(config.rope_beta_fast)
-        writer.add_rope_scaling_yarn_beta_slow(config.rope_beta_slow)
         usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0  # llama.cpp multiplies by it
         writer.add_rope_scaling_attn_factors(config.rope_attention_factor / usual)
     elif config.rope_scaling == "yarn":
@@ -303,9 +302,16 @@ def _add_rope_scaling(writer: Any, config: ModelConfig) -> None:
 
 def _is_by_divisors(config: ModelConfig) -> bool:
     """Return whether RoPE is written as divisors of the frequencies, (D / 2,)."""
-    if config.family == "gpt2" or config.rope_scaling_factor == 1:
-        return False
-    return config.rope_scaling == "llama3" or not config.rope_truncate
+    return config.family != "gpt2" and config.rope_scaling_factor != 1 and not _is_native(config)
+
+
+def _is_native(config: ModelConfig) -> bool:
+    """Return whether llama.cpp computes this RoPE scaling itself.
+
+    It reads the two betas of YaRN from the file for other architectures only.
+    """
+    is_usual = config.rope_truncate and (config.rope_beta_fast, config.rope_beta_slow) == (32, 1)
+    return config.rope_scaling == "linear" or (config.rope_scaling == "yarn" and is_usual)
 
 
 def extra_tensors(config: ModelConfig) -> dict[str, Tensor]:
