@@ -17,6 +17,7 @@ from minigpt.checkpoint.vocabulary_files import (
     drop_tokens_without_row,
     read_vocabulary_files,
     tokenizer_remedy,
+    with_library_ids,
 )
 from minigpt.config import ModelConfig
 from minigpt.errors import CheckpointError, MinigptWarning, cut
@@ -104,7 +105,7 @@ def read_tokenizer(
     config = read_json(path) if os.path.lexists(path) else {}
     data: Mapping[str, Any] | None = None
     if os.path.lexists(folder / TOKENIZER):
-        data = as_auto_tokenizer(folder, read_json(folder / TOKENIZER))
+        data = as_auto_tokenizer(folder, with_library_ids(read_json(folder / TOKENIZER)))
     else:
         data = read_vocabulary_files(folder)
     if data is None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,24 @@ def read_vocabulary_files(folder: Path) -> JSONValue | None:
             f"{VOCAB}, {MERGES} or {ADDED} in {str(folder)!r} is damaged ({type(error).__name__}: "
             f"{str(error)[:80]!r}). Download them again."
         ) from None
+
+
+def with_library_ids(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tokenizer.json whose added tokens have the ids of the tokenizers library.
+
+    It ignores the ids in the file: a token that is not in the vocabulary gets the next free one.
+    """
+    try:
+        vocab, added = data["model"]["vocab"], data["added_tokens"]
+        if not isinstance(vocab, Mapping):  # Unigram's: texts with their scores
+            vocab = {text: id_ for id_, (text, _) in enumerate(vocab)}
+        texts = filter(None, dict.fromkeys(token["content"] for token in added))
+        following = count(len(vocab))
+        ids = {text: vocab[text] if text in vocab else next(following) for text in texts}
+        after = [token | {"id": ids.get(token["content"], token["id"])} for token in added]
+        return data if after == added else {**data, "added_tokens": after}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return data  # damaged: reading it raises the error
 
 
 def drop_tokens_without_row(

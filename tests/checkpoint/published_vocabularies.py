@@ -258,7 +258,7 @@ def gemma() -> dict[str, Any]:
     by_space = {"pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
     data = metaspace(normalizer=REPLACE, pre_tokenizer={"type": "Split"} | by_space)
     data["decoder"]["decoders"].pop()  # no stripping of leading spaces
-    newlines = special(len(data["model"]["vocab"]), "\n\n", is_special=False)
+    newlines = special(data["model"]["vocab"]["\n\n"], "\n\n", is_special=False)
     data["added_tokens"] += [newlines]
     return data
 

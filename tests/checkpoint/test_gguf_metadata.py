@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,38 @@ def test_a_sentencepiece_vocabulary_has_scores_bytes_and_a_space_prefix(tmp_path
     scores = dict(zip(facts["tokens"], facts["scores"], strict=True))
     assert scores[merged[0]] == 0 > scores[merged[1]] > scores[merged[-1]]
     assert "merges" not in facts
+
+
+def test_added_tokens_have_the_ids_that_the_tokenizers_library_gives_them(tmp_path: Path) -> None:
+    data = json.loads(json.dumps(vocabularies.published(vocabularies.gpt2)[0]))
+    named = ((705, "<|endoftext|>"), (710, "<tool>"))  # with gaps, which the library closes
+    data["added_tokens"] = [vocabularies.special(*token) for token in named]
+    tokenizer = tokenizer_from_json(data, "gaps")
+    export_gguf(folder_of(tmp_path / "gaps", tokenizer), tmp_path / "m.gguf", "f32")
+    facts, _ = read(tmp_path / "m.gguf")
+    ids = tokenizer.encode("<tool><|endoftext|>", special=True)
+    assert [facts["tokenizer.ggml.tokens"][id_] for id_ in ids] == ["<tool>", "<|endoftext|>"]
+
+
+def chatting(make: Callable[[], dict[str, Any]], **options: bool) -> Tokenizer:
+    data = json.loads(json.dumps(vocabularies.published(make)[0]))
+    id_ = len(data["model"]["vocab"])
+    data["added_tokens"] = [*data["added_tokens"], vocabularies.special(id_, "[INST]") | options]
+    data["model"]["vocab"] |= {"[INST]": id_, "<": id_ + 1, "<s": id_ + 2}
+    data["model"]["merges"].append("< s")
+    return tokenizer_from_json(data, "chatting", end_of_text_ids=(2,))
+
+
+def test_notes_say_how_llama_cpp_reads_special_tokens(tmp_path: Path) -> None:
+    expected = {
+        "mistral": "begins with one or follows a special token",
+        "llama2": "llama.cpp keeps spaces beside special tokens such as '[INST]'",
+        "gemma": "llama.cpp reads '<s>' in a text as the special token",
+    }
+    for name, part in expected.items():
+        tokenizer = chatting(getattr(vocabularies, name), rstrip=name == "llama2")
+        folder = folder_of(tmp_path / name, tokenizer)
+        assert part in "\n".join(export_gguf(folder, tmp_path / f"{name}.gguf", "f32").notes)
 
 
 def test_chat_template_and_special_ids_come_from_the_folder(tmp_path: Path) -> None:

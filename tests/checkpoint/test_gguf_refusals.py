@@ -137,6 +137,14 @@ VOCABULARIES = {
         lambda data: data["model"].update(byte_fallback=False),
         "no byte fallback",
     ),
+    "normalized": (
+        vocabularies.llama2,
+        lambda data: data["added_tokens"].append(
+            vocabularies.special(len(data["model"]["vocab"]), "Foo", is_special=False)
+            | {"normalized": True}
+        ),
+        "the added token 'Foo' is found after spaces only",
+    ),
     "merges": (
         vocabularies.llama2,
         lambda data: data["model"]["merges"].pop(),

@@ -12,7 +12,7 @@ from typing import Any
 
 from minigpt.checkpoint.byte_pair_json import GPT2_PATTERN
 from minigpt.checkpoint.tokenizer_json import tokenizer_to_json
-from minigpt.errors import CheckpointError
+from minigpt.errors import CheckpointError, cut
 from minigpt.text.byte_pairs import TiktokenTokenizer
 from minigpt.text.chat import templates_of
 from minigpt.text.tokenizer import Tokenizer, well_formed
@@ -47,6 +47,8 @@ _NAMES = {
     (QWEN2_PATTERN,): ("qwen2", None),
     (_DIGITS, GPT2_PATTERN): ("smollm", None),
 }
+_MATCHING = ("lstrip", "rstrip", "single_word")
+"""Options of an added token that llama.cpp does not have."""
 _BYTE_TOKENS = {f"<0x{byte:02X}>" for byte in range(256)}
 # llama.cpp rejects an empty list of merges. This merge never applies, because words are split into
 # single characters first.
@@ -100,6 +102,7 @@ def gguf_vocabulary(folder: Path, tokenizer: Tokenizer, n_rows: int) -> GGUFVoca
         vocabulary = _byte_level(tokenizer, data, tokens, types)
     else:
         vocabulary = _characters(data, tokens, types)
+    vocabulary.notes += _stripping(data)
     vocabulary.add_bos = bool(tokenizer.prefix)
     vocabulary.special_ids = _special_ids(folder, tokenizer, tokens, vocabulary.notes)
     return vocabulary
@@ -124,7 +127,7 @@ def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]
         types[id_] = CONTROL if token["special"] else USER_DEFINED
         if text == unknown:
             types[id_] = UNKNOWN
-        if not token["special"] and any(token.get(s) for s in ("lstrip", "rstrip", "single_word")):
+        if not token["special"] and any(map(token.get, _MATCHING)):
             raise _refusal(f"the added token {text[:40]!r} strips spaces or matches whole words")
     known = set(texts.values())
     # No text has these: byte-level tokens contain no space, and others have U+2581 instead.
@@ -133,6 +136,15 @@ def _tokens(data: Mapping[str, Any], n_rows: int) -> tuple[list[str], list[int]]
     if len(set(tokens)) < n_rows:
         raise _refusal("two of its tokens have the same text")
     return tokens, [types.get(i, UNUSED) for i in range(n_rows)]
+
+
+def _stripping(data: Mapping[str, Any]) -> list[str]:
+    """Return a note on special tokens that are matched differently, as in a chat."""
+    added = [t for t in data.get("added_tokens") or () if any(map(t.get, _MATCHING))]
+    if not added:
+        return []
+    name = cut(added[0]["content"])
+    return [f"llama.cpp keeps spaces beside special tokens such as {name}, which strips them"]
 
 
 def _byte_level(
@@ -207,16 +219,27 @@ def _characters(data: Mapping[str, Any], tokens: list[str], types: list[int]) ->
         splits = []  # no space is left to split at
     if not splits and normalizers in ([PREPEND_SPACE, REPLACE_SPACES], [REPLACE_SPACES]):
         has_prefix = PREPEND_SPACE in normalizers
+        for token in data.get("added_tokens") or ():
+            if has_prefix and token.get("normalized") and not token["special"]:
+                raise _refusal(
+                    f"the added token {cut(token['content'])} is found after spaces only"
+                )
     elif not normalizers and [step["type"] for step in splits] == ["Metaspace"]:
         if splits[0].get("split", True) or splits[0].get("replacement") != SPACE:
             raise _refusal("it splits a text into words before merging")
-        has_prefix = splits[0].get("prepend_scheme", "always") != "never"
+        scheme = splits[0].get("prepend_scheme", "always")
+        has_prefix = scheme != "never"
         if has_prefix:
-            notes.append("llama.cpp also adds a space before a text that begins with one")
+            after = " or follows a special token, as in a chat" if scheme == "first" else ""
+            notes.append(f"llama.cpp also adds a space before a text that begins with one{after}")
     else:
         names = ", ".join(step["type"] for step in [*normalizers, *splits]) or "none"
         raise _refusal(f"its treatment of spaces ({names}) is not one of llama.cpp's")
-    scores = _scores(data, set(tokens))
+    symbols = {*tokens, *"".join(tokens)}  # llama.cpp starts from characters, known or not
+    scores = _scores(data, tokens, symbols)
+    for token, kind in zip(tokens, types, strict=True):
+        if kind == CONTROL and any(map(symbols.issuperset, _pairs(token))):
+            notes.append(f"llama.cpp reads {cut(token)} in a text as the special token")
     types = [BYTE if t in _BYTE_TOKENS else kind for t, kind in zip(tokens, types, strict=True)]
     return GGUFVocabulary(
         "llama",
@@ -228,9 +251,15 @@ def _characters(data: Mapping[str, Any], tokens: list[str], types: list[int]) ->
     )
 
 
-def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
+def _pairs(token: str) -> Iterator[tuple[str, str]]:
+    """Yield all pairs of texts that form a token."""
+    return ((token[:i], token[i:]) for i in range(1, len(token)))
+
+
+def _scores(data: Mapping[str, Any], tokens: list[str], symbols: set[str]) -> dict[str, float]:
     """Return token -> score; llama.cpp merges the adjacent pair with the highest-scoring result.
 
+    Args: symbols, texts that llama.cpp merges if a token is the result.
     Raises: CheckpointError if no scores reproduce the ranks: all pairs that form a token must have
         consecutive ranks.
     """
@@ -245,10 +274,9 @@ def _scores(data: Mapping[str, Any], tokens: set[str]) -> dict[str, float]:
         last = token
     special = {token["content"] for token in data.get("added_tokens") or ()} | _BYTE_TOKENS
     pairs = set(merges)
-    for token in tokens - special:
-        for i in range(1, len(token)):
-            pair = token[:i], token[i:]
-            if pair not in pairs and pair[0] in tokens and pair[1] in tokens:
+    for token in set(tokens) - special:
+        for pair in _pairs(token):
+            if pair not in pairs and symbols.issuperset(pair):
                 raise _refusal(f"it never merges {pair[0]!r} and {pair[1]!r}, but llama.cpp would")
     return scores
 
