@@ -203,11 +203,12 @@ def _check_rope(config: ModelConfig, architecture: Architecture) -> None:
             )
         return
     if not _is_native(config):
+        what: str = kind
         if kind == "yarn":
-            kind += f" with beta_fast {config.rope_beta_fast:g}, beta_slow "
-            kind += f"{config.rope_beta_slow:g} and truncate {str(config.rope_truncate).lower()}"
+            what += f" with beta_fast {config.rope_beta_fast:g}, beta_slow "
+            what += f"{config.rope_beta_slow:g} and truncate {str(config.rope_truncate).lower()}"
         raise _refusal(
-            f"rope_scaling {kind}, by {config.rope_scaling_factor:g}, {layout}",
+            f"rope_scaling {what}, by {config.rope_scaling_factor:g}, {layout}",
             "llama.cpp does not support it",
         )
 
