@@ -50,6 +50,14 @@ def test_gguf_metadata_has_the_shape_of_the_model(tmp_path: Path) -> None:
     assert facts["general.file_type"] == gguf.LlamaFileType.ALL_F32
 
 
+def test_a_model_in_the_cache_of_the_hub_has_its_name_and_not_that_of_the_commit(
+    tmp_path: Path,
+) -> None:
+    folder = folder_of(tmp_path / "models--org--tiny-gpt" / "snapshots" / "0f9a", BytesTokenizer())
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    assert read(tmp_path / "m.gguf")[0]["general.name"] == "tiny-gpt"
+
+
 @pytest.mark.parametrize(
     ("name", "written"),
     [("My-Phi-3-mini", "My-phi 3-mini"), ("phi3", "phi 3"), ("phi4", "phi4")],

@@ -141,7 +141,9 @@ def _add_vocabulary(
 ) -> list[str]:
     """Write the name and vocabulary of a model; return notes on how llama.cpp differs."""
     run = folder.parent if folder.name.startswith("step-") else folder
-    name = well_formed(run.name)
+    # In the cache of the Hub, a model is in models--OWNER--NAME/snapshots/COMMIT.
+    is_cached = run.parent.name == "snapshots"
+    name = well_formed(run.parents[1].name.rpartition("--")[2] if is_cached else run.name)
     if tokenizer is None:
         writer.add_name(name)
         writer.add_tokenizer_model("none")
