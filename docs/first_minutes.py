@@ -113,7 +113,7 @@ def main() -> None:
         terminal = Terminal(Path(folder))
         marks: dict[str, float] = {}
         try:
-            terminal.type(f"git clone --quiet {ROOT} minigpt && cd minigpt && make demo")
+            terminal.type(f"git clone -q {ROOT} minigpt && cd minigpt && make demo")
             shots = list(film(terminal, marks))
         finally:
             terminal.close()

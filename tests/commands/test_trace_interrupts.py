@@ -139,6 +139,7 @@ import os, pty, signal
 from minigpt.commands import main
 from minigpt.commands.attention_trace.described import DescribedOutput
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored under nohup
 terminal, stdout = pty.openpty()
 os.dup2(stdout, 1)
 os.close(stdout)

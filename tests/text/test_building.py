@@ -323,11 +323,11 @@ def test_a_folder_with_other_contents_is_refused_and_left_unchanged(
         with pytest.raises(Killed):
             prepared()
     bpe = train_bpe(["the owl " * 99], 280)
-    refused("another text, or tokens of another tokenizer", tokenizer=bpe)
+    refused("tokens of another text, tokenizer or validation split", tokenizer=bpe)
     prepared()
-    refused("another text, or tokens of another tokenizer", tokenizer=bpe)
+    refused("tokens of another text, tokenizer or validation split", tokenizer=bpe)
     Path("a.jsonl").write_text('{"text": "another text"}\n')
-    refused("another text, or tokens of another tokenizer")
+    refused("tokens of another text, tokenizer or validation split")
 
 
 def test_a_folder_being_prepared_by_another_process_is_refused(

@@ -115,8 +115,7 @@ def _planned(
     base = with_vocabulary(settings, data.tokenizer.vocab_size)
     if overfitting := find_ring("training.overfitting"):
         base = overfitting.with_text_settings(base, overrides, data)
-    for line in [*notes_on(base, overrides), *_without_effect(config.budget, overrides)]:
-        note(f"note   {line}")
+    notes = [*notes_on(base, overrides), *_without_effect(config.budget, overrides)]
     base = replace(base, data=data.manifest.with_split(base.data))
     base = replace(base, training=replace(base.training, patience=0.0))
     if not base.data.val_fraction:
@@ -132,6 +131,8 @@ def _planned(
         checked_name(run.folder.path.name)
         require_memory(run.config, resolve_device(run.config.training.device))
         _require_same(run, data)
+    for line in notes:  # not beside an error
+        note(f"note   {line}")
     return base, budget, runs, data
 
 
