@@ -17,7 +17,8 @@ from minigpt.commands.train.run import Display, train_job
 from minigpt.config import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from minigpt.errors import ConfigError, cut, nearest, require_choice
 from minigpt.fields import plain_key
-from minigpt.generation.api import model_name, plain_value, torch_defaults
+from minigpt.generation.api import model_name, plain_value
+from minigpt.model.device import torch_defaults
 from minigpt.rings import ring
 from minigpt.settings import build, merge
 from minigpt.training.events import Event

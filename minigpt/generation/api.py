@@ -1,7 +1,6 @@
 """The Python API of generation: ``minigpt.load`` and ``minigpt.generate``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from minigpt.generation.forcing import forced_ids
 from minigpt.generation.loading import encode_prompt, make_decoder, require_new_tokens, tokenizer_of
 from minigpt.generation.samples import stream_samples
 from minigpt.generation.stream import TextStep
+from minigpt.model.device import torch_modes
 from minigpt.model.language_model import LanguageModel
 from minigpt.rings import find_ring, ring
 from minigpt.settings import build
@@ -174,31 +174,6 @@ def _in_modes(items: Iterator[TextStep]) -> Iterator[TextStep]:
         if item is None:
             return
         yield item
-
-
-@contextmanager
-def torch_modes() -> Iterator[None]:
-    """Use the CPU by default, and no autocast; restore the caller's modes of this thread."""
-    with ExitStack() as stack:
-        # A context of torch.device makes each call of torch slower, and torch.get_default_device
-        # takes 10 us.
-        if torch.empty(0).device.type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        for device in filter(torch.is_autocast_enabled, ("cpu", "cuda", "mps")):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
-
-
-@contextmanager
-def torch_defaults() -> Iterator[None]:
-    """Use ``torch_modes`` and float32 by default; restore the caller's settings."""
-    dtype = torch.get_default_dtype()
-    with torch_modes():
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(dtype)
 
 
 def checked_options(function: Any, options: Mapping[str, Any], *configs: type) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from minigpt.errors import ConfigError
 from minigpt.generation import api
 from minigpt.generation.decoder import fresh_seed
 from minigpt.generation.forcing import forced_ids
+from minigpt.model.device import torch_defaults
 from minigpt.settings import build
 from minigpt.text.tokenizer import Tokenizer
 from minigpt.tracing import tracer
@@ -107,7 +108,7 @@ def trace(
             special=special,
             dense=partial(_keep, kept) if dense else None,
         )
-        with api.torch_defaults():
+        with torch_defaults():
             traces.append(Trace.of(events, kept))
     return traces if is_list else traces[0]
 

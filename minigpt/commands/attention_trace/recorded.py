@@ -71,11 +71,14 @@ def _with_sources(trace: Trace, step: TraceStep, n_sources: int) -> TraceStep:
     """Return a step with at least this number of sources, if its rows have as many positions."""
     rows = []
     for row in step.rows:
-        others = {trace.header.sink, *(source.token.position for source in row.sources)}
-        order = np.argsort(-np.abs(row.weights_S), kind="stable").tolist()
-        more = [Source(trace.tokens[p], float(row.weights_S[p])) for p in order if p not in others]
-        n_missing = max(0, n_sources - len(row.sources))
-        rows.append(replace(row, sources=(*row.sources, *more[:n_missing])))
+        n_missing = n_sources - len(row.sources)
+        if n_missing > 0:
+            listed = {trace.header.sink, *(source.token.position for source in row.sources)}
+            order = np.argsort(-np.abs(row.weights_S), kind="stable").tolist()
+            more = [position for position in order if position not in listed][:n_missing]
+            added = (Source(trace.tokens[p], float(row.weights_S[p])) for p in more)
+            row = replace(row, sources=(*row.sources, *added))
+        rows.append(row)
     return replace(step, rows=tuple(rows))
 
 
