@@ -64,3 +64,11 @@ def evaluations(name: str) -> list[tuple[int, float]]:
     lines = Path("checkpoints", name, "metrics.jsonl").read_text().splitlines()
     facts = [json.loads(line) for line in lines]
     return [(fact["step"], fact["val_loss"]) for fact in facts if fact["event"] == "eval"]
+
+
+def flip_a_byte(folder: Path) -> None:
+    """Damage the weights of a model folder."""
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)

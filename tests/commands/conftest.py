@@ -1,5 +1,6 @@
 """Fixtures: one tiny trained run, and calls of the program as by a user."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import pytest
 from calls import ROOT, TINY, Result, Run
 
 from minigpt.checkpoint import resolve
+from minigpt.checkpoint.folder import RunFolder
 from minigpt.commands import main
 from minigpt.commands.registry import Commands
 
@@ -57,6 +59,22 @@ def workplace(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(resolve, "shipped_model", lambda: None)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def runs(trained: Path, workplace: Path) -> Path:
+    """Return the working directory with the run tiny (steps 1 to 4; best 2) and the model plain."""
+    tiny = workplace / "checkpoints" / "tiny"
+    shutil.copytree(trained / "checkpoints" / "tiny", tiny)
+    run = RunFolder(tiny)
+    for step in (1, 2, 3):
+        shutil.copytree(run.step_folder(4), run.step_folder(step))
+        path = run.step_folder(step) / "manifest.json"
+        facts = {"val_loss": 1.25, "bits_per_byte": 1.75} if step == 2 else {}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"facts": facts}))
+    plain = workplace / "checkpoints" / "plain"
+    shutil.copytree(run.step_folder(4), plain, ignore=shutil.ignore_patterns("manifest.json"))
+    return workplace
 
 
 @pytest.fixture
