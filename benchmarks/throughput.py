@@ -3,17 +3,20 @@
     python benchmarks/throughput.py --nanogpt-checkout DIR
     python benchmarks/throughput.py --nanogpt-checkout DIR --device cuda --dtype bfloat16 --compile
 
-Both run full optimizer steps (forward, backward, clipping, AdamW) on the same random tokens, and
-alternate, so that other load affects both. minigpt also runs without its kernels, with the model's
-modules and torch's backward pass of attention. The results are medians after a warm-up.
+Both run full optimizer steps (forward, backward, clipping, AdamW) on random tokens, and alternate,
+so that other load affects both. minigpt also runs without its kernels, with the model's modules and
+torch's attention. Each is a process of its own, because minigpt sets malloc's thresholds when it
+trains. The results are medians of all steps but the first of each turn.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minigpt.config import ModelConfig, TrainingConfig
-from minigpt.model.device import autocast, resolve_device, resolve_dtype
+from minigpt.model.device import autocast, keep_freed_memory, resolve_device, resolve_dtype
 from minigpt.model.gpt import GPT
 from minigpt.training.fused import FusedLoss
 from minigpt.training.kernels import use_kernels
@@ -67,6 +70,8 @@ def ours(
     model.to(device)
     if with_kernels:
         use_kernels(model, device, dtype)
+    if device.type == "cpu":
+        keep_freed_memory()
     training = TrainingConfig(
         max_steps=1, optimizer="adamw", lr=1e-3, embedding_lr=1e-3, weight_decay=0.1
     )
@@ -138,36 +143,51 @@ def seconds_of(step: Step, inputs: Tensor, targets: Tensor) -> float:
     return time.perf_counter() - started
 
 
+def serve(turns: Connection, name: str, args: argparse.Namespace) -> None:
+    """Take as many steps as each message requests, and answer with their times in seconds."""
+    shape, device = SHAPES[args.shape], resolve_device(args.device)
+    options = (shape, device, resolve_dtype(args.dtype, device), args.compile)
+    if name == "nanoGPT":
+        step = theirs(*options, args.nanogpt_checkout)
+    else:
+        step = ours(*options, with_kernels=name == "minigpt")
+    size = 2, args.batch or shape["batch"], shape["context"]
+    while n_steps := turns.recv():
+        batches = [torch.randint(VOCABULARY, size, device=device) for _ in range(n_steps)]
+        turns.send([seconds_of(step, inputs, targets) for inputs, targets in batches])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nanogpt-checkout", type=Path, required=True)
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--batch", type=int, help="sequences [the shape's]")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=6, help="steps per turn [6]")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
-    batch, context = args.batch or shape["batch"], shape["context"]
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.dtype, device)
-    steps = {
-        "minigpt": ours(shape, device, dtype, args.compile),
-        "without its kernels": ours(shape, device, dtype, args.compile, with_kernels=False),
-        "nanoGPT": theirs(shape, device, dtype, args.compile, args.nanogpt_checkout),
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(args.steps + 5):
-        tokens = torch.randint(VOCABULARY, (2, batch, context), device=device)
-        for name, step in steps.items():
-            times[name].append(seconds_of(step, tokens[0], tokens[1]))
-    ms = {name: 1e3 * statistics.median(seconds[5:]) for name, seconds in times.items()}
+    context = multiprocessing.get_context("spawn")
+    turns, times = {}, {}
+    for name in ("minigpt", "without its kernels", "nanoGPT"):
+        turns[name], end = context.Pipe()
+        context.Process(target=serve, args=(end, name, args), daemon=True).start()
+        times[name] = []
+    for turn in range(args.turns + 1):  # the first one warms up
+        for name, connection in turns.items():
+            connection.send(args.steps)
+            seconds = connection.recv()
+            times[name] += seconds[1:] if turn else []
+    ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    shape = SHAPES[args.shape] | ({"batch": args.batch} if args.batch else {})
+    n_tokens = shape["batch"] * shape["context"]
     print("| | ms/step | tokens/s |\n| --- | --- | --- |")
     for name, value in ms.items():
-        print(f"| {name} | {value:.1f} | {1e3 * batch * context / value:,.0f} |")
+        print(f"| {name} | {value:.1f} | {1e3 * n_tokens / value:,.0f} |")
     ratio = ms["nanoGPT"] / ms["minigpt"]
-    facts = {"shape": shape | {"batch": batch}, "dtype": str(dtype), "device": str(device)}
+    device = resolve_device(args.device)
+    facts = {"shape": shape, "dtype": str(resolve_dtype(args.dtype, device)), "device": str(device)}
     print(f"\nratio {ratio:.2f}\n{json.dumps(facts | {'threads': torch.get_num_threads()})}")
 
 

@@ -1,12 +1,15 @@
 """Causal attention in bfloat16 on a CPU, with a faster backward pass than torch's.
 
-torch's fused kernel is fast forward, but its backward pass is slow in bfloat16 (docs/training.md
-compares both). Here, the forward pass is torch's and the backward pass consists of batched matrix
-products. Without bfloat16 instructions of the CPU, these are slower than torch's. The weights are
-recomputed for one block of queries at a time, so memory does not grow with the square of the
-sequence length.
+torch's fused kernel is fast for long sequences, but its backward pass is slow in bfloat16
+(docs/training.md compares both). Here, the backward pass consists of batched matrix products.
+Without bfloat16 instructions of the CPU, these are slower than torch's kernel.
 
-Shapes: B batch, H query heads, G key/value heads, T positions, D head dim.
+- Up to ``BLOCK`` positions, attention weights are computed explicitly and kept for the backward
+  pass.
+- For longer sequences, the forward pass is torch's, and the backward pass recomputes the weights
+  for one block of queries at a time, so memory does not grow with the square of the length.
+
+Shapes: B batch, H query heads, G key/value heads, T positions, D head dim, N = B G, R = H / G.
 """
 
 from typing import Any
@@ -24,10 +27,19 @@ BLOCK = 128
 
 def use_kernels(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Train with these kernels, if in bfloat16 on a CPU with bfloat16 instructions."""
-    if device.type == "cpu" and dtype == torch.bfloat16 and has_fast_bfloat16(device):
+    if _are_used(device, dtype):
         for module in model.modules():
             if isinstance(module, Score):
                 module.fused = attention
+
+
+def keep_weights(device: torch.device, dtype: torch.dtype, n_positions: int) -> bool:
+    """Return whether training keeps the attention weights of sequences of this length."""
+    return _are_used(device, dtype) and n_positions <= BLOCK
+
+
+def _are_used(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cpu" and dtype == torch.bfloat16 and has_fast_bfloat16(device)
 
 
 def attention(
@@ -45,13 +57,52 @@ def attention(
     """
     q_BHTD, k_BGTD = q_BHTD.to(v_BGTD.dtype), k_BGTD.to(v_BGTD.dtype)
     if attn_mask is None and is_causal and v_BGTD.dtype == torch.bfloat16:
-        return _CausalAttention.apply(q_BHTD, k_BGTD, v_BGTD)
+        is_short = q_BHTD.shape[2] <= BLOCK
+        kernel = _ShortAttention if is_short else _LongAttention
+        return kernel.apply(q_BHTD, k_BGTD, v_BGTD)
     return F.scaled_dot_product_attention(
         q_BHTD, k_BGTD, v_BGTD, attn_mask, is_causal=is_causal, enable_gqa=enable_gqa
     )
 
 
-class _CausalAttention(torch.autograd.Function):
+def _in_groups(q_BHTD: Tensor, n_group: int) -> Tensor:
+    """Return queries as (N, R T, D): a group shares its keys, so they are rows of one product."""
+    n_batch, n_head, n_query, d_head = q_BHTD.shape
+    return q_BHTD.reshape(n_batch * n_group, n_head // n_group * n_query, d_head)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """Causal attention that keeps its weights."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHTD: Tensor, k_BGTD: Tensor, v_BGTD: Tensor) -> Tensor:
+        _, n_head, n_query, d_head = q_BHTD.shape
+        n_group = k_BGTD.shape[1]
+        q, k, v = _in_groups(q_BHTD, n_group), k_BGTD.flatten(0, 1), v_BGTD.flatten(0, 1)
+        # Scores in float32, as in torch's kernel.
+        mask = torch.full((n_query, n_query), -torch.inf).triu(1).repeat(n_head // n_group, 1)
+        scores = torch.baddbmm(mask, q.float(), k.float().mT, alpha=d_head**-0.5)
+        weights = scores.softmax(-1).to(v.dtype)  # (N, R T, T)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.shapes = q_BHTD.shape, k_BGTD.shape
+        return (weights @ v).view(q_BHTD.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, weights = ctx.saved_tensors
+        q_shape, k_shape = ctx.shapes
+        scale = q.shape[-1] ** -0.5
+        gradient = _in_groups(gradients[0], k_shape[1])
+        dweights = gradient @ v.mT
+        dscores = torch._softmax_backward_data(dweights, weights, -1, weights.dtype)
+        dq, dk = (dscores @ k).mul_(scale), (dscores.mT @ q).mul_(scale)
+        dv = weights.mT @ gradient
+        return dq.view(q_shape), dk.view(k_shape), dv.view(k_shape)
+
+
+class _LongAttention(torch.autograd.Function):
+    """Causal attention that recomputes its weights in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ctx.save_for_backward(q, k, v)

@@ -11,7 +11,7 @@ from minigpt.checkpoint.folder import RunFolder
 from minigpt.checkpoint.model_folder import read_model
 from minigpt.config import RunConfig
 from minigpt.errors import CheckpointError
-from minigpt.model.device import has_fast_bfloat16
+from minigpt.model.device import has_fast_bfloat16, keep_freed_memory
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.rings import find_ring, ring
 from minigpt.text.batches import require_length
@@ -87,6 +87,8 @@ class Run:
         self.data, self.folder, self.carried = data, folder, carried
         self.world = world.on(device, shard=config.training.shard)
         self.device, self.dtype = self.world.device, dtype
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.config, self.train_tokens, self.val_tokens = resolve_for_text(config, data)
         training = config.training
         self.micro_batch_size = world.micro_batch_size(training)

@@ -30,6 +30,31 @@ def test_the_backward_pass_of_the_cpu_kernel_equals_that_of_torch(
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_query", [1, 7, 64])
+@pytest.mark.parametrize("n_group", [1, 2, 4])
+def test_the_kernel_of_short_sequences_equals_torch(n_query: int, n_group: int) -> None:
+    q, k, v = inputs(n_head=4, n_group=n_group, n_query=n_query, dtype=torch.float32)
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    actual = kernels._ShortAttention.apply(q, k, v)
+    torch.testing.assert_close(actual, expected)
+    gradient = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad(out, (q, k, v), gradient) for out in (actual, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_query", [64, 300])
+def test_bfloat16_outputs_for_large_scores_are_as_accurate_as_those_of_torch(n_query: int) -> None:
+    q, k, v = inputs(n_head=4, n_group=2, n_query=n_query, dtype=torch.bfloat16)
+    with torch.no_grad():
+        q *= 20  # scores of up to 80, which bfloat16 rounds by up to 0.25
+        exact = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True
+        )
+        theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        ours = kernels.attention(q, k, v, is_causal=True)
+    assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
+
+
 @pytest.mark.parametrize("n_query", [5, 300])
 def test_bfloat16_gradients_of_the_kernel_are_as_accurate_as_those_of_torch(n_query: int) -> None:
     q, k, v = inputs(n_head=4, n_group=2, n_query=n_query, dtype=torch.bfloat16)

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from minigpt.checkpoint.published_models import canonical
 from minigpt.errors import ResourceError
 from minigpt.text.tokens import PreparedData
+from minigpt.training import kernels
 from minigpt.training.reports import memory
 from minigpt.training.reports.memory import estimate_memory, optimizer_values, require_memory
 
@@ -59,6 +60,25 @@ def test_estimated_memory_is_what_a_run_allocates(
     assert estimate["optimizer"] == pytest.approx(moments, rel=0.02)  # plus step counters
     # The formula ignores temporary tensors of the kernels.
     assert estimate["total"] == pytest.approx(held + moments + step, rel=0.1)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("layout", ["qwen3", "llama"])
+@pytest.mark.parametrize("length", [128, 256])
+def test_estimated_memory_counts_the_weights_that_a_bfloat16_kernel_keeps(
+    layout: str, length: int, data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "has_fast_bfloat16", lambda device: True)
+    config = config_of(layout, batch_size=4096 // length, max_steps=3)
+    shape = {"n_layer": 4, "d_model": 128, "n_head": 4, "n_kv_head": 2, "context_length": length}
+    config = replace(config, model=replace(config.model, **shape))
+    made = []
+    dtype = torch.bfloat16
+    _, held = allocated(lambda: made.append(trainer_of(config, data, tmp_path, dtype=dtype)))
+    _, moments = allocated(made[0].take_step)
+    step, _ = allocated(made[0].take_step)
+    estimate = estimate_memory(config, len(made[0].val_tokens), dtype)
+    assert estimate["total"] == pytest.approx(held + moments + step, rel=0.05)
 
 
 @pytest.mark.integration

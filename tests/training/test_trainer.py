@@ -1,7 +1,11 @@
 """The training loop equals a plain loop; its seeds, sequence lengths and checkpoints."""
 
 import math
+import os
+import platform
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -276,3 +280,30 @@ def test_context_warmup_keeps_the_tokens_per_step(data: PreparedData, tmp_path: 
 def test_the_warm_up_length_must_divide_the_context() -> None:
     with pytest.raises(ConfigError, match=r"3 does not divide 16"):
         config_of(context_warmup_length=3)
+
+
+_FAULTS = """
+import resource
+import sys
+from pathlib import Path
+
+from small_runs import config_of, data_of, text, trainer_of
+
+folder = Path(sys.argv[1])
+trainer = trainer_of(config_of("qwen3", batch_size=512), data_of(text(600), folder), folder / "run")
+n_faults = []
+for _ in range(8):
+    trainer.take_step()
+    n_faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print((n_faults[-1] - n_faults[2]) * resource.getpagesize())
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+def test_a_step_reuses_the_memory_of_the_previous_one(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    faulted = subprocess.check_output(
+        [sys.executable, "-c", _FAULTS, str(tmp_path)], text=True, env=environment
+    )
+    assert int(faulted) < 2**22  # over 2**26 if each step returns its memory

@@ -4,8 +4,6 @@ Each weight is converted when it is read from its file, and joined with those of
 soon as the last of them is read: only one group is in memory twice at any time.
 """
 
-import ctypes
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,14 +23,12 @@ from minigpt.generation.fast.quantize import (
     require_int8,
     to_int8,
 )
+from minigpt.model.device import keep_freed_memory, return_freed_memory
 from minigpt.model.gpt import GPT, Block
 from minigpt.model.language_model import LanguageModel, model_class
 from minigpt.model.layers import GatedMLP
 
 Model = TypeVar("Model", bound=LanguageModel)
-
-_MMAP_THRESHOLD = 2**18
-_LARGEST_MMAP_THRESHOLD = 2**25  # the most to which glibc itself raises the threshold
 
 
 class WeightReader:
@@ -71,7 +67,7 @@ class WeightReader:
             self._groups["embedding"] = []  # only looked up
         self._weights: dict[str, Tensor | WeightOnlyLinear] = {}
         self._last = ""  # layer whose weight was read last
-        _set_mmap_threshold(_MMAP_THRESHOLD)
+        return_freed_memory()
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """Return the tensor for the model: a placeholder without memory if ``finish`` sets it."""
@@ -100,7 +96,7 @@ class WeightReader:
     def finish(self, model: LanguageModel) -> None:
         """Put the weights into the model."""
         self._join()
-        _set_mmap_threshold(_LARGEST_MMAP_THRESHOLD)
+        keep_freed_memory()
         if self._is_compiled:
             use_prompt_linears(model)
         for name, weight in self._weights.items():
@@ -115,17 +111,6 @@ class WeightReader:
                 setattr(model.get_submodule(parent), child, weight)
         if self._joins or self._is_compiled:
             allow_idle_steps(model)
-
-
-def _set_mmap_threshold(n_bytes: int) -> None:
-    """Make glibc return blocks from this size on to the system when they are freed.
-
-    By default they leave holes that are too small for the remaining tensors: 140 MB for GPT-2.
-    """
-    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
-        mallopt(-3, n_bytes)  # M_MMAP_THRESHOLD
-        # M_TRIM_THRESHOLD; with 128 KB, each step would fault its pages in again.
-        mallopt(-1, 2 * n_bytes)
 
 
 def make_reader(

@@ -55,7 +55,9 @@ def estimate_memory(
     stream = model.d_model * _FLOAT32
     fused = find_ring("training.fused")
     is_fused = bool(fused) and fused.is_fused(config, device_type, n_ranks)
-    block = _block_bytes_per_token(model, dtype, length, is_fused=is_fused)
+    kernels = find_ring("training.kernels")
+    keeps = bool(kernels) and kernels.keep_weights(torch.device(device_type), dtype, length)
+    block = _block_bytes_per_token(model, dtype, length, is_fused=is_fused, keeps_weights=keeps)
     kept = n_tokens * model.n_layer * (stream if training.recompute else block)
     # Log-probabilities, their gradients and those of the logits, or fused, logits and their
     # gradients; then the final norm.
@@ -105,16 +107,16 @@ def _cast_bytes(dtype: torch.dtype) -> int:
 
 
 def _block_bytes_per_token(
-    model: ModelConfig, dtype: torch.dtype, length: int, *, is_fused: bool
+    model: ModelConfig, dtype: torch.dtype, length: int, *, is_fused: bool, keeps_weights: bool
 ) -> int:
     """Return the bytes that one block keeps per token for its backward pass.
 
     Norms keep float32 values: input and output, RMSNorm the normalized input too, and a copy of
     the output in ``dtype``. The rest is in ``dtype``: queries, keys, values and context; with
     QK-norm, its inputs, normalized inputs and outputs; and the MLP's hidden values (gate, up,
-    activation and product; not gated: up and activation). Some scores keep weights. An LSTM keeps
-    its gates and states. A fused loss keeps an RMSNorm's normalized input in float32 and output in
-    ``dtype``, also the inputs of queries, keys and values, and no activation of SwiGLU.
+    activation and product; not gated: up and activation). Some scores and kernels keep weights. An
+    LSTM keeps its gates and states. A fused loss keeps an RMSNorm's normalized input in float32 and
+    output in ``dtype``, also the inputs of queries, keys and values, and no activation of SwiGLU.
     """
     if model.arch != "gpt":
         n_values = _LSTM_VALUES + (_ATTENTION_VALUES if model.n_attention_layer else 0)
@@ -133,7 +135,10 @@ def _block_bytes_per_token(
         n_hidden = {"silu": 3, "relu2": 5}.get(model.activation, n_hidden)
     if _has_hidden_values(model):
         attention += _ATTENTION_VALUES * model.n_head * model.d_head * _FLOAT32
-    attention += block.attention.score.kept_per_weight * model.n_head * length * _FLOAT32
+    score, n_weights = block.attention.score, model.n_head * length
+    attention += score.kept_per_weight * n_weights * _FLOAT32
+    if keeps_weights and score.is_dot_product:
+        attention += n_weights * dtype.itemsize
     mlp = n_hidden * model.d_mlp * dtype.itemsize
     return n_norms * model.d_model * per_norm + attention + mlp
 
