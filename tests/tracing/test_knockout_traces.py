@@ -7,7 +7,7 @@ import pytest
 import torch
 from knocking_out import check_cause, last_query_without
 from laid_out import in_int8
-from small_models import small_model
+from small_models import any_model, small_model
 from small_traces import small_trace
 
 from minigpt.config import SamplingConfig
@@ -105,6 +105,30 @@ def test_the_strongest_sources_are_knocked_out_even_if_fewer_are_shown(n_sources
                 assert e.change == pytest.approx(changed - whole, abs=2e-4)
         tokens.append(step.token.id)
     assert footer.cause == check_cause([e for step in steps for e in step.effects])
+
+
+@pytest.mark.parametrize("layers", [None, "0", "1"])
+@pytest.mark.parametrize("second", ["sliding", "full"])
+def test_a_control_is_in_the_window_of_a_layer_of_the_knockout(
+    second: str, layers: str | None
+) -> None:
+    types = ["sliding_attention", f"{second}_attention"]
+    model = any_model("gemma2", vocab_size=257, sliding_window=4, layer_types=types)
+    tokens = list(b"to be or not")
+    steps, _ = steps_of(model, tokens, n_verified=2, verify_layers=layers)
+    for step in steps:
+        row = step.row.weights_S
+        sees_all = second == "full" and layers != "0"
+        visible = range(0 if sees_all else len(tokens) - 4, len(tokens))
+        strongest = sorted(range(1, len(row)), key=lambda i: -row[i])[:2]
+        controls = {e.control_of: e.source.token.position for e in step.effects[2:]}
+        taken: set[int | None] = {0, *strongest}
+        for i, source in enumerate(strongest):
+            able = [p for p in visible if p not in taken and row[p] < row[source]]
+            expected = min(able, key=lambda p: abs(p - source), default=None)
+            assert controls.get(i) == expected
+            taken.add(expected)
+        tokens.append(step.token.id)
 
 
 @pytest.mark.parametrize("heads", [None, "1.1,0.2-3"])

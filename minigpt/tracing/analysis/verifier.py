@@ -44,6 +44,10 @@ class Verifier:
                 options=("--verify-layers", "--verify-heads"),
             )
         self._knockouts = Knockouts(model, config.knockout, self.selection)
+        layers = enumerate(attention.score.window for attention in model.attentions)
+        windows = [w for i, w in layers if self.selection is None or self.selection.heads_by_layer[i]]
+        self._window = 0 if 0 in windows else max(windows)
+        """Widest sliding window of the layers in which sources are knocked out; 0 for none."""
         self._n_verified = config.n_verified
         self._n_shown = config.n_kept
         self.tally = CauseTally()
@@ -80,7 +84,10 @@ class Verifier:
         verified: list[TraceStep] = []
         try:
             with delay_signals():
-                plans = [_plan(abs(step.row.weights_S), self._n_verified, sink) for step in steps]
+                plans = [
+                    _plan(abs(step.row.weights_S), self._n_verified, sink, self._window)
+                    for step in steps
+                ]
                 places = [step.token.position - 1 for step in steps]
                 queries = [
                     Query(place, tokens[place].id, step.token.id, plan.hidden)
@@ -134,13 +141,17 @@ class _Plan:
     each position is hidden in turn."""
 
 
-def _plan(weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink: int) -> _Plan:
+def _plan(
+    weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink: int, window: int
+) -> _Plan:
     """Plan to hide each source, each control, and finally all but the sources and the sink."""
     if n_verified == "all":
         return _Plan([[position] for position in range(len(weights_S))])
     order = np.argsort(-weights_S, kind="stable").tolist()
     sources = [position for position in order if position != sink][:n_verified]
-    controls = choose_controls(weights_S, sources, sink=sink)
+    # Outside the window, a knockout has no effect.
+    first = max(0, len(weights_S) - window) if window else 0
+    controls = choose_controls(weights_S, sources, sink=sink, first=first)
     chosen: list[tuple[int, int | None]] = [(position, None) for position in sources]
     chosen += [(position, i) for i, position in enumerate(controls) if position is not None]
     hidden = [[position] for position, _ in chosen]
@@ -150,14 +161,14 @@ def _plan(weights_S: NDArray[np.float32], n_verified: int | Literal["all"], sink
 
 
 def choose_controls(
-    weights_S: NDArray[np.float32], sources: Sequence[int], *, sink: int
+    weights_S: NDArray[np.float32], sources: Sequence[int], *, sink: int, first: int = 0
 ) -> list[int | None]:
     """Return a control for each source: the nearest position with a smaller weight.
 
-    Sources, the sink and controls of other sources are not eligible. At equal distance, the earlier
-    position is chosen. None if no position is left.
+    Sources, the sink, controls of other sources and positions before ``first`` are not eligible. At
+    equal distance, the earlier position is chosen. None if no position is left.
     """
-    taken: set[int | None] = {sink, *sources}
+    taken: set[int | None] = {sink, *sources, *range(first)}
     controls: list[int | None] = []
     for source in sources:
         smaller = np.flatnonzero(weights_S < weights_S[source]).tolist()
