@@ -44,8 +44,9 @@ class Verifier:
                 options=("--verify-layers", "--verify-heads"),
             )
         self._knockouts = Knockouts(model, config.knockout, self.selection)
-        layers = enumerate(attention.score.window for attention in model.attentions)
-        windows = [w for i, w in layers if self.selection is None or self.selection.heads_by_layer[i]]
+        heads = self.selection.heads_by_layer if self.selection else [[0]] * len(model.attentions)
+        pairs = zip(model.attentions, heads, strict=True)
+        windows = [attention.score.window for attention, chosen in pairs if chosen]
         self._window = 0 if 0 in windows else max(windows)
         """Widest sliding window of the layers in which sources are knocked out; 0 for none."""
         self._n_verified = config.n_verified
