@@ -161,13 +161,13 @@ def to_int8(weight: Tensor, *, device: torch.device, dtype: torch.dtype) -> Weig
     """
     steps = torch.empty(weight.shape, dtype=torch.int8, device=device)
     scale = torch.empty(len(weight), dtype=dtype, device=device)
-    if weight.is_meta:  # on meta, a norm would import the compiler: 80 MB of memory
+    if weight.is_meta:  # on meta, a maximum would import the compiler: 80 MB of memory
         return WeightOnlyLinear(steps, scale, dtype=dtype)
     n_rows = max(1, _VALUES_AT_ONCE // weight.shape[1])
     parts = (tensor.split(n_rows) for tensor in (weight, steps, scale))
     for rows, rounded, unit in zip(*parts, strict=True):
         exact = rows.to(device, dtype)
-        largest = torch.linalg.vector_norm(exact, torch.inf, dim=1, dtype=torch.float32)
+        largest = exact.abs().amax(1).float()  # a norm of inf takes 15 times as long
         largest.clamp_(min=torch.finfo(torch.float32).tiny)
         unit.copy_(largest / _MAX_INT8)  # round with the scale as it is stored
         exact = exact / unit.float()[:, None]
