@@ -390,6 +390,8 @@ OTHER_FIELDS = [
     ("mistral-short-window", {"use_sliding_window": True, "max_window_layers": 1}),
     ("phi3-window", {"use_sliding_window": False, "max_window_layers": 2}),
     ("qwen2-short-window", {"use_sliding_window": False}),
+    ("gemma3-yarn", {"original_max_position_embeddings": 5}),
+    ("gemma3-long", {"original_max_position_embeddings": 5}),
 ]
 
 

@@ -17,6 +17,7 @@ from minigpt.checkpoint.families import (
 )
 from minigpt.checkpoint.families.gemma import GemmaNorm
 from minigpt.checkpoint.families.gemma2 import Gemma2Attention, Gemma2Family, Gemma2GPT
+from minigpt.checkpoint.long_rope import ORIGINAL_CONTEXT
 from minigpt.checkpoint.sliding_windows import SLIDING, sliding_layers
 from minigpt.config import ModelConfig
 from minigpt.model.layers import Rotary, rotary_table, rotate
@@ -64,6 +65,8 @@ class Gemma3Family(Gemma2Family):
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         theta = config.get("rope_theta", 1_000_000.0)
         nested, scaling = config.get("rope_parameters"), config.get("rope_scaling") or {}
+        # For these models, transformers only reads it inside the fields of RoPE.
+        config = {name: config[name] for name in config if name != ORIGINAL_CONTEXT}
         if nested is None:
             return llama.read_rope(scaling, "rope_scaling", config, theta)
         if not isinstance(nested, Mapping) or not nested.keys() <= {"full_attention", SLIDING}:
