@@ -53,10 +53,12 @@ def attention(
 ) -> Tensor:
     """Compute F.scaled_dot_product_attention: (B, H, T, D), in the values' dtype.
 
-    It calls that function except for causal attention in bfloat16 without another mask.
+    It calls that function if another mask is given, if the dtype is not bfloat16, and while
+    gradients are disabled, so that a validation loss is the same in ``train`` and ``evaluate``.
     """
     q_BHTD, k_BGTD = q_BHTD.to(v_BGTD.dtype), k_BGTD.to(v_BGTD.dtype)
-    if attn_mask is None and is_causal and v_BGTD.dtype == torch.bfloat16:
+    is_plain = attn_mask is None and is_causal
+    if is_plain and v_BGTD.dtype == torch.bfloat16 and torch.is_grad_enabled():
         is_short = q_BHTD.shape[2] <= BLOCK
         kernel = _ShortAttention if is_short else _LongAttention
         return kernel.apply(q_BHTD, k_BGTD, v_BGTD)
@@ -137,9 +139,10 @@ def attention_backward(
         q_block = q[:, :, start:end].flatten(1, 2)
         gradient_block = gradient[:, :, start:end].flatten(1, 2)
         k_seen, v_seen = k[:, :end], v[:, :end]
-        mask = torch.full((end - start, end), -torch.inf, dtype=q.dtype).triu(start + 1)
-        mask = mask.repeat(by_group[1], 1)
-        weights = torch.baddbmm(mask, q_block, k_seen.mT, alpha=scale).softmax(-1)
+        mask = torch.full((end - start, end), -torch.inf).triu(start + 1).repeat(by_group[1], 1)
+        # Scores in float32, as in the forward pass.
+        scores = torch.baddbmm(mask, q_block.float(), k_seen.float().mT, alpha=scale)
+        weights = scores.softmax(-1).to(q.dtype)
         dv[:, :end].baddbmm_(weights.mT, gradient_block)
         dweights = gradient_block @ v_seen.mT
         dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)

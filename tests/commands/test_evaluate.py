@@ -45,9 +45,8 @@ def test_evaluate_reproduces_the_validation_loss_of_a_run(run: Run) -> None:
     assert best is not None
     words = ["corpus.txt", "--model", "tiny", "--val-fraction", "0.1", *AS_TRAINED]
     facts = evaluated(run, *words, "--eval-tokens", "256")  # the setting in TINY
-    # In bfloat16, training and evaluation round differently: by up to 1e-5 of the loss.
-    assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-4)
-    assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-4)
+    assert facts["nats_per_token"] == pytest.approx(best.facts["val_loss"], rel=1e-6)
+    assert facts["bits_per_byte"] == pytest.approx(best.facts["bits_per_byte"], rel=1e-6)
     assert facts["model"] == str(best.folder)
     assert (facts["val_fraction"], facts["n_tokens"]) == (0.1, 256)
     assert (
