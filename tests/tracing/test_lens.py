@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import FAMILIES, LAYOUTS, SOFTCAP, any_model, small_model
-from small_traces import small_trace
+from small_traces import HOSTILE, cells, small_trace, with_tokens
 
 import minigpt
 from minigpt.errors import ConfigError
@@ -90,6 +90,18 @@ def test_the_logit_lens_survives_the_trace_file(tmp_path: Path) -> None:
         shown = lens.show(read, ViewOptions(width=width))
         assert shown == lens.show(trace, ViewOptions(width=width))
         assert all(sum(len(text) for text, _ in line) <= width for line in shown)
+
+
+@pytest.mark.parametrize("width", [40, 60, 100])
+def test_the_columns_of_the_logit_lens_are_aligned_after_any_token(width: int) -> None:
+    trace = with_tokens(small_trace(lens=True, prompt_rows=True), HOSTILE)
+    starts = set()
+    for line in lens.show(trace, ViewOptions(width=width)):
+        if not line:
+            break
+        starts.add(cells(line[0][0]))
+        assert sum(cells(text) for text, _ in line) <= width
+    assert len(starts) == 1
 
 
 @pytest.mark.parametrize("width", [40, 60, 100])

@@ -45,7 +45,7 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
         start = f"{step.token.position:>{number_width}} {name} {layer:>4}"
         rows.append((start, "plain" if step.is_given else "token", cells))
     lines: list[Line] = [
-        [(("" if begin else start).ljust(left), style), *cells[begin : begin + per_line]]
+        [(fit("" if begin else start, left), style), *cells[begin : begin + per_line]]
         for start, style, cells in rows
         for begin in range(0, len(cells), per_line)
     ]
