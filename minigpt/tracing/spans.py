@@ -67,7 +67,8 @@ def fit(text: str, width: int) -> str:
 
 def percent(share: float) -> str:
     """Format a share as a whole percentage, three cells wide: `` 7%``, ``<1%``, ``100``."""
-    whole = round(round(share, DIGITS) * 100)
+    share = round(share, DIGITS)
+    whole = round(share * 100)
     if whole >= 100:
         return "100"
     if whole == 0 and share > 0:

@@ -13,6 +13,7 @@ from small_traces import HOSTILE, WIDTHS, cells, row_of, small_trace, step_of, t
 
 from minigpt.styles import print_lines
 from minigpt.tracing.analysis_config import Measure
+from minigpt.tracing.config import DIGITS
 from minigpt.tracing.findings import Effect, TraceStep
 from minigpt.tracing.lines import TraceLayout, make_layout
 from minigpt.tracing.spans import bar, fit, heat, percent
@@ -208,6 +209,9 @@ def test_bars_and_percentages_show_the_share() -> None:
         " 0%", "<1%", "<1%", "<1%", "<1%", " 5%", "99%", "100", "100", "100",
     ]  # fmt: skip
     assert {len(percent(i / 1000)) for i in range(1001)} == {3}
+    # A trace file has rounded numbers, and a replay shows the same.
+    tiny = (1e-9, 4e-7, 6e-7, 0.0049999, 0.9949999)
+    assert [percent(x) for x in tiny] == [percent(round(x, DIGITS)) for x in tiny]
     assert {len(bar(i / 1000)) for i in range(1001)} == {3}
 
 
