@@ -158,6 +158,23 @@ def test_different_blocks_are_shown_separately(run: Run, runs: Path) -> None:
     assert "(F32, F16)" in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "shown"),
+    [
+        ("linear", "stretched 4 times (linear)"),
+        ("dynamic", "stretched only beyond the context (dynamic)"),
+    ],
+)
+def test_show_says_where_rope_is_stretched(run: Run, runs: Path, kind: str, shown: str) -> None:
+    path = runs / "checkpoints" / "plain" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("rope_parameters", None)
+    path.write_text(json.dumps(config | {"rope_scaling": {"rope_type": kind, "factor": 4.0}}))
+    result = run("checkpoints", "show", "plain")
+    assert result.code == 0
+    assert f", {shown}\n" in result.out
+
+
 def test_show_accepts_every_form_of_model_name(run: Run) -> None:
     newest = json.loads(run("checkpoints", "show", "--json").out)
     assert newest["folder"] == "checkpoints/tiny/step-000002"  # the best step

@@ -112,7 +112,9 @@ def _facts(facts: "ModelFacts") -> dict[str, str]:
         positions = f"rotary, theta {config.rope_theta:,.0f}"
         # Without the ring of families, a config has neither this field nor the one below.
         if (factor := getattr(config, "rope_scaling_factor", 1)) != 1:
-            positions += f", stretched {factor:g} times ({config.rope_scaling})"
+            is_dynamic = config.rope_scaling == "dynamic"
+            how = "only beyond the context" if is_dynamic else f"{factor:g} times"
+            positions += f", stretched {how} ({config.rope_scaling})"
     mlp = "gated" if any(".gate" in tensor.name for tensor in facts.tensors) else "two layers"
     cache_bytes = facts.float32_cache_bytes_per_token
     shown = {
