@@ -139,6 +139,28 @@ def test_a_png_escapes_characters_without_a_font_and_reports_them_once(
     assert RARE.encode() in (tmp_path / "p.svg").read_bytes()
 
 
+@pytest.mark.integration
+def test_a_font_is_found_that_was_installed_after_matplotlib_cached_its_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.font_manager import fontManager
+
+    made, broken = tmp_path / "made.ttf", tmp_path / "broken.ttf"
+    make_font(made, RARE)
+    broken.write_bytes(b"no font")
+    cached = [entry for entry in fontManager.ttflist if "DejaVu" in entry.name]
+    monkeypatch.setattr(fontManager, "ttflist", cached)
+    pictures.fonts_for.cache_clear()
+    monkeypatch.setattr(pictures, "findSystemFonts", lambda: [str(broken), str(made)])
+    assert pictures.fonts_for(RARE) == (("DejaVu Sans Mono", "Test Squares"), "")
+    trace = traced(RARE, "a")
+    assert pictures.missing_characters(trace) == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib warns of missing glyphs
+        pictures.show(trace, ViewOptions(picture="strip", format="png"))
+    pictures.fonts_for.cache_clear()
+
+
 def test_an_unreadable_font_is_skipped(squares: str, tmp_path: Path) -> None:
     bad = tmp_path / "bad.ttf"
     bad.write_bytes(b"no font")

@@ -162,6 +162,7 @@ def test_characters_missing_in_every_font_are_escaped(
     trace: Trace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures.fontManager, "ttflist", [])
+    monkeypatch.setattr(pictures, "findSystemFonts", list)
     pictures.fonts_for.cache_clear()
     other = with_tokens(trace, ["日".encode(), "🙂".encode(), "é".encode()])
     axes = pictures.matrix_figure(other, ViewOptions(format="png")).axes[0]

@@ -6,7 +6,8 @@ font are drawn with other installed fonts, or escaped if no font has them, excep
 viewer renders with its own fonts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 from unicodedata import bidirectional
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontEntry, findfont, fontManager, get_font
+from matplotlib.font_manager import FontEntry, findfont, findSystemFonts, fontManager, get_font
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
@@ -285,7 +286,7 @@ def fonts_for(text: str) -> tuple[tuple[str, ...], str]:
     Returns: their names, starting with the default one; and the characters that no font has.
     """
     families, missing = [_FONT], set(text) - _characters(findfont(_FONT))
-    for entry in sorted(fontManager.ttflist, key=_preference):
+    for entry in _installed_fonts():
         if not missing:
             break
         if "Resort" in entry.name:  # matplotlib's Last Resort font has a box for every character
@@ -294,6 +295,16 @@ def fonts_for(text: str) -> tuple[tuple[str, ...], str]:
             families.append(entry.name)
             missing -= found
     return tuple(families), "".join(sorted(missing))
+
+
+def _installed_fonts() -> Iterator[FontEntry]:
+    """Yield the fonts in matplotlib's cache, then those installed after it was written."""
+    cached = sorted(fontManager.ttflist, key=_preference)
+    yield from cached
+    for path in set(findSystemFonts()) - {entry.fname for entry in cached}:
+        with suppress(OSError, RuntimeError, ValueError):  # broken, or a bitmap font
+            fontManager.addfont(path)
+    yield from sorted(fontManager.ttflist[len(cached) :], key=_preference)
 
 
 def _preference(entry: FontEntry) -> tuple[bool, bool, bool, str]:
