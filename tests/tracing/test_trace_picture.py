@@ -16,7 +16,7 @@ from small_traces import HOSTILE, small_trace, with_tokens
 from minigpt.errors import ConfigError, ResourceError
 from minigpt.figures import require_matplotlib, write_figure
 from minigpt.text.escape import visible
-from minigpt.tracing.findings import Trace
+from minigpt.tracing.findings import Alternative, Trace
 from minigpt.tracing.views import ViewOptions
 
 pictures = pytest.importorskip(
@@ -72,7 +72,7 @@ def test_the_title_names_the_model_and_the_measure_escaped(picture: Picture) -> 
     trace = small_trace(measure="norm", max_new_tokens=8)
     other = replace(trace, header=replace(trace.header, model="runs/$a$\x1b<b>日\n"))
     texts = texts_of(pictures.show(other, ViewOptions(picture=picture)))
-    assert r"runs/$a$\x1b<b>\u65e5\n" in texts
+    assert r"runs/$a$\x1b<b>日\n" in texts
     assert "norm, mean of all 8 heads (2 layers x 4); seed 4" in texts
     assert "share of the value-weighted norm" in texts
 
@@ -165,9 +165,15 @@ def test_characters_missing_in_every_font_are_escaped(
     monkeypatch.setattr(pictures, "findSystemFonts", list)
     pictures.fonts_for.cache_clear()
     other = with_tokens(trace, ["日".encode(), "🙂".encode(), "é".encode()])
-    axes = pictures.matrix_figure(other, ViewOptions(format="png")).axes[0]
-    names = [label.get_text() for label in axes.get_xticklabels()]
+    against = Alternative("猫", 0, "猫".encode(), 1)
+    other = replace(other, header=replace(other.header, model="犬", against=against))
+    assert pictures.missing_characters(other) == "日犬猫🙂"
+    figure = pictures.matrix_figure(other, ViewOptions(format="png"))
+    names = [label.get_text() for label in figure.axes[0].get_xticklabels()]
     assert names[:3] == ["\\u65e5 0", "\\U0001f642 1", "é 2"]
+    model, rows = (text.get_text() for text in figure.texts)
+    assert model == "\\u72ac"
+    assert "against \\u732b" in rows
     pictures.fonts_for.cache_clear()
 
 

@@ -100,7 +100,7 @@ def matrix_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     bar = _axes(figure, left + width + 0.15, below, 0.12, min(height, 2.5))
     _add_scale(bar, mesh, rows, scale, orientation="vertical")
-    _add_title(figure, trace, rows[0])
+    _add_title(figure, trace, rows[0], options)
     return figure
 
 
@@ -145,7 +145,7 @@ def strip_figure(trace: Trace, options: ViewOptions = DEFAULTS) -> Figure:
             axes.text(x + width / 2, y + 0.28, text.strip(), fontsize=_SMALL, **style)
     bar = _axes(figure, _MARGIN, 0.42, 2, 0.1)
     _add_scale(bar, colours, [row], scale, orientation="horizontal")
-    _add_title(figure, trace, row)
+    _add_title(figure, trace, row, options)
     sink_text = signed(row.sink).strip() if row.is_signed else f"{row.sink:.1%}"
     key = (
         f"thick: position {chosen}, whose row this is; dashed: the sink, position {sink}, "
@@ -230,16 +230,17 @@ def _add_scale(
     bar.ax.tick_params(labelsize=_MEDIUM, length=2, pad=2)
 
 
-def _add_title(figure: Figure, trace: Trace, row: Row) -> None:
+def _add_title(figure: Figure, trace: Trace, row: Row, options: ViewOptions) -> None:
     width, height = figure.get_size_inches()
     fonts, missing = _fonts(trace)
     room = int((width - 2 * _MARGIN) * 72 / (_LARGE * _EM))
     seed = f"; seed {trace.header.seed}"
-    lines = (
-        _escaped(fit_start(one_line_label(trace.header.model), room), missing),
-        # Never truncate the seed: it would read as a different one.
-        fit_end(measured(trace.header, (row.measure,)), max(room - len(seed), 1)) + seed,
+    name, rows = (
+        _shown(text, missing, options)
+        for text in (one_line_label(trace.header.model), measured(trace.header, (row.measure,)))
     )
+    # Never truncate the seed: it would read as a different one.
+    lines = (fit_start(name, room), fit_end(rows, max(room - len(seed), 1)) + seed)
     for i, line in enumerate(lines):
         figure.text(
             _MARGIN / width,
@@ -274,8 +275,8 @@ def missing_characters(trace: Trace) -> str:
 
 
 def _fonts(trace: Trace) -> tuple[list[str], str]:
-    characters = {*one_line_label(trace.header.model), *"".join(trace.joined.texts)}
-    families, missing = fonts_for("".join(sorted(characters)))
+    titles = one_line_label(trace.header.model), measured(trace.header)
+    families, missing = fonts_for("".join(sorted({*"".join((*titles, *trace.joined.texts))})))
     return [*families, "monospace"], missing
 
 
@@ -324,11 +325,13 @@ def _characters(path: str) -> frozenset[str]:
 
 
 def _label(text: str, missing: str, options: ViewOptions) -> str:
-    return fit_end(text if options.format == "svg" else _escaped(text, missing), _LABEL_CELLS)
+    return fit_end(_shown(text, missing, options), _LABEL_CELLS)
 
 
-def _escaped(text: str, missing: str) -> str:
-    """Escape the characters that no installed font has a glyph for."""
+def _shown(text: str, missing: str, options: ViewOptions) -> str:
+    """Escape the characters that no installed font has a glyph for, except in SVG."""
+    if options.format == "svg":
+        return text
     return "".join(ascii(c)[1:-1] if c in missing else c for c in text)
 
 
