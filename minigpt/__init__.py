@@ -35,3 +35,7 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # run from the source tree
             return "0+source"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})  # with Tab, a shell completes names not yet imported

@@ -21,7 +21,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     --max-new-tokens and --steps for --max-steps; if there are none, the choice with the most
     similar spelling, if it is similar enough.
     """
-    names = list(choices)
+    names = list(dict.fromkeys(choices))
     if (synonym := _SYNONYMS.get(word.lower())) in names:
         return f"Did you mean {synonym}?"
     parts = [part.removesuffix("s") or part for part in _parts(word)]

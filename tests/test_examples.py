@@ -78,3 +78,12 @@ def test_fine_tuning_in_plain_pytorch_lowers_the_loss(workspace: Path) -> None:
     losses = [float(line.split()[3]) for line in out.splitlines() if line.startswith("step")]
     assert losses[-1] < losses[0] - 0.1
     assert (workspace / "letters" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["finetune.py", "read_a_trace.py"])
+def test_an_example_without_arguments_shows_how_to_call_it(name: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / name)]
+    done = subprocess.run(command, env=_env(tmp_path), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"    python examples/{name} " in done.stderr
+    assert "Traceback" not in done.stderr

@@ -117,6 +117,8 @@ def test_a_common_file_suffix_does_not_count_as_similarity() -> None:
     assert did_you_mean("x.txt", names) == ""
     assert did_you_mean("my-bok.txt", names) == "Did you mean my-book.txt?"
     assert did_you_mean("gpt2", ["gpt-nano", "book"]) == ""
+    # A name that is found in two places, such as checkpoints/storyteller and the shipped model.
+    assert did_you_mean("storytelle", ["storyteller"] * 2) == "Did you mean storyteller?"
 
 
 @pytest.mark.parametrize("words", [[], ["help"], ["generate"], ["train"], ["checkpoints", "list"]])

@@ -189,3 +189,7 @@ def test_arguments_that_cannot_be_used_are_refused(text: Path) -> None:
         with pytest.raises(ConfigError, match=message) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+def test_dir_lists_every_public_name_for_completion() -> None:
+    assert set(minigpt.__all__) <= set(dir(minigpt))
