@@ -91,6 +91,9 @@ def test_columns_do_not_touch_with_over_100_heads_and_over_10_bits(trace: Trace)
 def test_a_trace_without_rows_of_heads_is_refused() -> None:
     with pytest.raises(ConfigError, match="--view heads"):
         show(small_trace(max_new_tokens=2))
+    # No option gives rows of single heads to a measure of the entire model.
+    with pytest.raises(ConfigError, match="measure gradient .* --measure logit"):
+        show(small_trace(max_new_tokens=2, measure="gradient"))
 
 
 @pytest.mark.parametrize("width", [40, 80, 140])

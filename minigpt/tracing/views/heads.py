@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from minigpt.errors import ConfigError
 from minigpt.format import count
+from minigpt.tracing.analysis_config import facts_of
 from minigpt.tracing.findings import ROLE_SCORES, Roles, Trace
 from minigpt.tracing.spans import SHARE_WIDTH, Line, bar, heat, percent
 from minigpt.tracing.views import DEFAULTS, ViewOptions, require_steps
@@ -29,6 +30,11 @@ def show(trace: Trace, options: ViewOptions = DEFAULTS) -> list[Line]:
     require_steps(trace)
     header, rows = trace.header, [step.row for step in trace.steps]
     kept = [row.heads.shown() for row in rows if row.heads is not None]
+    if not facts_of(rows[0].measure).has_heads:
+        raise ConfigError(
+            f"measure {rows[0].measure} is of the entire model and has no rows of single heads. "
+            "Show another view, or trace again with --measure logit."
+        )
     if len(kept) < len(rows):
         raise ConfigError(
             "the trace has no rows of single heads. Trace again with --view heads, --out or --html."
