@@ -64,6 +64,24 @@ def test_fine_tuning_that_raises_the_loss_is_reported(run: Run, at_text: Path) -
 
 
 @pytest.mark.integration
+def test_a_resumed_run_is_compared_with_its_base_model(run: Run, at_text: Path) -> None:
+    result = run("train", "text.txt", "--from", "tiny", *SHORT, "--name", "resumed", "--lr", "1")
+    before = re.search(r"\(before fine-tuning: .* nats/token\)", result.err)
+    note = re.search(r"fine-tuning did not lower .*", result.err)
+    assert before and note
+    words = ("train", "text.txt", "--resume", "--name", "resumed", "--max-steps")
+    again = run(*words, "8")
+    assert again.code == 0
+    assert before[0] in again.err
+    assert note[0] in again.err
+    log = Path("checkpoints/resumed/metrics.jsonl")
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[1:]))
+    without = run(*words, "10").err
+    assert "equally likely tokens\n" in without
+    assert "untrained" not in without
+
+
+@pytest.mark.integration
 def test_the_default_length_of_fine_tuning_is_explained(run: Run, at_text: Path) -> None:
     words = ["train", "text.txt", "--from", "tiny", "--dry-run"]
     plan = run(*words)

@@ -4,6 +4,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -12,12 +13,13 @@ from minigpt.checkpoint.folder import Pointer
 from minigpt.checkpoint.model_folder import name_of
 from minigpt.checkpoint.resolve import shown_name
 from minigpt.commands.process import command_line
-from minigpt.errors import DataError
+from minigpt.errors import DataError, MinigptError
 from minigpt.format import count, duration, short
 from minigpt.model.cost import parameter_count
 from minigpt.model.device import has_fast_bfloat16
 from minigpt.rings import find_ring, ring
 from minigpt.training.events import EvalEvent
+from minigpt.training.reports.curves import read_curves
 from minigpt.training.schedule import steps_of_max_epochs
 from minigpt.training.trainer import Trainer
 
@@ -145,9 +147,7 @@ def meaning(
     Args: evaluations, all that this process made; train_loss, the last one.
     """
     evaluation = evaluations[-1] if evaluations else None
-    base_loss = None
-    if trainer.config.from_ is not None and evaluations and not evaluations[0].step:
-        base_loss = evaluations[0].val_loss
+    base_loss = _loss_before(trainer)
     val_loss = best.facts["val_loss"]
     yield "", _perplexities(trainer, best, base_loss)
     if base_loss is not None and val_loss >= base_loss and trainer.step:
@@ -175,17 +175,28 @@ def meaning(
         )
 
 
+def _loss_before(trainer: Trainer) -> float | None:
+    """Return the validation loss of a fine-tuned run's base model; None if it is not logged."""
+    if trainer.config.from_ is None:
+        return None
+    with suppress(MinigptError):  # a damaged log
+        for point in read_curves(trainer.folder.path).val[:1]:
+            return None if point.steps else point.loss
+    return None
+
+
 def _perplexities(trainer: Trainer, best: Pointer, base_loss: float | None) -> str:
     """Return what a loss means as a perplexity. Args: base_loss, that before fine-tuning."""
     before, loss = "before fine-tuning", base_loss
-    if loss is None:
+    if trainer.config.from_ is None:
         before, loss = "untrained", math.log(trainer.config.model.vocab_size)
     weights = "averaged weights; " if best.facts.get("is_averaged") else ""
     perplexity = _perplexity(best.facts["val_loss"])
-    return (
-        f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} equally "
-        f"likely tokens ({before}: {_perplexity(loss)}, {loss:.2f} nats/token)"
-    )
+    text = f"{weights}perplexity {perplexity}: as uncertain as a choice between {perplexity} "
+    text += "equally likely tokens"
+    if loss is None:
+        return text
+    return f"{text} ({before}: {_perplexity(loss)}, {loss:.2f} nats/token)"
 
 
 def _is_chat(trainer: Trainer) -> bool:
