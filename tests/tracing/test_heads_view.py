@@ -92,7 +92,7 @@ def test_a_trace_without_rows_of_heads_is_refused() -> None:
     with pytest.raises(ConfigError, match="--view heads"):
         show(small_trace(max_new_tokens=2))
     # No option gives rows of single heads to a measure of the entire model.
-    with pytest.raises(ConfigError, match="measure gradient .* --measure logit"):
+    with pytest.raises(ConfigError, match=r"measure gradient .* --measure logit"):
         show(small_trace(max_new_tokens=2, measure="gradient"))
 
 
