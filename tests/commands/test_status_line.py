@@ -43,6 +43,21 @@ def test_all_fields_of_a_status_line_fit_80_columns() -> None:
     assert all(fact in text for fact in FACTS)
 
 
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (57, "20000/20000 loss 10.234 val 10.345 lr 1.0e-02 9:59 left"),
+        (45, "20000/20000 loss 10.234 val 10.345 9:59 left"),
+        (30, "20000/20000 9:59 left"),
+        (11, "20000/20000"),
+    ],
+)
+def test_a_narrow_status_line_leaves_details_out_instead_of_cutting_the_time_left(
+    width: int, shown: str
+) -> None:
+    assert line_of(FACTS).draw(width).plain.strip() == shown
+
+
 @pytest.mark.parametrize(("share", "n_full"), [(-1, 0), (0, 0), (0.25, 10), (1, 40), (7, 40)])
 def test_the_bar_shows_the_completed_fraction(share: float, n_full: int) -> None:
     text = line_of(["a fact"], share).draw(120, is_ascii=True).plain

@@ -55,15 +55,21 @@ class StatusLine:
     ) -> Text:
         """Return the line in at most ``width`` cells; bar and label shrink before the details.
 
+        Details without room are left out from the last but one on: the last is the time left.
+
         Args: details, shown instead of the line's own.
         """
+        texts = list(self.details if details is None else details)
         # From wide to narrow; the first layout that fits is used.
         layouts = ((self.label, "  ", _SHORTEST_BAR), (self.label, " ", _SHORTEST_BAR))
         for label, gap, shortest in (*layouts, (self.label, " ", 0), ("", " ", 0)):
-            shown = gap.join(self.details if details is None else details)
+            shown = gap.join(texts)
             room = width - len(f"{label} {gap}{shown}")
             if room >= shortest:
                 break
+        while len(shown) > width and len(texts) > 1:
+            del texts[max(len(texts) - 2, 1)]
+            shown = gap.join(texts)
         line = Text(label, no_wrap=True)
         if shortest:
             n_bar = min(room, _LONGEST_BAR)
