@@ -68,7 +68,8 @@ def test_a_resumed_run_is_compared_with_its_base_model(run: Run, at_text: Path) 
     result = run("train", "text.txt", "--from", "tiny", *SHORT, "--name", "resumed", "--lr", "1")
     before = re.search(r"\(before fine-tuning: .* nats/token\)", result.err)
     note = re.search(r"fine-tuning did not lower .*", result.err)
-    assert before and note
+    assert before
+    assert note
     words = ("train", "text.txt", "--resume", "--name", "resumed", "--max-steps")
     again = run(*words, "8")
     assert again.code == 0
