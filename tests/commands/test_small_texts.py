@@ -49,6 +49,24 @@ def test_settings_derived_from_a_small_text_are_recorded_reported_and_resumed(ru
 
 
 @pytest.mark.integration
+def test_a_text_too_short_for_words_recommends_the_model_that_ships(
+    run: Run, workplace: Path
+) -> None:
+    once = ["--max-steps", "1", *SHAPE]
+    n_bytes = (workplace / "corpus.txt").stat().st_size
+    note = f"note   {n_bytes:,} bytes are too few to learn most words"
+    first = run("train", "corpus.txt", "--name", "short", *once).err
+    assert note in first
+    assert "--from storyteller" in first
+    tuned = run("train", "corpus.txt", "--from", "short", "--context-length", "32", *once[:2])
+    assert tuned.code == 0, tuned.err
+    assert "too few" not in tuned.err
+    assert "too few" not in run("train", "--resume", "--name", "short", "--max-steps", "2").err
+    (workplace / "long.txt").write_text("a text of words " * 6250)  # 100,000 bytes
+    assert "too few" not in run("train", "long.txt", *once).err
+
+
+@pytest.mark.integration
 def test_training_in_a_dtype_that_the_cpu_computes_slowly_is_noted(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

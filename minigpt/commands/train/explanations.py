@@ -11,7 +11,7 @@ import torch
 
 from minigpt.checkpoint.folder import Pointer
 from minigpt.checkpoint.model_folder import name_of
-from minigpt.checkpoint.resolve import shown_name
+from minigpt.checkpoint.resolve import SHIPPED, shipped_model, shown_name
 from minigpt.commands.process import command_line
 from minigpt.errors import DataError, MinigptError
 from minigpt.format import count, duration, short
@@ -27,6 +27,8 @@ _OVERFITTED = 0.6
 """Ratio of training to validation loss below which a model counts as overfitted."""
 _LEAST_GAP = 0.1
 """Minimum difference of these losses, in nats/token, for a model to count as overfitted."""
+_SHORT_TEXT = 100_000
+"""Bytes below which a text is too short to learn a language's words from it."""
 _CHAT_PROMPT, _PROMPT = "Hello", "Once upon a time"
 _N_OPENING_TOKENS = 64
 _N_PROMPT_WORDS, _LONGEST_PROMPT = 4, 40
@@ -65,6 +67,13 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
         yield "note", compiling.FAILED_NOTE if trainer.compile_failed else compiling.NOTE
     for line in _limits(trainer):
         yield "note", line
+    is_new = config.from_ is None and not trainer.step
+    if is_new and manifest.n_bytes < _SHORT_TEXT and shipped_model():
+        yield (
+            "note",
+            f"{manifest.n_bytes:,} bytes are too few to learn most words: a few hundred KB are "
+            f"enough, or for English, --from {SHIPPED} (the model that ships)",
+        )
     if trainer.progress >= 1:
         yield "", "already complete: raise --max-steps or --max-minutes to continue"
     elif trainer.is_early_stop_due:
