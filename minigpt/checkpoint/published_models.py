@@ -16,6 +16,7 @@ from minigpt.model_config import OWN_TYPE
 _IGNORED = re.compile(
     r"(.*\.)?(attn\.(bias|masked_bias)|attention\.(bias|masked_bias)|rotary_emb\.inv_freq)"
 )
+_HEAD = "lm_head.weight"  # in a state_dict, also where save_pretrained writes another name
 _LARGEST_WIDTH = 2**28
 _LARGEST_CONTEXT = 2**20  # RoPE tables are computed for all positions
 
@@ -24,17 +25,24 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
     """Map the names that ``tensors_from_hf`` expects to the names in a file.
 
     Adds the prefix that files of the bare model omit, removes torch.compile's, and drops tensors
-    that are not weights.
+    that are not weights. The output projection may have its name in a state_dict of transformers.
     Raises: CheckpointError if a tensor occurs both with and without the prefix.
     """
-    prefix = head = ""
+    prefix, head = "", _HEAD
     if config.model_type != OWN_TYPE:
         family = family_of(config.model_type)
         prefix, head = family.prefix, family.head
+    # Of "model.decoder.", files of the bare model omit "model.".
+    model, inner = prefix[: prefix.find(".") + 1], prefix[prefix.find(".") + 1 :]
     canonical: dict[str, str] = {}
     for name in names:
         plain = name.replace("_orig_mod.", "")  # torch.compile's
-        full = plain if plain.startswith(prefix) or plain == head else prefix + plain
+        if plain in (head, _HEAD):
+            full = head
+        elif inner and plain.startswith(inner):
+            full = model + plain
+        else:
+            full = plain if plain.startswith(prefix) else prefix + plain
         if prefix and _IGNORED.fullmatch(full):
             continue
         if canonical.setdefault(full, name) != name:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minigpt.checkpoint.model_folder import WEIGHTS, LoadedModel, read_model, write_model
 from minigpt.config import SamplingConfig
@@ -352,7 +352,7 @@ def test_a_loaded_and_saved_config_is_equal(pair: Pair, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["gpt2-tied", "llama-tied"])
+@pytest.mark.parametrize("kind", ["gpt2-tied", "llama-tied", "opt"])
 def test_a_base_model_without_a_head_is_read(
     open_both: Callable[[str], Pair], tmp_path: Path, kind: str
 ) -> None:
@@ -361,6 +361,20 @@ def test_a_base_model_without_a_head_is_read(
     assert not any(name.startswith(("model.", "transformer.")) for name in names_in(tmp_path))
     expected = pair.ours.model(TOKENS)
     assert torch.equal(read_model(tmp_path).model(TOKENS), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["neox", "neox-serial", "opt-untied", "llama-2"])
+def test_a_state_dict_of_transformers_is_read(
+    open_both: Callable[[str], Pair], tmp_path: Path, kind: str
+) -> None:
+    pair = open_both(kind)
+    pair.theirs.config.save_pretrained(tmp_path)
+    # The output projection of GPT-NeoX is lm_head.weight here, and embed_out.weight in files.
+    tensors = {name: tensor.clone() for name, tensor in pair.theirs.state_dict().items()}
+    assert "lm_head.weight" in tensors
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert torch.equal(read_model(tmp_path).model(TOKENS), pair.ours.model(TOKENS))
 
 
 def names_in(folder: Path) -> list[str]:
