@@ -179,6 +179,8 @@ def main() -> None:
             connection.send(args.steps)
             seconds = connection.recv()
             times[name] += seconds[1:] if turn else []
+    for connection in turns.values():
+        connection.send(0)  # ends the process
     ms = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     shape = SHAPES[args.shape] | ({"batch": args.batch} if args.batch else {})
     n_tokens = shape["batch"] * shape["context"]

@@ -32,15 +32,14 @@ def canonical_names(config: ModelConfig, names: Iterable[str]) -> dict[str, str]
     if config.model_type != OWN_TYPE:
         family = family_of(config.model_type)
         prefix, head = family.prefix, family.head
-    # Of "model.decoder.", files of the bare model omit "model.".
-    model, inner = prefix[: prefix.find(".") + 1], prefix[prefix.find(".") + 1 :]
+    model, _, inner = prefix.partition(".")  # of "model.decoder.", a bare model omits "model."
     canonical: dict[str, str] = {}
     for name in names:
         plain = name.replace("_orig_mod.", "")  # torch.compile's
         if plain in (head, _HEAD):
             full = head
         elif inner and plain.startswith(inner):
-            full = model + plain
+            full = f"{model}.{plain}"
         else:
             full = plain if plain.startswith(prefix) else prefix + plain
         if prefix and _IGNORED.fullmatch(full):

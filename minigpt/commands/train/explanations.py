@@ -71,8 +71,8 @@ def opening(trainer: Trainer) -> Iterator[tuple[str, str]]:
     if is_new and manifest.n_bytes < _SHORT_TEXT and shipped_model():
         yield (
             "note",
-            f"{manifest.n_bytes:,} bytes are too few to learn most words: a few hundred KB are "
-            f"enough, or for English, --from {SHIPPED} (the model that ships)",
+            f"{manifest.n_bytes:,} bytes are too few to learn most words: give more text, or for "
+            f"English, --from {SHIPPED} (the model that ships)",
         )
     if trainer.progress >= 1:
         yield "", "already complete: raise --max-steps or --max-minutes to continue"
@@ -189,8 +189,8 @@ def _loss_before(trainer: Trainer) -> float | None:
     if trainer.config.from_ is None:
         return None
     with suppress(MinigptError):  # a damaged log
-        for point in read_curves(trainer.folder.path).val[:1]:
-            return None if point.steps else point.loss
+        first = next(iter(read_curves(trainer.folder.path).val), None)
+        return first.loss if first and not first.steps else None
     return None
 
 

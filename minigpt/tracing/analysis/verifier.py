@@ -44,9 +44,11 @@ class Verifier:
                 options=("--verify-layers", "--verify-heads"),
             )
         self._knockouts = Knockouts(model, config.knockout, self.selection)
-        heads = self.selection.heads_by_layer if self.selection else [[0]] * len(model.attentions)
-        pairs = zip(model.attentions, heads, strict=True)
-        windows = [attention.score.window for attention, chosen in pairs if chosen]
+        windows = [
+            attention.score.window
+            for layer, attention in enumerate(model.attentions)
+            if self.selection is None or self.selection.heads_by_layer[layer]
+        ]
         self._window = 0 if 0 in windows else max(windows)
         """Widest sliding window of the layers in which sources are knocked out; 0 for none."""
         self._n_verified = config.n_verified
